@@ -1,0 +1,46 @@
+# One way to run each thing. `make` alone lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PROMPT ?= What is the capital of France?
+SOURCE ?= demo
+VENV = .venv
+READY = $(VENV)/.ready
+MODEL = weights/manifest.json
+
+.PHONY: help predict serve test lint weights bench clean
+
+help:  ## List what make can do
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+predict: $(READY) $(MODEL)  ## Run one prediction: make predict PROMPT="..."
+	@script/predict -i prompt="$$PROMPT"
+export PROMPT
+
+serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
+	@script/serve
+
+test: $(READY) $(MODEL)  ## Run all tests
+	@$(VENV)/bin/python -m pytest
+
+lint: $(READY)  ## Check format, lint and types
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/mypy
+
+weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
+	@script/download_weights $(SOURCE)
+
+bench: $(READY) $(MODEL)  ## Measure against peers; writes benchmarks/results/
+	@script/benchmark
+
+clean:  ## Remove the environment and caches; weights stay
+	rm -rf $(VENV) .cache .cog .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+$(MODEL): | $(READY)
+	@script/download_weights $(SOURCE)

@@ -1,0 +1,332 @@
+"""The loop: admit, step, deliver. The engine owns the one thread that touches the model.
+
+Predictions hand operations over through a queue and get replies on their own event loop, once a step for all streams of
+a prediction.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmtp import sampling
+from lmtp.fallback import FallbackRunner, ModelCaches
+from lmtp.protocol import Failure, Info, ModelInfo, Operation, Reply, RequestError
+from lmtp.runner import SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.scheduler import Scheduler, Step
+from lmtp.slots import Memory, Slots
+from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
+
+log = logging.getLogger(__name__)
+
+MOST_STREAMS = 256
+CHUNK = 2048
+BUSY_CHUNK = 256
+LOGITS_ELEMENTS = 2**24
+"""Logits of one step at most, so that a long scored prompt with a large vocabulary fits: 64 MB in float32."""
+
+GPU_RESERVE = 0.1
+"""The part of GPU memory left for activations when the KV budget is chosen."""
+
+
+class Runner(Protocol):
+    """Runs a step: runner.py through slots, fallback.py through the model's own caches."""
+
+    def run(self, step: Step) -> Tensor:
+        """The logits at the step's wanted positions, ``[wanted, vocabulary]``."""
+
+
+@dataclass
+class Counters:
+    """What a prediction's streams took; figures without a clock."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    reused_tokens: int = 0
+    computed_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class Prediction:
+    """Some operations under way together, and the way back to the event loop that waits for their replies."""
+
+    operations: Sequence[Operation | Failure]
+    loop: asyncio.AbstractEventLoop
+    arrived: asyncio.Queue[list[Reply] | None] = field(default_factory=asyncio.Queue)
+    streams: list[Stream] = field(default_factory=list)
+    outbox: list[Reply] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+
+    def deliver(self) -> None:
+        """Hand over the replies of this step and, where no stream is left, the end."""
+        replies, self.outbox = self.outbox, []
+        batch: list[list[Reply] | None] = [replies] if replies else []
+        if not self.streams:
+            batch.append(None)
+        if batch:
+            with contextlib.suppress(RuntimeError):  # the prediction's event loop is closed: nobody listens
+                self.loop.call_soon_threadsafe(self._arrive, batch)
+
+    def _arrive(self, batch: list[list[Reply] | None]) -> None:
+        for replies in batch:
+            self.arrived.put_nowait(replies)
+
+
+class Engine:
+    """Serves one model. Start it, then run predictions on any event loop, several at a time."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kv_budget: int | None = None
+    ) -> None:
+        """``kv_budget``: bytes for keys and values; by default what is left on the GPU less a reserve, or a quarter of
+        the free memory on a CPU."""
+        self.tokenizer = tokenizer
+        self.limits = limits_of(model)
+        self.counters = Counters()
+        """Totals since the start."""
+        self._model = model
+        self.runner, self.scheduler, self.runner_description = _choose_runner(model, self.limits, kv_budget)
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._owners: dict[Stream, Prediction] = {}
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; streams still running are told."""
+        self._commands.put(None)
+        self._thread.join()
+
+    @contextlib.asynccontextmanager
+    async def predict(self, operations: Sequence[Operation | Failure]) -> AsyncIterator["Answer"]:
+        """Run operations together; leaving the context ends those still running, whose slots are then free."""
+        prediction = Prediction(operations, asyncio.get_running_loop())
+        self._commands.put(lambda: self._begin(prediction))
+        try:
+            yield Answer(prediction)
+        finally:
+            self._commands.put(lambda: self._end(prediction))
+
+    def model_info(self) -> dict[str, Any]:
+        """What MODEL_INFO answers."""
+        config = self._model.config
+        return {
+            "model": getattr(config, "name_or_path", "") or config.model_type,
+            "model_type": config.model_type,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "device": str(self._model.device),
+            "vocabulary": self.limits.vocabulary,
+            "context": self.limits.context,
+            "longest_stream": self.scheduler.memory.longest,
+            "end_of_sequence": list(self.limits.end_of_sequence),
+            "runner": self.runner_description,
+            "extensions": {"GENERATE": EXTENSIONS["GENERATE"], "SCORE": EXTENSIONS["SCORE"]},
+        }
+
+    # What follows runs on the engine's thread.
+
+    @torch.inference_mode()
+    def _serve(self) -> None:
+        while self._take_commands():
+            try:
+                step = self.scheduler.next_step()
+                streams = step.streams if step else self.scheduler.waiting
+            except Exception as error:
+                log.exception("scheduling failed")
+                self._fail_all(list(self._owners), f"internal error: {error}")
+                continue
+            if step is None:
+                # With nothing running, a stream that still was not admitted never will be.
+                self._fail_all(streams, "there is no memory for its keys and values; raise KV_CACHE_GB.")
+                continue
+            touched = {self._owners[stream] for stream in streams}
+            try:
+                self._run(step)
+            except Exception as error:
+                log.exception("step failed")
+                self._fail_all(streams, f"the model failed: {error}")
+            for prediction in touched:
+                prediction.deliver()
+        self._fail_all(list(self._owners), "the server is stopping.")
+
+    def _take_commands(self) -> bool:
+        """Do what predictions asked for; wait for it where no stream is under way. False once stopped."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._owners)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _begin(self, prediction: Prediction) -> None:
+        for operation in prediction.operations:
+            try:
+                self._open(prediction, operation)
+            except RequestError as error:
+                prediction.outbox.append(_failure(operation, str(error)))
+            except Exception as error:
+                log.exception("operation failed")
+                prediction.outbox.append(_failure(operation, f"internal error: {error}"))
+        prediction.deliver()
+
+    def _open(self, prediction: Prediction, operation: Operation | Failure) -> None:
+        if isinstance(operation, Failure):
+            prediction.outbox.append(operation)
+            return
+        if isinstance(operation, ModelInfo):
+            prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
+            return
+        stream = open_stream(operation, self.limits, self.tokenizer)
+        longest = self.scheduler.memory.longest
+        if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.most_tokens > longest):
+            raise RequestError(
+                f"prompt is {stream.prompt_length} tokens; the memory for keys and values (KV_CACHE_GB) holds {longest}."
+            )
+        stream.most_tokens = min(stream.most_tokens, longest)
+        prediction.counters.input_tokens += len(stream.tokens)
+        if stream.pending == 0:  # one token to score after nothing
+            prediction.outbox += stream.receive([])
+            return
+        prediction.streams.append(stream)
+        self._owners[stream] = prediction
+        self.scheduler.add(stream)
+
+    def _end(self, prediction: Prediction) -> None:
+        for stream in list(prediction.streams):
+            self._close(stream)
+
+    def _close(self, stream: Stream, keep: bool = True) -> None:
+        self.scheduler.remove(stream, keep)
+        self._owners.pop(stream).streams.remove(stream)
+
+    def _fail(self, stream: Stream, error: str) -> None:
+        self._owners[stream].outbox.append(_failure(stream.operation, error))
+        self._close(stream, keep=False)
+
+    def _fail_all(self, streams: Sequence[Stream], error: str) -> None:
+        for stream in list(streams):
+            if prediction := self._owners.get(stream):  # else it had its terminal reply before the step failed
+                self._fail(stream, error)
+                prediction.deliver()
+
+    def _run(self, step: Step) -> None:
+        for stream in step.streams:
+            if stream.computed == stream.reused and stream.reused:
+                self._owners[stream].counters.reused_tokens += stream.reused
+                self.counters.reused_tokens += stream.reused
+        logits = self.runner.run(step)
+        first = 0
+        generations: list[tuple[Generation, int]] = []
+        scorings: list[tuple[Scoring, int, list[int]]] = []
+        for stream, count in zip(step.streams, step.counts, strict=True):
+            before = stream.computed
+            stream.computed += count
+            for counters in (self.counters, self._owners[stream].counters):
+                counters.computed_tokens += count
+                counters.steps += 1
+            if isinstance(stream, Scoring):
+                targets = stream.targets(before, stream.computed)
+                if targets:
+                    scorings.append((stream, first, targets))
+                first += len(targets)
+            elif isinstance(stream, Generation) and stream.pending == 0:
+                generations.append((stream, first))
+                first += 1
+        if generations:
+            rows = [stream for stream, _ in generations]
+            choices = sampling.sample(_rows(logits, [index for _, index in generations]), rows)
+            for stream, choice in zip(rows, choices, strict=True):
+                self._reply(stream, [choice])
+        for scoring, index, targets in scorings:
+            top = [scoring.operation.top_logprobs] * len(targets)
+            self._reply(scoring, sampling.score(logits[index : index + len(targets)], targets, top))
+
+    def _reply(self, stream: Stream, choices: list[sampling.Choice]) -> None:
+        prediction = self._owners[stream]
+        replies = stream.receive(choices)
+        prediction.outbox += replies
+        for counters in (self.counters, prediction.counters):
+            counters.output_tokens += len(replies)
+        if stream.finished:
+            self._close(stream)
+
+
+class Answer:
+    """A prediction's replies as they come, and its counters."""
+
+    def __init__(self, prediction: Prediction) -> None:
+        self._prediction = prediction
+
+    @property
+    def counters(self) -> Counters:
+        """What the prediction took so far."""
+        return self._prediction.counters
+
+    async def __aiter__(self) -> AsyncIterator[list[Reply]]:
+        """The replies of one step after the other; every operation has its terminal reply when it ends."""
+        while (replies := await self._prediction.arrived.get()) is not None:
+            yield replies
+
+
+EXTENSIONS = {
+    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask"],
+    "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
+}
+
+
+def limits_of(model: PreTrainedModel) -> Limits:
+    """What the model can take, from its configuration and generation configuration."""
+    config = model.config.get_text_config(decoder=True)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**20
+    ends: set[int] = set()
+    for source in (model.generation_config, config, model.config):
+        ids = getattr(source, "eos_token_id", None)
+        ends.update([ids] if isinstance(ids, int) else ids or [])
+    return Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+
+
+def _rows(logits: Tensor, index: list[int]) -> Tensor:
+    return logits if len(index) == len(logits) else logits[torch.tensor(index, device=logits.device)]
+
+
+def _failure(operation: Operation | Failure, error: str) -> Failure:
+    return Failure(
+        stream_id=operation.stream_id, error=error, kind="MSG" if isinstance(operation, ModelInfo) else "TOKEN"
+    )
+
+
+def _choose_runner(model: PreTrainedModel, limits: Limits, kv_budget: int | None) -> tuple[Runner, Scheduler, str]:
+    """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
+    try:
+        shapes, devices = layers_of(model)
+        memory = Memory(shapes, model.dtype, devices)
+        budget = kv_budget if kv_budget is not None else _default_budget(model.device)
+        slots = Slots(memory, budget, MOST_STREAMS, limits.context)
+        runner = SlotRunner(model, memory)
+        check(model, runner, slots, limits.vocabulary)
+    except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
+        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
+        caches = ModelCaches(MOST_STREAMS, limits.context)
+        scheduler = Scheduler(caches, chunk=limits.context, busy_chunk=0, most_logits=limits.context)
+        return FallbackRunner(model, caches), scheduler, f"fallback, one stream at a time ({reason})"
+    most_logits = max(LOGITS_ELEMENTS // limits.vocabulary, MOST_STREAMS)
+    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), "slots"
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(free - int(total * GPU_RESERVE), 0)
+    return psutil.virtual_memory().available // 4

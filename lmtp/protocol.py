@@ -1,0 +1,243 @@
+"""LMTP operations and replies: typed, validated, encoded.
+
+The protocol is LMQL's Language Model Transport Protocol as it travels through a Cog prediction: a JSON array of
+``["NAME", {payload}]`` operations in, lines of ``TOKEN {object}`` and ``MSG {object}`` out. This module knows nothing
+of models: what needs a vocabulary or a context length is checked where those are known.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+BATCH_LIMIT = 256
+"""Most operations one prediction may hold."""
+
+FORCE = 100.0
+"""A ``logit_bias`` of at least this much allows its token and forbids every token without one; its negative forbids."""
+
+StreamId = int | str
+TokenId = Annotated[int, Meta(ge=0)]
+Prompt = list[TokenId] | str
+FinishReason = Literal["stop", "length"]
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message is one sentence for the person who sent it."""
+
+
+class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Continue a prompt. Field meanings and defaults are those of LMTP; see docs/protocol.md."""
+
+    stream_id: StreamId
+    prompt: Prompt
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] = 32
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    length_penalty: float | None = None  # only means something to beam search, which LMQL's client runs itself
+    seed: int | None = None
+    top_logprobs: Annotated[int, Meta(ge=0)] = 1
+    logit_bias: dict[TokenId, float] | None = None
+    mask: str | None = None
+    stop: list[Annotated[str, Meta(min_length=1)]] | None = None
+    text: bool = False
+
+
+class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Log-probabilities of given tokens after a prompt."""
+
+    stream_id: StreamId
+    prompt: Prompt
+    scored: Prompt
+    model: str | None = None
+    top_logprobs: Annotated[int, Meta(ge=0)] = 0
+    text: bool = False
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ask what model is served."""
+
+    stream_id: StreamId
+    model: str | None = None
+    data: Any = None
+
+
+Operation = Generate | Score | ModelInfo
+OPERATIONS: dict[str, type[Generate] | type[Score] | type[ModelInfo]] = {
+    "GENERATE": Generate,
+    "SCORE": Score,
+    "MODEL_INFO": ModelInfo,
+}
+
+
+class Token(Struct, frozen=True, kw_only=True):
+    """One generated or scored token."""
+
+    token: int
+    stream_id: StreamId
+    logprob: float
+    finish_reason: FinishReason | None
+    top_logprobs: dict[int, float] | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Info(Struct, frozen=True, kw_only=True):
+    """The reply to MODEL_INFO."""
+
+    stream_id: StreamId
+    model_info: dict[str, Any]
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """What was wrong with one operation. ``kind`` is the line it travels on: TOKEN for GENERATE and SCORE."""
+
+    stream_id: StreamId | None
+    error: str
+    kind: Literal["TOKEN", "MSG"]
+
+
+Reply = Token | Info | Failure
+
+
+class _FailureLine(Struct, frozen=True):
+    stream_id: StreamId | None
+    error: str
+
+
+class _Identity(Struct):
+    stream_id: StreamId | None = None
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(replies: Iterable[Reply]) -> str:
+    """The replies as protocol lines, each ended by a newline; strict JSON."""
+    lines = []
+    for reply in replies:
+        if isinstance(reply, Token):
+            lines.append("TOKEN " + _encoder.encode(reply).decode())
+        elif isinstance(reply, Info):
+            lines.append("MSG " + _encoder.encode(reply).decode())
+        else:
+            line = _FailureLine(reply.stream_id, reply.error)
+            lines.append(f"{reply.kind} {_encoder.encode(line).decode()}")
+    return "".join(line + "\n" for line in lines)
+
+
+def parse_batch(text: str) -> list[Operation | Failure]:
+    """The operations of ``ops_batch_json``, with a Failure in the place of each that cannot be run.
+
+    Raises RequestError where there is no stream to answer: not JSON, not a list, empty, over BATCH_LIMIT.
+    """
+    try:
+        entries = msgspec.json.decode(text, type=list[msgspec.Raw])
+    except msgspec.ValidationError:
+        raise RequestError("ops_batch_json must be a JSON array of operations, each [name, {fields}].") from None
+    except msgspec.DecodeError as error:
+        raise RequestError(f"ops_batch_json is not JSON: {error}.") from None
+    if not entries:
+        raise RequestError("ops_batch_json holds no operations; send at least one.")
+    if len(entries) > BATCH_LIMIT:
+        raise RequestError(
+            f"ops_batch_json holds {len(entries)} operations; one prediction takes {BATCH_LIMIT} at most."
+        )
+    operations = [_parse_operation(index, entry) for index, entry in enumerate(entries)]
+    return _reject_repeated_ids(operations)
+
+
+def _parse_operation(index: int, entry: msgspec.Raw) -> Operation | Failure:
+    try:
+        name, payload = msgspec.json.decode(entry, type=tuple[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        return Failure(stream_id=None, error=f"operation {index}: must be [name, {{fields}}].", kind="MSG")
+    try:
+        stream_id = msgspec.json.decode(payload, type=_Identity).stream_id
+    except msgspec.ValidationError:
+        stream_id = None
+    kind: Literal["TOKEN", "MSG"] = "TOKEN" if name in ("GENERATE", "SCORE") else "MSG"
+    operation = OPERATIONS.get(name)
+    if operation is None:
+        known = ", ".join(OPERATIONS)
+        error = f"operation {index}: unknown operation {name!r} (known are {known}){_nearest(name, OPERATIONS) or '.'}"
+        return Failure(stream_id=stream_id, error=error, kind=kind)
+    try:
+        return msgspec.json.decode(payload, type=operation)
+    except msgspec.ValidationError as error:
+        return Failure(stream_id=stream_id, error=f"{name} {_describe(error, operation)}", kind=kind)
+
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
+_PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*?)`$")
+
+
+def _describe(error: msgspec.ValidationError, operation: type[Struct]) -> str:
+    """msgspec's message with the field's path first, and the nearest known name for an unknown field."""
+    message = str(error)
+    if unknown := _UNKNOWN_FIELD.search(message):
+        field = unknown.group(1)
+        hint = _nearest(field, operation.__struct_fields__)
+        return f"has no field {field!r}{hint or '.'}"
+    path = _PATH.search(message)
+    message = message.replace("`", "")
+    if path is None:
+        return f"{message[0].lower()}{message[1:]}."
+    message = message.split(" - at ")[0]
+    return f"{path.group(1) or 'payload'}: {message[0].lower()}{message[1:]}."
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operation | Failure]:
+    """One Failure for every stream_id that several operations share.
+
+    Replies could not be told apart, and each stream must get exactly one terminal reply: so none of them runs.
+    """
+    seen: dict[StreamId, int] = {}
+    for operation in operations:
+        if operation.stream_id is not None:
+            seen[operation.stream_id] = seen.get(operation.stream_id, 0) + 1
+    repeated = {stream_id for stream_id, count in seen.items() if count > 1}
+    result: list[Operation | Failure] = []
+    for operation in operations:
+        if operation.stream_id not in repeated:
+            result.append(operation)
+        elif seen[operation.stream_id] > 1:
+            error = (
+                f"stream_id {operation.stream_id!r} is used by {seen[operation.stream_id]} operations of this batch."
+            )
+            kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
+            result.append(Failure(stream_id=operation.stream_id, error=error, kind=kind))
+            seen[operation.stream_id] = 1
+    return result
+
+
+def parse_logit_bias(text: str) -> dict[int, float] | None:
+    """A ``logit_bias`` given as JSON text; None when the text is empty. Raises RequestError."""
+    if not text.strip():
+        return None
+    try:
+        bias = msgspec.json.decode(text, type=dict[TokenId, float])
+    except msgspec.DecodeError as error:
+        reason = str(error).replace("`", "")
+        raise RequestError(f'logit_bias must be a JSON object like {{"42": -100}}: {reason}.') from None
+    return bias
+
+
+def finite(logprob: float) -> float:
+    """The log-probability as JSON can say it: rounded to a millionth, impossible as the lowest float32."""
+    return round(logprob, 6) + 0.0 if math.isfinite(logprob) else -3.4028234663852886e38

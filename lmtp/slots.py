@@ -1,0 +1,241 @@
+"""KV memory: slots, their reuse by prefix, growth within a budget.
+
+Keys and values live in one tensor pair per layer, ``[slots, kv_heads, capacity + 1, head_dim]``; the last column takes
+what padding writes and is never read. A running stream owns a slot; owned slots come first, so that attention reads
+views of the memory and never copies. A finished stream leaves its tokens in its slot, and a new stream takes over the
+longest prefix it shares with any slot, idle or running.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lmtp.stream import Stream
+
+FIRST_SLOTS = 4
+FIRST_CAPACITY = 256
+SPARE_TAIL = 32
+"""A prefix is taken over in place if fewer tokens than this of the old stream are lost by it: recomputing so few is
+cheaper than copying the prefix."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps for a token: its keys ``[heads, key_dim]`` and values ``[heads, value_dim]``."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Memory:
+    """The tensors. Layers of one shape share one tensor, so that moving a slot is one operation for all of them."""
+
+    def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
+        """``devices`` are the layers' devices, where a large model is spread over several."""
+        self._dtype = dtype
+        self._groups: dict[tuple[int, int, torch.device], int] = {}
+        members = []
+        for shape, device in zip(layers, devices, strict=True):
+            for dim in (shape.key_dim, shape.value_dim):
+                key = (shape.heads, dim, device)
+                members.append((key, self._groups.get(key, 0)))
+                self._groups[key] = members[-1][1] + 1
+        self._members = members
+        self._tensors: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.slots = 0
+        self.capacity = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one slot takes in all layers."""
+        return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Room for ``slots`` slots of ``capacity`` tokens; what fits of the old contents is kept."""
+        keep, columns = min(slots, self.slots), min(capacity, self.capacity)
+        for (heads, dim, device), count in self._groups.items():
+            # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
+            tensor = torch.zeros(count, slots, heads, capacity + 1, dim, dtype=self._dtype, device=device)
+            if keep and columns:
+                old = self._tensors[heads, dim, device]
+                tensor[:, :keep, :, :columns] = old[:, :keep, :, :columns]
+            self._tensors[heads, dim, device] = tensor
+        self.slots, self.capacity = slots, capacity
+        views = [self._tensors[key][index] for key, index in self._members]
+        self.keys, self.values = views[0::2], views[1::2]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first ``length`` tokens of one slot into another."""
+        for tensor in self._tensors.values():
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first ``length`` tokens of two slots."""
+        for tensor in self._tensors.values():
+            kept = tensor[:, one, :, :length].clone()
+            tensor[:, one, :, :length] = tensor[:, other, :, :length]
+            tensor[:, other, :, :length] = kept
+
+
+@dataclass(eq=False)
+class Slot:
+    """One slot: the stream that owns it or, once idle, the tokens whose keys and values it still holds."""
+
+    stream: Stream | None = None
+    tokens: list[int] = field(default_factory=list)
+    last_used: int = 0
+
+    @property
+    def held(self) -> tuple[list[int], int]:
+        """Tokens and how many of them, from the first, are held."""
+        if self.stream is not None:
+            return self.stream.tokens, self.stream.computed
+        return self.tokens, len(self.tokens)
+
+
+class Slots:
+    """Who owns which slot. Slot i lies at row i of the memory."""
+
+    def __init__(self, memory: Memory, budget: int, most_slots: int, context: int) -> None:
+        """``budget`` is in bytes; ``context`` the most tokens a stream can have."""
+        self._memory = memory
+        self._budget_tokens = max(budget // memory.bytes_per_token, 1)
+        self._most_slots = most_slots
+        self._context = context
+        self._clock = itertools.count()
+        self._slots: list[Slot] = []
+        self.active: list[Stream] = []
+        """The streams that own slots, in slot order: ``active[i].slot == i``."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens a stream can hold within the budget."""
+        return min(self._context, self._budget_tokens)
+
+    def shared_prefix(self, stream: Stream) -> tuple[int, int]:
+        """How many of the stream's tokens are computed in some slot now, and how many will be once the running
+        streams have computed what they hold."""
+        now = soon = 0
+        for slot in self._slots:
+            tokens, computed = slot.held
+            shared = min(common_prefix(tokens, stream.tokens), stream.first_wanted)
+            now = max(now, min(shared, computed))
+            if slot.stream is not None:
+                soon = max(soon, min(shared, slot.stream.goal))
+        return now, max(now, soon)
+
+    def admit(self, stream: Stream) -> bool:
+        """Give the stream a slot, with the longest prefix that any slot holds; False where there is no room now."""
+        if not self._make_room(stream.most_tokens):
+            return False
+        source, length = self._longest_prefix(stream)
+        target = self._choose_target(source, length)
+        if target is not source and length:
+            self._memory.copy(self._slots.index(source), self._slots.index(target), length)
+        stream.computed = stream.reused = length
+        target.stream, target.tokens = stream, []
+        target.last_used = source.last_used = next(self._clock)
+        self._swap(self._slots.index(target), len(self.active))
+        stream.slot = len(self.active)
+        self.active.append(stream)
+        return True
+
+    def release(self, stream: Stream, keep: bool = True) -> None:
+        """Take the slot back; its contents stay for reuse unless ``keep`` is false."""
+        slot = self._slots[stream.slot]
+        slot.stream, slot.tokens = None, stream.tokens[: stream.computed] if keep else []
+        slot.last_used = next(self._clock)
+        last = self.active.pop()
+        if last is not stream:
+            self._swap(stream.slot, last.slot)
+            self.active[stream.slot] = last
+            last.slot = stream.slot
+        stream.slot = -1
+
+    def clear(self) -> None:
+        """Forget the contents of the idle slots."""
+        for slot in self._slots[len(self.active) :]:
+            slot.tokens = []
+
+    def _make_room(self, tokens: int) -> bool:
+        """See that there is an idle slot and that slots take ``tokens`` tokens, within the budget."""
+        memory, running = self._memory, len(self.active)
+        if running < memory.slots and tokens <= memory.capacity:
+            if all(slot.tokens for slot in self._slots[running:]):  # rather grow than evict
+                self._resize(min(memory.slots * 2, self._most_slots), memory.capacity)
+            return True
+        if running >= self._most_slots:
+            return False
+        need = max([tokens, *(stream.most_tokens for stream in self.active)])
+        capacity = memory.capacity or min(FIRST_CAPACITY, self._context)
+        while capacity < need:
+            capacity *= 2
+        capacity = min(capacity, self._context)
+        if (running + 1) * capacity > self._budget_tokens:
+            capacity = need  # long idle streams and the room to spare have to go
+        if (running + 1) * capacity > self._budget_tokens:
+            return False
+        slots = memory.slots if running < memory.slots else memory.slots * 2
+        self._resize(min(max(slots, FIRST_SLOTS), self._most_slots), capacity)
+        return True
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        running = len(self.active)
+        slots = max(min(slots, self._budget_tokens // capacity), running + 1)
+        if (slots, capacity) == (self._memory.slots, self._memory.capacity):
+            return
+        if slots < len(self._slots):  # the idle slots used last have to come first, since only those stay
+            idle = sorted(self._slots[running:], key=lambda slot: (bool(slot.tokens), slot.last_used), reverse=True)
+            for place, slot in enumerate(idle[: slots - running], start=running):
+                self._swap(self._slots.index(slot), place)
+        self._memory.resize(slots, capacity)
+        del self._slots[slots:]
+        self._slots += [Slot() for _ in range(slots - len(self._slots))]
+        for slot in self._slots[running:]:
+            del slot.tokens[capacity:]
+
+    def _longest_prefix(self, stream: Stream) -> tuple[Slot, int]:
+        best, length = self._slots[-1], 0
+        for slot in self._slots:
+            tokens, computed = slot.held
+            shared = min(common_prefix(tokens, stream.tokens), computed, stream.first_wanted)
+            if shared > length:
+                best, length = slot, shared
+        return best, length
+
+    def _choose_target(self, source: Slot, length: int) -> Slot:
+        idle = self._slots[len(self.active) :]
+        victim = min(idle, key=lambda slot: (bool(slot.tokens), slot.last_used))
+        if source.stream is None and length and (source is victim or len(source.tokens) - length < SPARE_TAIL):
+            return source
+        return victim
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        length = max(self._slots[one].held[1], self._slots[other].held[1])
+        if length:
+            self._memory.swap(one, other, length)
+        self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists share from the first. Bisection over slices, since comparing slices is fast."""
+    low, high = 0, min(len(one), len(other))
+    if high == 0 or one[0] != other[0]:
+        return 0
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,141 @@
+"""The Cog predictor: a language model behind one call, with token-level control.
+
+A prediction is either a prompt or a batch of LMTP operations; both become operations of the same generation loop.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Optional
+
+import cog
+from cog import AsyncConcatenateIterator, BasePredictor, Input
+
+from lmtp import protocol, text, weights
+from lmtp.engine import Answer, Engine
+from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Token
+
+WEIGHTS = Path(os.environ.get("WEIGHTS_DIR", Path(__file__).parent / "weights"))
+
+
+class Predictor(BasePredictor):
+    """Serves the model in ``weights/``."""
+
+    def setup(self) -> None:
+        """Load the weights and start the engine."""
+        loaded = weights.load(WEIGHTS, dtype=os.environ.get("DTYPE", "auto"))
+        started = time.monotonic()
+        budget = os.environ.get("KV_CACHE_GB")
+        self.engine = Engine(loaded.model, loaded.tokenizer, int(float(budget) * 2**30) if budget else None)
+        print(
+            f"engine: runner {self.engine.runner_description}, checked in {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+
+    @cog.streaming
+    @cog.concurrent(max=64)
+    async def predict(
+        self,
+        prompt: Optional[str] = Input(  # noqa: UP045 - cog build reads this file, and knows Optional in every version
+            default=None, description="The text to answer or continue. Give this or ops_batch_json."
+        ),
+        system_prompt: str = Input(
+            default="", description="How the model should behave, for models whose template has a place for it."
+        ),
+        prompt_template: str = Input(
+            default="",
+            description="Text around the prompt, with {prompt} and optionally {system_prompt} in it. "
+            "Empty: the model's own chat template. {prompt} alone: the prompt as it is, to be continued.",
+        ),
+        max_tokens: int = Input(default=512, ge=1, description="New tokens to generate at most."),
+        temperature: float = Input(
+            default=0.0, ge=0.0, le=5.0, description="0 always takes the most likely token; higher is more varied."
+        ),
+        top_p: float = Input(
+            default=1.0,
+            ge=0.0,
+            le=1.0,
+            description="Draw only from the most likely tokens that together have this probability. 1 is off.",
+        ),
+        top_k: int = Input(
+            default=0, ge=0, description="Draw only from this many of the most likely tokens. 0 is off."
+        ),
+        seed: Optional[int] = Input(  # noqa: UP045
+            default=None, description="The same seed gives the same text. Empty: a new one every time."
+        ),
+        stop_sequences: str = Input(
+            default="",
+            description="Where to stop: one text, or several as a JSON list of strings. The output ends before them.",
+        ),
+        logit_bias: str = Input(
+            default="",
+            description='JSON object from token id to number: {"42": -100} forbids a token, values of 100 allow only '
+            "the tokens that have them, numbers between make a token more or less likely.",
+        ),
+        top_logprobs: int = Input(
+            default=1, ge=0, le=1000, description="With output lmtp: how many of the most likely tokens to report."
+        ),
+        output: str = Input(
+            default="text",
+            choices=["text", "lmtp"],
+            description="text: the text as it grows. lmtp: a line per token, with its text and log-probabilities.",
+        ),
+        ops_batch_json: Optional[str] = Input(  # noqa: UP045
+            default=None,
+            description="A JSON array of LMTP operations, as LMQL sends it. The inputs above are then not used.",
+        ),
+    ) -> AsyncConcatenateIterator[str]:
+        """Answer a prompt, or run a batch of LMTP operations."""
+        started = time.monotonic()
+        if (prompt is None) == (ops_batch_json is None):
+            raise RequestError(f"Give prompt or ops_batch_json, {'not both' if prompt is not None else 'one of them'}.")
+        operations: list[Operation | Failure]
+        if ops_batch_json is not None:
+            operations = protocol.parse_batch(ops_batch_json)
+        else:
+            tokenizer = self.engine.tokenizer
+            operations = [
+                Generate(
+                    stream_id=0,
+                    prompt=text.render_prompt(tokenizer, prompt or "", system_prompt, prompt_template),
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p or None,
+                    top_k=top_k,
+                    seed=seed,
+                    stop=text.parse_stop_sequences(stop_sequences),
+                    logit_bias=protocol.parse_logit_bias(logit_bias),
+                    top_logprobs=top_logprobs,
+                    text=True,
+                )
+            ]
+        first_token: float | None = None
+        answer: Answer
+        async with self.engine.predict(operations) as answer:
+            async for replies in answer:
+                if first_token is None:
+                    first_token = time.monotonic() - started
+                if prompt is not None:
+                    _raise_failures(replies)
+                yield protocol.encode(replies) if ops_batch_json is not None or output == "lmtp" else _text(replies)
+        self._record(answer, first_token or 0.0, time.monotonic() - started)
+
+    def _record(self, answer: Answer, first_token: float, seconds: float) -> None:
+        counters = answer.counters
+        self.record_metric("input_token_count", counters.input_tokens)
+        self.record_metric("output_token_count", counters.output_tokens)
+        self.record_metric("reused_token_count", counters.reused_tokens)
+        self.record_metric("computed_token_count", counters.computed_tokens)
+        self.record_metric("time_to_first_token", round(first_token, 4))
+        self.record_metric("tokens_per_second", round(counters.output_tokens / seconds, 2))
+
+
+def _raise_failures(replies: list[Reply]) -> None:
+    """A prompt is one stream, so what is wrong with it fails the prediction."""
+    for reply in replies:
+        if isinstance(reply, Failure):
+            raise RequestError(reply.error)
+
+
+def _text(replies: list[Reply]) -> str:
+    return "".join(reply.text for reply in replies if isinstance(reply, Token) and isinstance(reply.text, str))

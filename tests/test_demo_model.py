@@ -1,0 +1,79 @@
+"""The demo model, in float32, against Transformers: what a user of it sees."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmtp import weights
+from lmtp.engine import Engine
+from lmtp.protocol import Generate, Score
+from lmtp.text import render_prompt
+from lmtp.weights import Loaded
+from tests.tiny import answers, own_greedy, own_logits
+
+Demo = tuple[Loaded, Engine]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colours.",
+    "Why is the sky blue? Answer in detail, with an example.",
+]
+
+
+@pytest.fixture(scope="module")
+def demo(demo_weights: Path) -> Iterator[Demo]:
+    loaded = weights.load(demo_weights, dtype="float32")
+    engine = Engine(loaded.model, loaded.tokenizer)
+    assert engine.runner_description == "slots"
+    yield loaded, engine
+    engine.stop()
+
+
+def test_answers_equal_generate_alone_and_together(demo: Demo) -> None:
+    loaded, engine = demo
+    prompts = [render_prompt(loaded.tokenizer, question) for question in QUESTIONS]
+    together = answers(engine, *(Generate(stream_id=i, prompt=p, max_tokens=24) for i, p in enumerate(prompts)))
+    for i, prompt in enumerate(prompts):
+        expected = own_greedy(loaded.model, prompt, 24)
+        assert together.ids(i) == expected
+        assert answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=24)).ids() == expected
+
+
+def test_logprobs_agree_with_one_plain_forward_pass(demo: Demo) -> None:
+    loaded, engine = demo
+    prompt = render_prompt(loaded.tokenizer, QUESTIONS[1])
+    operation = Generate(stream_id=0, prompt=prompt, max_tokens=30, temperature=1.0, seed=3, top_logprobs=20)
+    tokens = answers(engine, operation).tokens()
+    logprobs = torch.log_softmax(own_logits(loaded.model, prompt + [t.token for t in tokens]), -1)
+    for offset, token in enumerate(tokens):
+        row = logprobs[len(prompt) - 1 + offset]
+        assert token.logprob == pytest.approx(row[token.token].item(), abs=1e-4)
+        assert isinstance(token.top_logprobs, dict)
+        for other, logprob in token.top_logprobs.items():
+            assert logprob == pytest.approx(row[other].item(), abs=1e-4)
+
+
+def test_scores_of_text_agree_with_one_plain_forward_pass(demo: Demo) -> None:
+    loaded, engine = demo
+    scored = " Paris, the city of light."
+    tokens = answers(engine, Score(stream_id=0, prompt="The capital of France is", scored=scored, text=True)).tokens()
+    ids = loaded.tokenizer.encode("The capital of France is") + loaded.tokenizer.encode(scored)
+    logprobs = torch.log_softmax(own_logits(loaded.model, ids), -1)
+    first = len(ids) - len(tokens)
+    assert [t.token for t in tokens] == ids[first:]
+    expected = [logprobs[first + i - 1, t.token].item() for i, t in enumerate(tokens)]
+    assert [t.logprob for t in tokens] == pytest.approx(expected, abs=1e-4)
+    assert "".join(str(t.text) for t in tokens) == scored
+
+
+def test_the_text_ends_before_a_stop_sequence_and_generation_ends_with_it(demo: Demo) -> None:
+    loaded, engine = demo
+    prompt = render_prompt(loaded.tokenizer, QUESTIONS[0])
+    whole = answers(engine, Generate(stream_id=0, prompt=prompt, text=True)).tokens()
+    stopped = answers(engine, Generate(stream_id=0, prompt=prompt, text=True, stop=["of Fr", "zzz"])).tokens()
+    assert "".join(str(t.text) for t in whole) == "The capital of France is Paris."
+    assert "".join(str(t.text) for t in stopped) == "The capital "
+    assert stopped[-1].finish_reason == "stop"
+    assert len(stopped) < len(whole)

@@ -1,0 +1,143 @@
+"""Sampling against Transformers' own logits processors, and draws that no neighbour changes."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lmtp.protocol import Generate
+from lmtp.sampling import sample, score
+
+VOCABULARY = 3000
+
+
+@dataclass
+class Row:
+    operation: Generate
+    bias: Tensor | None = None
+    forbidden_now: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=lambda: [1, 2, 3])
+    prompt_length: int = 3
+    generator: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def draw(self) -> float:
+        return self.generator.random()
+
+
+def settings(**values: object) -> Generate:
+    return Generate(stream_id=0, prompt=[1], **values)
+
+
+def logits_of(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 2.5, "top_p": 0.99},
+        {"temperature": 0.7, "min_p": 0.1},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 1.0, "top_k": 2000, "top_p": 0.9},
+        {"temperature": 1.0, "repetition_penalty": 1.7, "top_k": 20},
+    ],
+)
+def test_draws_come_from_the_distribution_that_transformers_would_draw_from(values: dict[str, float]) -> None:
+    logits = logits_of(1)
+    processors = LogitsProcessorList()
+    if penalty := values.get("repetition_penalty"):
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    processors.append(TemperatureLogitsWarper(float(values["temperature"])))
+    if top_k := values.get("top_k"):
+        processors.append(TopKLogitsWarper(int(top_k)))
+    if top_p := values.get("top_p"):
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p := values.get("min_p"):
+        processors.append(MinPLogitsWarper(min_p))
+    expected = processors(torch.tensor([[1, 2, 3]]), logits.clone())[0].softmax(-1)
+    row = Row(settings(**values))
+    draws = 4000
+    counts = Counter(choice.token for _ in range(draws // 50) for choice in sample(logits.expand(50, -1), [row] * 50))
+    assert all(expected[token] > 0 for token in counts)
+    got = torch.zeros(VOCABULARY)
+    got[list(counts)] = torch.tensor([counts[token] / draws for token in counts])
+    noise = (expected * (1 - expected) / draws).sqrt()
+    assert ((got - expected).abs() <= 6 * noise + 1e-3).all()
+
+
+def test_a_draw_does_not_depend_on_the_neighbours() -> None:
+    logits = logits_of(6)
+    kinds = [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 2.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 3},
+    ]
+    operations = [settings(**kinds[i % 4], presence_penalty=0.5 * (i % 2)) for i in range(6)]
+    together = sample(logits, [Row(o, generator=random.Random(i)) for i, o in enumerate(operations)])
+    alone = [sample(logits[i : i + 1], [Row(o, generator=random.Random(i))])[0] for i, o in enumerate(operations)]
+    assert [choice.token for choice in together] == [choice.token for choice in alone]
+
+
+def test_an_impossible_token_is_never_drawn_whatever_its_logit() -> None:
+    logits = logits_of(1)
+    logits[0, 10] = 1e4
+    bias = torch.zeros(VOCABULARY)
+    bias[10] = -torch.inf
+    row = Row(settings(temperature=5.0, top_logprobs=3), bias=bias, forbidden_now=[11])
+    choices = [choice for _ in range(40) for choice in sample(logits.expand(50, -1).clone(), [row] * 50)]
+    assert not {10, 11} & {choice.token for choice in choices}
+    assert not any({10, 11} & set(choice.top) for choice in choices)
+
+
+def test_reported_logprobs_are_before_temperature_filters_and_penalties() -> None:
+    logits = logits_of(1)
+    row = Row(settings(temperature=3.0, top_k=2, repetition_penalty=2.0, frequency_penalty=1.0, top_logprobs=5))
+    (choice,) = sample(logits, [row])
+    logprobs = logits[0].log_softmax(-1)
+    assert choice.logprob == pytest.approx(logprobs[choice.token].item(), abs=1e-5)
+    assert list(choice.top.values())[:5] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-5)
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 5], logits[0, 6], logits[0, 7] = 3.0, 2.5, 2.0
+    row = Row(settings(presence_penalty=0.4, frequency_penalty=0.2), tokens=[6, 6, 5, 5, 6], prompt_length=2)
+    assert sample(logits.clone(), [row])[0].token == 5  # 3.0 - 0.4 - 2 * 0.2 is over 2.5 - 0.4 - 0.2
+    row = Row(settings(presence_penalty=1.0, frequency_penalty=0.2), tokens=[6, 6, 5, 5, 6], prompt_length=2)
+    assert sample(logits.clone(), [row])[0].token == 7
+
+
+def test_the_lowest_temperatures_are_greedy_and_do_not_overflow() -> None:
+    logits = logits_of(1) * 1000
+    for temperature in (0.0, 1e-30, 1e-5, 1e-3):
+        assert sample(logits, [Row(settings(temperature=temperature))])[0].token == logits.argmax().item()
+
+
+def test_logits_that_are_not_numbers_are_an_error() -> None:
+    with pytest.raises(FloatingPointError):
+        sample(torch.full((1, VOCABULARY), torch.nan), [Row(settings())])
+
+
+def test_scores_are_log_softmax_at_the_targets() -> None:
+    logits = logits_of(3)
+    choices = score(logits.bfloat16(), [4, 5, 6], [0, 2, 0])
+    expected = logits.bfloat16().float().log_softmax(-1)
+    assert [c.logprob for c in choices] == pytest.approx(
+        [expected[i, t].item() for i, t in enumerate((4, 5, 6))], abs=1e-5
+    )
+    assert len(choices[1].top) == 3

@@ -1,0 +1,154 @@
+"""Slots: whose prefix is taken over, who has to go, what the memory holds after it was moved."""
+
+import random
+
+import pytest
+import torch
+
+from lmtp.protocol import Generate
+from lmtp.slots import LayerShape, Memory, Slots, common_prefix
+from lmtp.stream import Generation, Limits
+
+LIMITS = Limits(vocabulary=1000, context=1024, end_of_sequence=())
+SHAPES = [LayerShape(heads=1, key_dim=2, value_dim=2), LayerShape(heads=1, key_dim=2, value_dim=4)]
+PER_TOKEN = (2 + 2 + 2 + 4) * 4
+
+
+def make(tokens: int = 10_000, most_slots: int = 64) -> tuple[Memory, Slots]:
+    memory = Memory(SHAPES, torch.float32, [torch.device("cpu")] * 2)
+    assert memory.bytes_per_token == PER_TOKEN
+    return memory, Slots(memory, tokens * PER_TOKEN, most_slots, LIMITS.context)
+
+
+def stream(prompt: list[int], max_tokens: int = 8) -> Generation:
+    return Generation(Generate(stream_id=0, prompt=prompt, max_tokens=max_tokens), prompt, LIMITS, None, None)
+
+
+def compute(memory: Memory, some: Generation) -> None:
+    """Write what the model would: here a token's keys and values are the token itself."""
+    ids = torch.tensor(some.tokens, dtype=torch.float32)[None, :, None]
+    for tensor in (*memory.keys, *memory.values):
+        tensor[some.slot, :, some.computed : len(some.tokens)] = ids[:, some.computed :]
+    some.computed = len(some.tokens)
+
+
+def check(memory: Memory, some: Generation) -> None:
+    ids = torch.tensor(some.tokens[: some.computed], dtype=torch.float32)[None, :, None]
+    for tensor in (*memory.keys, *memory.values):
+        assert (tensor[some.slot, :, : some.computed] == ids).all()
+
+
+def test_a_prefix_is_taken_over_from_an_idle_slot_and_the_last_prompt_token_is_left_to_compute() -> None:
+    memory, slots = make()
+    first = stream([1, 2, 3, 4])
+    assert slots.admit(first)
+    compute(memory, first)
+    slots.release(first)
+    second = stream([1, 2, 3, 4])
+    assert slots.shared_prefix(second) == (3, 3)
+    assert slots.admit(second)
+    assert (second.computed, second.reused) == (3, 3)
+    check(memory, second)
+
+
+def test_a_prefix_is_copied_from_a_running_stream_which_keeps_its_own() -> None:
+    memory, slots = make()
+    first, second = stream([1, 2, 3, 4, 5]), stream([1, 2, 3, 9])
+    slots.admit(first)
+    assert slots.shared_prefix(second) == (0, 3)
+    compute(memory, first)
+    assert slots.shared_prefix(second) == (3, 3)
+    slots.admit(second)
+    assert second.computed == 3
+    compute(memory, second)
+    check(memory, first)
+    check(memory, second)
+
+
+def test_a_short_part_of_a_long_idle_text_is_copied_so_that_the_text_stays() -> None:
+    memory, slots = make()
+    text = list(range(100))
+    first = stream(text)
+    slots.admit(first)
+    compute(memory, first)
+    slots.release(first)
+    branch = stream([*text[:20], 999])
+    slots.admit(branch)
+    assert branch.computed == 20
+    assert slots.shared_prefix(stream(text))[0] == 99
+
+
+def test_contents_that_are_not_to_be_kept_are_not_reused() -> None:
+    memory, slots = make()
+    first = stream([1, 2, 3, 4])
+    slots.admit(first)
+    compute(memory, first)
+    slots.release(first, keep=False)
+    assert slots.shared_prefix(stream([1, 2, 3, 4])) == (0, 0)
+
+
+def test_the_idle_slot_used_longest_ago_has_to_go() -> None:
+    memory, slots = make(most_slots=3)
+    for start in (100, 200, 300):
+        some = stream(list(range(start, start + 60)))
+        slots.admit(some)
+        compute(memory, some)
+        slots.release(some)
+    slots.admit(stream(list(range(500, 560))))
+    kept = [slots.shared_prefix(stream(list(range(start, start + 60))))[0] for start in (100, 200, 300)]
+    assert kept == [0, 59, 59]
+
+
+def test_streams_wait_when_the_budget_is_used_and_run_when_it_is_free() -> None:
+    _, slots = make(tokens=600)
+    long = stream([1] * 400, max_tokens=100)
+    assert slots.admit(long)
+    other = stream([2] * 10)
+    assert not slots.admit(other)
+    slots.release(long)
+    assert slots.admit(other)
+    assert slots.longest == 600
+
+
+def test_common_prefix_counts_shared_tokens() -> None:
+    for length in (0, 1, 2, 3, 17, 100):
+        for shared in range(0, length + 1, max(length // 7, 1)):
+            one = list(range(length))
+            other = [*one[:shared], -1, *one[shared + 1 :]]
+            assert common_prefix(one, other) == shared
+    assert common_prefix([1, 2, 3], [1, 2]) == 2
+
+
+@pytest.mark.parametrize("tokens", [700, 3000, 100_000])
+def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(tokens: int) -> None:
+    generator = random.Random(tokens)
+    memory, slots = make(tokens, most_slots=12)
+    texts = [[generator.randrange(900) for _ in range(300)] for _ in range(4)]
+    running: list[Generation] = []
+    admitted = 0
+    for _ in range(600):
+        if generator.random() < 0.5 or not running:
+            text = generator.choice(texts)
+            prompt = [
+                *text[: generator.randint(1, 300)],
+                *(generator.randrange(900) for _ in range(generator.randint(0, 9))),
+            ]
+            some = stream(prompt, generator.randint(1, 100))
+            if slots.admit(some):
+                admitted += 1
+                running.append(some)
+                check(memory, some)
+                compute(memory, some)
+        elif generator.random() < 0.5:
+            grown = generator.choice(running)
+            if len(grown.tokens) < grown.most_tokens:
+                grown.tokens.append(generator.randrange(900))
+                compute(memory, grown)
+        else:
+            gone = running.pop(generator.randrange(len(running)))
+            slots.release(gone, keep=generator.random() < 0.8)
+        assert [s.slot for s in slots.active] == list(range(len(running)))
+        assert memory.slots * memory.capacity <= max(tokens, memory.capacity)
+        for some in running:
+            check(memory, some)
+    assert admitted > 100

@@ -7,7 +7,7 @@ VENV = .venv
 READY = $(VENV)/.ready
 MODEL = weights/manifest.json
 
-.PHONY: help predict serve test lint weights bench clean
+.PHONY: help predict serve test lint weights build bench clean
 
 help:  ## List what make can do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,11 +30,14 @@ lint: $(READY)  ## Check format, lint and types
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)
 
+build: $(READY) $(MODEL)  ## Compile the decode step for this machine, ahead of time
+	@script/build
+
 bench: $(READY) $(MODEL)  ## Measure against peers; writes benchmarks/results/
 	@script/benchmark
 
-clean:  ## Remove the environment and caches; weights stay
-	rm -rf $(VENV) .cache .cog .mypy_cache .pytest_cache .ruff_cache
+clean:  ## Remove the environment, compiled steps and caches; weights stay
+	rm -rf $(VENV) compiled .cache .cog .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt requirements-dev.txt

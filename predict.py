@@ -3,19 +3,17 @@
 A prediction is either a prompt or a batch of LMTP operations; both become operations of the same generation loop.
 """
 
-import os
 import time
-from pathlib import Path
 from typing import Optional
 
 import cog
+import torch
+import transformers
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import protocol, text, weights
+from lmtp import compiled, protocol, settings, text, weights
 from lmtp.engine import Answer, Engine
 from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Token
-
-WEIGHTS = Path(os.environ.get("WEIGHTS_DIR", Path(__file__).parent / "weights"))
 
 
 class Predictor(BasePredictor):
@@ -23,14 +21,21 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the weights and start the engine."""
-        loaded = weights.load(WEIGHTS, dtype=os.environ.get("DTYPE", "auto"))
-        started = time.monotonic()
-        budget = os.environ.get("KV_CACHE_GB")
-        self.engine = Engine(loaded.model, loaded.tokenizer, int(float(budget) * 2**30) if budget else None)
+        chosen = settings.read()
+        loaded = weights.load(chosen.weights, dtype=chosen.dtype)
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         print(
-            f"engine: runner {self.engine.runner_description}, checked in {time.monotonic() - started:.1f} s",
+            f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
             flush=True,
         )
+        started = time.monotonic()
+        step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest)
+        use = step if chosen.compile != "off" and step.exists() else None
+        self.engine = Engine(loaded.model, loaded.tokenizer, chosen.kv_budget, use)
+        print(f"runner: {self.engine.runner_description}; checked in {time.monotonic() - started:.1f} s", flush=True)
+        if chosen.compile == "on" and use is None and loaded.device.type == "cpu":
+            compiled.build_in_background(self.engine.adopt, step, settings.ROOT / "script" / "build")
 
     @cog.streaming
     @cog.concurrent(max=64)

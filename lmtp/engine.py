@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp import sampling
+from lmtp.compiled import CompiledStep
 from lmtp.fallback import FallbackRunner, ModelCaches
 from lmtp.protocol import Failure, Info, ModelInfo, Operation, Reply, RequestError
 from lmtp.runner import SlotRunner, UnsupportedModel, check, layers_of
@@ -86,16 +88,20 @@ class Engine:
     """Serves one model. Start it, then run predictions on any event loop, several at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kv_budget: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        kv_budget: int | None = None,
+        compiled: Path | None = None,
     ) -> None:
         """``kv_budget``: bytes for keys and values; by default what is left on the GPU less a reserve, or a quarter of
-        the free memory on a CPU."""
+        the free memory on a CPU. ``compiled``: a file with the model's compiled decode step; see compiled.py."""
         self.tokenizer = tokenizer
         self.limits = limits_of(model)
         self.counters = Counters()
         """Totals since the start."""
         self._model = model
-        self.runner, self.scheduler, self.runner_description = _choose_runner(model, self.limits, kv_budget)
+        self.runner, self.scheduler, self.runner_description = _choose_runner(model, self.limits, kv_budget, compiled)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._owners: dict[Stream, Prediction] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -105,6 +111,17 @@ class Engine:
         """End the thread after the step it is in; streams still running are told."""
         self._commands.put(None)
         self._thread.join()
+
+    def adopt(self, compiled: Path) -> None:
+        """From the next step on, decode with this compiled step, which script/build has checked."""
+        step = CompiledStep(compiled)
+
+        def swap() -> None:
+            if isinstance(self.runner, SlotRunner):
+                self.runner.compiled = step
+                self.runner_description = "slots, compiled decode step"
+
+        self._commands.put(swap)
 
     @contextlib.asynccontextmanager
     async def predict(self, operations: Sequence[Operation | Failure]) -> AsyncIterator["Answer"]:
@@ -191,7 +208,7 @@ class Engine:
         longest = self.scheduler.memory.longest
         if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.most_tokens > longest):
             raise RequestError(
-                f"prompt is {stream.prompt_length} tokens; the memory for keys and values (KV_CACHE_GB) holds {longest}."
+                f"prompt is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
         stream.most_tokens = min(stream.most_tokens, longest)
         prediction.counters.input_tokens += len(stream.tokens)
@@ -307,22 +324,32 @@ def _failure(operation: Operation | Failure, error: str) -> Failure:
     )
 
 
-def _choose_runner(model: PreTrainedModel, limits: Limits, kv_budget: int | None) -> tuple[Runner, Scheduler, str]:
+def _choose_runner(
+    model: PreTrainedModel, limits: Limits, kv_budget: int | None, compiled: Path | None
+) -> tuple[Runner, Scheduler, str]:
     """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
     try:
-        shapes, devices = layers_of(model)
-        memory = Memory(shapes, model.dtype, devices)
+        memory = Memory(*layers_of(model), model.dtype)
         budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         slots = Slots(memory, budget, MOST_STREAMS, limits.context)
         runner = SlotRunner(model, memory)
-        check(model, runner, slots, limits.vocabulary)
+        check(model)
     except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
         caches = ModelCaches(MOST_STREAMS, limits.context)
         scheduler = Scheduler(caches, chunk=limits.context, busy_chunk=0, most_logits=limits.context)
         return FallbackRunner(model, caches), scheduler, f"fallback, one stream at a time ({reason})"
     most_logits = max(LOGITS_ELEMENTS // limits.vocabulary, MOST_STREAMS)
-    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), "slots"
+    description = "slots"
+    if compiled:
+        try:
+            runner.compiled = CompiledStep(compiled)
+            check(model, runner.compiled)
+            description = "slots, compiled decode step"
+        except Exception as error:  # the model's own code is there to go on with
+            runner.compiled = None
+            description = f"slots ({compiled.name} cannot be used: {error})"
+    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), description
 
 
 def _default_budget(device: torch.device) -> int:

@@ -72,10 +72,6 @@ class ModelCaches:
             other.slot = slot
         stream.slot = -1
 
-    def clear(self) -> None:
-        """Forget the idle caches."""
-        self._idle.clear()
-
     def _whole_prefix(self, stream: Stream) -> ModelCache | None:
         usable = [
             cache

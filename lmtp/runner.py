@@ -7,7 +7,7 @@ masks are added as numbers by some attention code, which is silently wrong).
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
+from lmtp.compiled import CompiledStep
 from lmtp.protocol import Score
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import LayerShape, Memory, Slots
 from lmtp.stream import Scoring
 
-COLUMNS = 64
-"""Attention reads the slots' columns in multiples of this, so that shapes repeat."""
+COLUMNS = 16
+"""Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.15}
 """How far the self-check lets a position's logits be from the model's own, relative to their spread."""
@@ -40,41 +41,30 @@ class UnsupportedModel(Exception):
 
 
 class SlotCache(Cache):
-    """The Transformers cache of one step: writes into the memory's rows, returns views of them."""
+    """The Transformers cache of one step: writes into the memory's slots, returns views of them."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], first: int, writes: Tensor, columns: int) -> None:
+        """``writes`` ``[rows, q]`` are the columns that the tokens of slots ``first`` and following go to; ``columns``
+        is how many are read."""
         super().__init__(layers=[])
-        self._memory = memory
-        self._rows = slice(0)
-        self._columns = 0
-        self._length = 0
-        self._write: tuple[Any, ...] = ()
-
-    def begin(self, first: int, writes: Tensor, columns: int, span: slice | None) -> None:
-        """Point at a step's rows: ``writes`` ``[rows, q]`` are the columns its tokens go to, ``columns`` how many are
-        read; ``span`` is given instead where there is one row and its columns are neighbours."""
-        rows, self._length = writes.shape
-        self._rows = slice(first, first + rows)
+        self._keys, self._values = keys, values
+        self._first = first
+        self._rows, self._length = writes.shape
         self._columns = columns
-        if span is not None:
-            self._write = (slice(None), slice(None), span)
-        else:
-            self._write = (torch.arange(rows, device=writes.device)[:, None], slice(None), writes)
+        self._places = (first + torch.arange(self._rows, device=writes.device))[:, None, None], writes[:, None, :]
 
     @override
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention with ``[rows, heads, q, dim]``; returns ``[rows, heads, columns, dim]``."""
-        keys = self._memory.keys[layer_idx][self._rows]
-        values = self._memory.values[layer_idx][self._rows]
-        if isinstance(self._write[0], slice):
-            keys[self._write] = key_states
-            values[self._write] = value_states
-        else:  # indexing with rows and columns puts [rows, q] in front of the heads
-            keys[self._write] = key_states.transpose(1, 2)
-            values[self._write] = value_states.transpose(1, 2)
-        return keys[:, :, : self._columns], values[:, :, : self._columns]
+        return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
+
+    def _write(self, memory: Tensor, states: Tensor) -> Tensor:
+        rows, columns = self._places
+        heads = torch.arange(states.shape[1], device=states.device)[None, :, None]
+        memory.index_put_((rows.to(states.device), heads, columns.to(states.device)), states)
+        return memory.narrow(0, self._first, self._rows).narrow(2, 0, self._columns)
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -87,16 +77,40 @@ class SlotCache(Cache):
         return self._columns, 0
 
 
+class DecodeStep(nn.Module):
+    """The model's forward pass for one token of each of the first slots: what compiled.py compiles."""
+
+    def __init__(self, runner: "SlotRunner") -> None:
+        super().__init__()
+        self.model = runner.model
+        self._runner = runner
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, masks: list[Tensor], keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
+        """Logits ``[rows, vocabulary]``; arguments as in compiled.CompiledStep."""
+        torch._check(ids.shape[0] <= keys[0].shape[0])
+        torch._check(masks[0].shape[3] < keys[0].shape[2])
+        cache = SlotCache(keys, values, 0, positions, masks[0].shape[3])
+        return self._runner.forward(ids, positions, masks, cache)[:, 0]
+
+
 class SlotRunner:
     """Runs steps through slots."""
 
-    def __init__(self, model: PreTrainedModel, memory: Memory) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, memory: Memory, compiled: CompiledStep | None = None) -> None:
+        self.model = model
+        self.compiled = compiled
+        """What runs a step of one token a row, where it is there."""
         self._memory = memory
-        self._cache = SlotCache(memory)
         self._device = input_device(model)
-        self._masks = _mask_rules(model)
+        self._rules = _mask_rules(model)
         self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    @property
+    def masks(self) -> int:
+        """How many kinds of attention mask the model takes."""
+        return len(self._rules)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -105,7 +119,6 @@ class SlotRunner:
         rows, q = len(counts), int(counts.max())
         computed = np.array([stream.computed for stream in step.streams])
         offsets = np.arange(q)[None, :]
-        padding = offsets >= counts[:, None]
         positions = computed[:, None] + np.minimum(offsets, counts[:, None] - 1)
         ids = np.zeros((rows, q), dtype=np.int64)
         wanted = np.zeros((rows, q), dtype=bool)
@@ -113,29 +126,36 @@ class SlotRunner:
             ids[row, :count] = stream.tokens[stream.computed : stream.computed + count]
             wanted[row, max(stream.first_wanted - stream.computed, 0) : count] = True
         columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
-        span = slice(int(computed[0]), int(computed[0] + q)) if rows == 1 else None
-        writes = np.where(padding, self._memory.capacity, positions)
         position_ids = self._tensor(positions)
-        self._cache.begin(step.first_slot, self._tensor(writes), columns, span)
-        inputs: dict[str, Any] = {"input_ids": self._tensor(ids), "attention_mask": self._mask(position_ids, columns)}
-        if self._accepts_positions:
-            inputs["position_ids"] = position_ids
+        masks = self._masks(position_ids, columns)
+        if self.compiled and q == 1 and step.first_slot == 0:
+            logits = self.compiled(self._tensor(ids), position_ids, masks, self._memory)
+            return logits if wanted.all() else logits[self._tensor(np.flatnonzero(wanted))]
+        padding = offsets >= counts[:, None]
+        writes = self._tensor(np.where(padding, self._memory.capacity, positions))
+        cache = SlotCache(self._memory.keys, self._memory.values, step.first_slot, writes, columns)
         with self._only_wanted(self._tensor(np.flatnonzero(wanted))):
-            output = self._model(past_key_values=self._cache, use_cache=True, **inputs)
-        return output.logits[0]
+            return self.forward(self._tensor(ids), position_ids, masks, cache)[0]
+
+    def forward(self, ids: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache) -> Tensor:
+        """The model's own forward pass, handed the slots; its logits."""
+        inputs: dict[str, Any] = {"position_ids": positions} if self._accepts_positions else {}
+        mask = dict(zip(self._rules, masks, strict=True)) if len(masks) > 1 else masks[0]
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
+        logits: Tensor = output.logits
+        return logits
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def _mask(self, positions: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
-        """Additive masks ``[rows, 1, q, columns]``: 0 where a position may look, the dtype's minimum elsewhere."""
-        dtype = self._model.dtype
+    def _masks(self, positions: Tensor, columns: int) -> list[Tensor]:
+        """For each kind of layer an additive mask ``[rows, 1, q, columns]``: 0 where a position may look, else the
+        dtype's minimum."""
+        dtype = self.model.dtype
         column = torch.arange(columns, device=positions.device)
         position = positions[:, None, :, None]
-        masks = {}
-        for kind, visible in self._masks.items():
-            masks[kind] = torch.where(visible(column, position), 0.0, torch.finfo(dtype).min).to(dtype)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=positions.device)
+        return [torch.where(visible(column, position), 0.0, hidden) for visible in self._rules.values()]
 
     @contextlib.contextmanager
     def _only_wanted(self, index: Tensor) -> Iterator[None]:
@@ -145,7 +165,7 @@ class SlotRunner:
             hidden = args[0]
             return (hidden.flatten(0, 1)[index.to(hidden.device)][None], *args[1:])
 
-        handle = self._model.get_output_embeddings().register_forward_pre_hook(select)
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
             yield
         finally:
@@ -195,20 +215,32 @@ def layers_of(model: PreTrainedModel) -> tuple[list[LayerShape], list[torch.devi
 
 
 @torch.inference_mode()
-def check(model: PreTrainedModel, runner: SlotRunner, slots: Slots, vocabulary: int) -> None:
-    """Prove the runner on uneven rows against the model's own forward pass, through chunks, padding, reuse and moves.
+def check(model: PreTrainedModel, compiled: CompiledStep | None = None) -> None:
+    """Prove slots on uneven rows against the model's own forward pass, through chunks, padding, reuse and moves; or a
+    compiled step, through steps of one token a row.
 
     Raises UnsupportedModel where they disagree.
     """
+    memory = Memory(*layers_of(model), model.dtype)
+    slots = Slots(memory, budget=memory.bytes_per_token * 512, most_slots=8, context=64)
+    runner = SlotRunner(model, memory, compiled)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)
     texts = [generator.integers(vocabulary, size=size).tolist() for size in (7, 21, 13)]
     texts.append(texts[1][:12] + texts[2])
     scheduler = Scheduler(slots, chunk=24, busy_chunk=8, most_logits=256)
-    got: dict[int, list[Tensor]] = {}
-    for index, tokens in enumerate(texts):
-        got[index] = []
+    got: list[list[Tensor]] = [[] for _ in texts]
+    for index, tokens in enumerate(texts[:3]):
         scheduler.add(Scoring(Score(stream_id=index, prompt=[], scored=tokens), tokens[:1], tokens[1:], None))
-    while step := scheduler.next_step():
+    steps = 0
+    while (step := scheduler.next_step()) or steps < 12:
+        steps += 1
+        if steps == 12:  # by now its first 12 tokens can be had from another row
+            scheduler.add(Scoring(Score(stream_id=3, prompt=[], scored=texts[3]), texts[3][:10], texts[3][10:], None))
+        if step is None:
+            continue
+        if compiled:
+            step = Step(0, list(slots.active), [1] * len(slots.active))
         logits = runner.run(step)
         for stream, count in zip(step.streams, step.counts, strict=True):
             got[int(stream.operation.stream_id)] += logits[:count].unbind()
@@ -216,16 +248,15 @@ def check(model: PreTrainedModel, runner: SlotRunner, slots: Slots, vocabulary: 
             stream.computed += count
             if stream.pending == 0:
                 scheduler.remove(stream)
-    slots.clear()
-    device = input_device(model)
     wrong = total = 0
-    for index, tokens in enumerate(texts):
-        own = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, :-1].float()
-        ours = torch.stack(got[index]).float()
+    for tokens, ours in zip(texts, got, strict=True):
+        ids = torch.tensor([tokens], device=input_device(model))
+        own = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        own = own[-len(ours) :]  # what was reused from another row was not computed again
         spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
-        distance = (own - ours).norm(dim=-1) / spread.clamp(min=1e-9)
+        distance = (own - torch.stack(ours).float()).norm(dim=-1) / spread.clamp(min=1e-9)
         wrong += int((~(distance < AGREEMENT[model.dtype])).sum())
-        total += len(tokens) - 1
+        total += len(ours)
     # A mixture of experts may choose another expert for a rounding difference, so a few positions are forgiven.
     if wrong > total * (0.1 if model.dtype != torch.float32 else 0.0):
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")

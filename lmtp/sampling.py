@@ -83,7 +83,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
 
 
 def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
-    """Each row's target token with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
+    """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
     logits = logits.float()
     chosen = torch.tensor(targets, device=logits.device)
     return _report(logits, torch.logsumexp(logits, -1), chosen, top)

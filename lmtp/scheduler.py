@@ -32,9 +32,6 @@ class StreamMemory(Protocol):
     def release(self, stream: Stream, keep: bool = True) -> None:
         """Take back what the stream held."""
 
-    def clear(self) -> None:
-        """Forget what idle streams left."""
-
 
 @dataclass(frozen=True)
 class Step:

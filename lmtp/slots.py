@@ -34,7 +34,7 @@ class LayerShape:
 class Memory:
     """The tensors. Layers of one shape share one tensor, so that moving a slot is one operation for all of them."""
 
-    def __init__(self, layers: Sequence[LayerShape], dtype: torch.dtype, devices: Sequence[torch.device]) -> None:
+    def __init__(self, layers: Sequence[LayerShape], devices: Sequence[torch.device], dtype: torch.dtype) -> None:
         """``devices`` are the layers' devices, where a large model is spread over several."""
         self._dtype = dtype
         self._groups: dict[tuple[int, int, torch.device], int] = {}
@@ -157,11 +157,6 @@ class Slots:
             self.active[stream.slot] = last
             last.slot = stream.slot
         stream.slot = -1
-
-    def clear(self) -> None:
-        """Forget the contents of the idle slots."""
-        for slot in self._slots[len(self.active) :]:
-            slot.tokens = []
 
     def _make_room(self, tokens: int) -> bool:
         """See that there is an idle slot and that slots take ``tokens`` tokens, within the budget."""

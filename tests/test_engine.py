@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lmtp.engine import Engine
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
-from tests.tiny import ARCHITECTURES, END, FALLBACKS, VOCABULARY, answers, ask, build, own_greedy, own_logits
+from tests.tiny import ARCHITECTURES, END, FALLBACKS, VOCABULARY, answers, ask, build, own_greedy, own_logits, start
 from tests.tiny import random_prompts as prompts
 
 Pair = tuple[PreTrainedModel, Engine]
@@ -20,7 +20,7 @@ Pair = tuple[PreTrainedModel, Engine]
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, *FALLBACKS])
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
     model = build(request.param)
-    engine = Engine(model, None)
+    engine = start(model)
     assert engine.runner_description.startswith("fallback" if request.param in FALLBACKS else "slots")
     yield model, engine
     engine.stop()
@@ -29,7 +29,7 @@ def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def llama() -> Iterator[Pair]:
     model = build("llama")
-    engine = Engine(model, None)
+    engine = start(model)
     yield model, engine
     engine.stop()
 
@@ -158,7 +158,7 @@ def test_only_tokens_that_a_mask_allows_are_generated_and_their_logprobs_sum_to_
 
 def test_what_one_prediction_leaves_changes_no_other(llama: Pair) -> None:
     model, _ = llama
-    engine = Engine(model, None)
+    engine = start(model)
     shared, *tails = prompts(50, 3, 5, 7, 9, seed=6)
     for tail in tails * 2:
         assert answers(engine, Generate(stream_id=0, prompt=shared + tail)).ids() == own_greedy(
@@ -169,7 +169,7 @@ def test_what_one_prediction_leaves_changes_no_other(llama: Pair) -> None:
 
 def test_no_prompt_token_whose_keys_are_in_a_slot_is_computed_again_but_the_last(llama: Pair) -> None:
     model, _ = llama
-    engine = Engine(model, None)
+    engine = start(model)
     prompt, tail = prompts(60, 10, seed=7)
     first = answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=8, min_tokens=8))
     assert first.counters.computed_tokens == 60 + 7
@@ -182,7 +182,7 @@ def test_no_prompt_token_whose_keys_are_in_a_slot_is_computed_again_but_the_last
 
 def test_options_scored_at_once_compute_their_prompt_once(llama: Pair) -> None:
     model, _ = llama
-    engine = Engine(model, None)
+    engine = start(model)
     prompt, *options = prompts(200, *[3] * 16, seed=8)
 
     async def at_once() -> list[int]:
@@ -202,7 +202,7 @@ def test_every_end_of_sequence_id_of_either_configuration_ends_a_stream() -> Non
     (prompt,) = prompts(6)
     following = own_greedy(model, prompt, 3)
     model.generation_config.eos_token_id = [END, following[1]]
-    engine = Engine(model, None)
+    engine = start(model)
     tokens = answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=3)).tokens()
     assert [t.token for t in tokens] == following[:2]
     assert tokens[-1].finish_reason == "stop"
@@ -255,7 +255,7 @@ def test_a_step_that_fails_ends_its_streams_with_an_error_and_the_engine_goes_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build("llama")
-    engine = Engine(model, None)
+    engine = start(model)
     (prompt,) = prompts(7)
     with monkeypatch.context() as patched:
         patched.setattr(engine.runner, "run", lambda step: 1 / 0)
@@ -278,7 +278,7 @@ def test_scoring_the_first_token_of_nothing_is_zero(llama: Pair) -> None:
 def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_memory(llama: Pair) -> None:
     model, _ = llama
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, bytes
-    engine = Engine(model, None, kv_budget=per_token * 700)
+    engine = start(model, kv_budget=per_token * 700)
     lengths = [3, 40, 100, 7, 64, 200, 12, 33] * 4
     several = prompts(*lengths, seed=10)
 
@@ -292,6 +292,6 @@ def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_me
 
     asyncio.run(all_at_once())
     assert engine.scheduler.memory.active == []
-    too_long = answers(Engine(model, None, kv_budget=per_token * 50), Generate(stream_id=0, prompt=several[2]))
+    too_long = answers(start(model, kv_budget=per_token * 50), Generate(stream_id=0, prompt=several[2]))
     assert "memory for keys and values (KV_CACHE_GB) holds 50" in too_long.error()
     engine.stop()

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Row:
         return self.generator.random()
 
 
-def settings(**values: object) -> Generate:
+def settings(**values: Any) -> Generate:
     return Generate(stream_id=0, prompt=[1], **values)
 
 
@@ -68,7 +69,8 @@ def test_draws_come_from_the_distribution_that_transformers_would_draw_from(valu
         processors.append(TopPLogitsWarper(top_p))
     if min_p := values.get("min_p"):
         processors.append(MinPLogitsWarper(min_p))
-    expected = processors(torch.tensor([[1, 2, 3]]), logits.clone())[0].softmax(-1)
+    prompt: Any = torch.tensor([[1, 2, 3]])
+    expected = processors(prompt, logits.clone())[0].softmax(-1)
     row = Row(settings(**values))
     draws = 4000
     counts = Counter(choice.token for _ in range(draws // 50) for choice in sample(logits.expand(50, -1), [row] * 50))

@@ -15,7 +15,7 @@ PER_TOKEN = (2 + 2 + 2 + 4) * 4
 
 
 def make(tokens: int = 10_000, most_slots: int = 64) -> tuple[Memory, Slots]:
-    memory = Memory(SHAPES, torch.float32, [torch.device("cpu")] * 2)
+    memory = Memory(SHAPES, [torch.device("cpu")] * 2, torch.float32)
     assert memory.bytes_per_token == PER_TOKEN
     return memory, Slots(memory, tokens * PER_TOKEN, most_slots, LIMITS.context)
 

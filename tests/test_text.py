@@ -95,7 +95,7 @@ def test_a_prompt_is_put_into_the_models_chat_template(tokenizer: PreTrainedToke
 def test_a_prompt_is_put_into_a_given_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = render_prompt(tokenizer, "Hello {system_prompt}", "Be kind.", "[{system_prompt}] {json} {prompt}!")
     assert tokenizer.decode(ids) == "[Be kind.] {json} Hello {system_prompt}!"
-    with pytest.raises(RequestError, match="no {prompt}"):
+    with pytest.raises(RequestError, match=r"no \{prompt\}"):
         render_prompt(tokenizer, "Hello", "", "Hello")
 
 

@@ -63,6 +63,12 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
+def start(model: PreTrainedModel, **arguments: Any) -> Engine:
+    """An engine for a model without a tokenizer: these tests speak in token ids."""
+    tokenizer: Any = None
+    return Engine(model, tokenizer, **arguments)
+
+
 class Answers:
     """Every stream's replies, and the prediction's counters."""
 
@@ -106,8 +112,10 @@ def answers(engine: Engine, *operations: Operation | Failure) -> Answers:
 def own_greedy(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
     """What Transformers' own greedy generate adds to the prompt."""
     with torch.inference_mode():
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
-    return output[0, len(prompt) :].tolist()
+        generate: Any = model.generate  # typed as a tensor
+        output = generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+    ids: list[int] = output[0, len(prompt) :].tolist()
+    return ids
 
 
 def own_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:

@@ -4,6 +4,7 @@ A prediction is either a prompt or a batch of LMTP operations; both become opera
 """
 
 import time
+from collections.abc import AsyncIterator
 from typing import Optional
 
 import cog
@@ -11,9 +12,11 @@ import torch
 import transformers
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import compiled, protocol, settings, text, weights
+from lmtp import compiled, live, protocol, settings, text, weights
 from lmtp.engine import Answer, Engine
 from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Token
+
+live.install()
 
 
 class Predictor(BasePredictor):
@@ -49,8 +52,7 @@ class Predictor(BasePredictor):
         ),
         prompt_template: str = Input(
             default="",
-            description="Text around the prompt, with {prompt} and optionally {system_prompt} in it. "
-            "Empty: the model's own chat template. {prompt} alone: the prompt as it is, to be continued.",
+            description="Text with {prompt} and maybe {system_prompt} in it. Empty: the model's own chat template.",
         ),
         max_tokens: int = Input(default=512, ge=1, description="New tokens to generate at most."),
         temperature: float = Input(
@@ -74,8 +76,7 @@ class Predictor(BasePredictor):
         ),
         logit_bias: str = Input(
             default="",
-            description='JSON object from token id to number: {"42": -100} forbids a token, values of 100 allow only '
-            "the tokens that have them, numbers between make a token more or less likely.",
+            description="JSON object from token id to number: -100 forbids a token, 100 allows only such tokens.",
         ),
         top_logprobs: int = Input(
             default=1, ge=0, le=1000, description="With output lmtp: how many of the most likely tokens to report."
@@ -99,30 +100,36 @@ class Predictor(BasePredictor):
             operations = protocol.parse_batch(ops_batch_json)
         else:
             tokenizer = self.engine.tokenizer
-            operations = [
+            operations = [  # the runtime lets 3.0 pass for an integer
                 Generate(
                     stream_id=0,
                     prompt=text.render_prompt(tokenizer, prompt or "", system_prompt, prompt_template),
-                    max_tokens=max_tokens,
+                    max_tokens=int(max_tokens),
                     temperature=temperature,
                     top_p=top_p or None,
-                    top_k=top_k,
-                    seed=seed,
+                    top_k=int(top_k),
+                    seed=None if seed is None else int(seed),
                     stop=text.parse_stop_sequences(stop_sequences),
                     logit_bias=protocol.parse_logit_bias(logit_bias),
-                    top_logprobs=top_logprobs,
+                    top_logprobs=int(top_logprobs),
                     text=True,
                 )
             ]
+        as_text = prompt is not None and output == "text"
+        return live.stream(self._run(operations, started, one=prompt is not None, as_text=as_text))
+
+    async def _run(
+        self, operations: list[Operation | Failure], started: float, one: bool, as_text: bool
+    ) -> AsyncIterator[str]:
+        """The chunks of the output, one for every step. ``one``: what is wrong with the stream fails the prediction."""
         first_token: float | None = None
-        answer: Answer
         async with self.engine.predict(operations) as answer:
             async for replies in answer:
                 if first_token is None:
                     first_token = time.monotonic() - started
-                if prompt is not None:
+                if one:
                     _raise_failures(replies)
-                yield protocol.encode(replies) if ops_batch_json is not None or output == "lmtp" else _text(replies)
+                yield _text(replies) if as_text else protocol.encode(replies)
         self._record(answer, first_token or 0.0, time.monotonic() - started)
 
     def _record(self, answer: Answer, first_token: float, seconds: float) -> None:

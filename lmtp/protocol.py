@@ -124,16 +124,21 @@ _encoder = msgspec.json.Encoder()
 
 def encode(replies: Iterable[Reply]) -> str:
     """The replies as protocol lines, each ended by a newline; strict JSON."""
-    lines = []
-    for reply in replies:
-        if isinstance(reply, Token):
-            lines.append("TOKEN " + _encoder.encode(reply).decode())
-        elif isinstance(reply, Info):
-            lines.append("MSG " + _encoder.encode(reply).decode())
-        else:
-            line = _FailureLine(reply.stream_id, reply.error)
-            lines.append(f"{reply.kind} {_encoder.encode(line).decode()}")
-    return "".join(line + "\n" for line in lines)
+    return "".join(_line(reply) for reply in replies)
+
+
+def _line(reply: Reply) -> str:
+    if isinstance(reply, Token):
+        command, content = "TOKEN", _encoder.encode(reply)
+    elif isinstance(reply, Info):
+        command, content = "MSG", _encoder.encode(reply)
+    else:
+        command, content = reply.kind, _encoder.encode(_FailureLine(reply.stream_id, reply.error))
+    # JSON lets these stand as they are, and clients that read line by line take them for the ends of lines.
+    return f"{command} {content.decode().translate(_LINE_ENDS)}\n"
+
+
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 def parse_batch(text: str) -> list[Operation | Failure]:

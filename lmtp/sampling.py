@@ -7,10 +7,11 @@ A draw is an inverse-CDF lookup with one uniform number from the stream's own ge
 it depends on nothing else in the batch.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ GREEDY_BELOW = 1e-5
 """A temperature under this is greedy: dividing by it would overflow float32."""
 
 BLOCK = 256
-"""Vocabulary ids summed together in the first of the two levels of a draw."""
+"""Vocabulary ids that are searched together; see _blocks."""
 
-NUCLEUS = 1024
-"""How many of the most likely tokens are sorted to find a top-p nucleus before the whole vocabulary is."""
+NUCLEUS = 64
+"""How many of the most likely tokens are looked at first to find a top-p nucleus; then 16 times as many, and so on."""
 
 
 @dataclass(frozen=True)
@@ -70,49 +71,83 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     Raises FloatingPointError where the logits of a row are not numbers.
     """
     logits = _biased(logits.float(), rows)
-    chosen = logits.argmax(-1)
+    blocks = _blocks(logits, -math.inf)
+    peaks = blocks.amax(-1)
     normalizer = torch.logsumexp(logits, -1)
     if not torch.isfinite(normalizer).all():
         raise FloatingPointError("the model produced logits that are not finite numbers")
+    likely = _most_likely(blocks, peaks, max(1, *(row.operation.top_logprobs for row in rows)))
+    chosen = likely.indices[:, 0].clone()
     drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
     if drawn:
         some = [rows[i] for i in drawn]
         index = torch.tensor(drawn, device=logits.device)
         chosen[index] = _draw(_penalized(logits[index], some), some)
-    return _report(logits, normalizer, chosen, [row.operation.top_logprobs for row in rows])
+    return _report(logits, normalizer, chosen, likely, [row.operation.top_logprobs for row in rows])
 
 
 def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
     """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
     logits = logits.float()
+    blocks = _blocks(logits, -math.inf)
+    likely = _most_likely(blocks, blocks.amax(-1), max(top)) if max(top) else None
     chosen = torch.tensor(targets, device=logits.device)
-    return _report(logits, torch.logsumexp(logits, -1), chosen, top)
+    return _report(logits, torch.logsumexp(logits, -1), chosen, likely, top)
 
 
-def _report(logits: Tensor, normalizer: Tensor, chosen: Tensor, top: Sequence[int]) -> list[Choice]:
-    logprobs = (logits.gather(-1, chosen[:, None])[:, 0] - normalizer).tolist()
-    tokens = chosen.tolist()
-    most = min(max(top), logits.shape[-1])
-    if most == 0:
-        return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, logprobs, strict=True)]
-    if most == 1:
-        values, ids = logits.max(-1, keepdim=True)
-    else:
-        values, ids = logits.topk(most, -1)
-    top_logprobs, top_ids = (values - normalizer[:, None]).tolist(), ids.tolist()
+class Likely(NamedTuple):
+    """Each row's largest logits, largest first: ``[rows, k]`` values and their token ids."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def _blocks(values: Tensor, padding: float) -> Tensor:
+    """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``. One number a block narrows a search down to a few of them,
+    where a reduction over the whole vocabulary that also looks for places is many times slower on a CPU."""
+    missing = -values.shape[-1] % BLOCK
+    if missing:
+        values = functional.pad(values, (0, missing), value=padding)
+    return values.view(len(values), -1, BLOCK)
+
+
+def _most_likely(blocks: Tensor, peaks: Tensor, k: int) -> Likely:
+    """The ``k`` largest of each row: they lie in the ``k`` blocks with the largest peaks."""
+    some = peaks.topk(min(k, peaks.shape[-1]), -1).indices
+    inside = blocks.gather(1, some[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    values, places = inside.topk(min(k, inside.shape[-1]), -1)
+    return Likely(values, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK)
+
+
+def _report(
+    logits: Tensor, normalizer: Tensor, chosen: Tensor, likely: Likely | None, top: Sequence[int]
+) -> list[Choice]:
+    logprobs = _rounded(logits.gather(-1, chosen[:, None])[:, 0] - normalizer)
+    tokens: list[int] = chosen.tolist()
+    if likely is None:
+        return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, logprobs.tolist(), strict=True)]
+    top_logprobs, top_ids = _rounded(likely.values - normalizer[:, None]), likely.indices.tolist()
+    possible = torch.isfinite(top_logprobs).sum(-1).tolist()  # impossible ones come last
     choices = []
-    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-        likely = zip(top_ids[i][: top[i]], top_logprobs[i], strict=False)
-        entries = {t: finite(p) for t, p in likely if p != -math.inf}
+    for token, logprob, ids, values, count, most in zip(
+        tokens, logprobs.tolist(), top_ids, top_logprobs.tolist(), possible, top, strict=True
+    ):
+        most = min(most, count)
+        entries = dict(zip(ids[:most], values[:most], strict=True))
         entries.setdefault(token, finite(logprob))
         choices.append(Choice(token, finite(logprob), entries))
     return choices
 
 
+def _rounded(logprobs: Tensor) -> Tensor:
+    """To a millionth, in float64, and without a negative zero."""
+    return logprobs.double().round(decimals=6) + 0.0
+
+
 def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     biased = [i for i, row in enumerate(rows) if row.bias is not None]
     if biased:
-        bias = torch.stack([row.bias for row in rows if row.bias is not None]).to(logits.device)
+        bias = _stacked(tuple(row.bias for row in rows if row.bias is not None), logits.device)
         if len(biased) == len(rows):
             logits = logits + bias
         else:
@@ -121,6 +156,12 @@ def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if row.forbidden_now:
             logits[i, list(row.forbidden_now)] = -math.inf
     return logits
+
+
+@functools.lru_cache(maxsize=2)
+def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    """The biases as ``[rows, vocabulary]``; the rows of one step are mostly those of the step before."""
+    return torch.stack(biases).to(device)
 
 
 def _needs_own_logits(operation: Generate) -> bool:
@@ -157,35 +198,40 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """The token of each row: drawn at its temperature among those its filters keep, or the best where it is greedy."""
     temperatures = [row.operation.temperature for row in rows]
     greedy = [t < GREEDY_BELOW for t in temperatures]
-    if all(greedy):
-        return logits.argmax(-1)
     scale = torch.tensor([1.0 if g else t for g, t in zip(greedy, temperatures, strict=True)], device=logits.device)
-    logits = logits / scale[:, None]
-    logits = logits - logits.amax(-1, keepdim=True)
-    weights = logits.exp()
+    blocks = _blocks(logits / scale[:, None], -math.inf)
+    peaks = blocks.amax(-1)
+    best = peaks.amax(-1)
+    blocks -= best[:, None, None]
+    peaks -= best[:, None]
+    weights = blocks.exp()
     filtered = [i for i, row in enumerate(rows) if not greedy[i] and _is_filtered(row.operation)]
     if filtered:
         index = torch.tensor(filtered, device=logits.device)
-        some = logits[index]
-        threshold = _threshold(some, [rows[i].operation for i in filtered])
-        weights[index] = torch.where(some >= threshold[:, None], weights[index], 0.0)
+        everything = len(filtered) == len(rows)
+        some = blocks if everything else blocks[index]
+        threshold = _threshold(some, peaks[index], weights[index].sum((1, 2)), [rows[i].operation for i in filtered])
+        kept = some >= threshold[:, None, None]
+        if everything:
+            weights *= kept
+        else:
+            weights[index] *= kept
     uniform = torch.tensor([0.0 if g else row.draw() for g, row in zip(greedy, rows, strict=True)], dtype=torch.float64)
     drawn = _inverse_cdf(weights, uniform.to(logits.device))
     if any(greedy):
-        drawn = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(-1), drawn)
+        most_likely = _most_likely(blocks, peaks, 1).indices[:, 0]
+        drawn = torch.where(torch.tensor(greedy, device=logits.device), most_likely, drawn)
     return drawn
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """For each row the first token id at which the running sum of weights ``[rows, vocabulary]`` passes
-    ``uniform`` times their total. Summed in float64 and in two levels, so that a token of weight 0 is never drawn."""
-    rows, vocabulary = weights.shape
-    blocks = functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    running = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    """For each row the first token id at which the running sum of weights ``[rows, blocks, BLOCK]`` passes ``uniform``
+    times their total, found in two levels. A token of weight 0 adds nothing, so it is never drawn."""
+    running = weights.sum(-1).double().cumsum(-1)
     target = _below(uniform * running[:, -1], running[:, -1])[:, None]
     block = torch.searchsorted(running, target, right=True)
     before = torch.where(block > 0, running.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    inner = weights.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     offset = torch.searchsorted(inner, _below((target - before)[:, 0], inner[:, -1])[:, None], right=True)
     return (block * BLOCK + offset)[:, 0]
 
@@ -199,37 +245,34 @@ def _is_filtered(operation: Generate) -> bool:
     return bool(operation.top_k or operation.min_p or (operation.top_p or 1.0) < 1.0)
 
 
-def _threshold(logits: Tensor, operations: Sequence[Generate]) -> Tensor:
+def _threshold(blocks: Tensor, peaks: Tensor, total: Tensor, operations: Sequence[Generate]) -> Tensor:
     """The lowest logit ``[rows]`` that top-k, top-p and min-p keep, applied in this order as Transformers does.
 
-    The logits ``[rows, vocabulary]`` are at temperature already, each row's best at 0.
+    The logits ``[rows, blocks, BLOCK]``, with the blocks' ``peaks``, are at temperature already, each row's best at 0;
+    ``total`` is the sum of their exponentials.
     """
-    vocabulary = logits.shape[-1]
-    device = logits.device
-    k = torch.tensor([min(o.top_k or vocabulary, vocabulary) for o in operations], device=device)
+    vocabulary = blocks.shape[1] * BLOCK
+    device = blocks.device
+    k = torch.tensor([o.top_k or vocabulary for o in operations], device=device).clamp(max=vocabulary)
     p = torch.tensor([o.top_p or 1.0 for o in operations], dtype=torch.float64, device=device)
-    min_p = torch.tensor([o.min_p or 0.0 for o in operations], dtype=torch.float32, device=device)
-    threshold = min_p.log()
-    limited = [o.top_k for o in operations if o.top_k]
-    nucleus = any((o.top_p or 1.0) < 1.0 for o in operations)
-    if not limited and not nucleus:
-        return threshold
-    width = min(vocabulary, max(limited + ([NUCLEUS] if nucleus else [])))
-    while True:
-        values = logits.topk(width, -1).values
-        kept = torch.arange(width, device=device) < k[:, None]
-        total = torch.where(k <= width, _sum_exp(values, kept), logits.double().exp().sum(-1))
-        before = (torch.where(kept, values.double().exp(), 0.0) / total[:, None]).cumsum(-1)
-        before = functional.pad(before[:, :-1], (1, 0))
-        kept &= (before < p[:, None]) | (p[:, None] >= 1.0)
-        unfinished = kept[:, -1] & (p < 1.0) & (k > width)
-        if width == vocabulary or not bool(unfinished.any()):
-            break
-        width = vocabulary
-    lowest = values.gather(-1, (kept.sum(-1, keepdim=True) - 1).clamp(min=0))[:, 0]
-    unlimited = (p >= 1.0) & (k > width)
-    return torch.maximum(threshold, torch.where(unlimited, -math.inf, lowest))
-
-
-def _sum_exp(values: Tensor, kept: Tensor) -> Tensor:
-    return torch.where(kept, values.double().exp(), 0.0).sum(-1)
+    threshold = torch.tensor([o.min_p or 0.0 for o in operations], device=device).log()
+    search = [i for i, o in enumerate(operations) if o.top_k or (o.top_p or 1.0) < 1.0]
+    width = max([NUCLEUS, *(o.top_k or 0 for o in operations)])
+    while search:
+        width = min(width, vocabulary)
+        rows = torch.tensor(search, device=device)
+        values = _most_likely(blocks[rows], peaks[rows], width).values.double()
+        row_k, row_p = k[rows, None], p[rows, None]
+        kept = torch.arange(width, device=device) < row_k
+        weights = torch.where(kept, values.exp(), 0.0)
+        of = torch.where(row_k[:, 0] <= width, weights.sum(-1), total[rows].double())
+        before = functional.pad((weights / of[:, None]).cumsum(-1)[:, :-1], (1, 0))
+        kept &= (before < row_p) | (row_p >= 1.0)
+        lowest = values.gather(-1, kept.sum(-1, keepdim=True) - 1)[:, 0].float()
+        # A nucleus that fills what was looked at may go on beyond it.
+        unfinished = kept[:, -1] & (row_k[:, 0] > width) & (width < vocabulary)
+        found = rows[~unfinished]
+        threshold[found] = torch.maximum(threshold[found], lowest[~unfinished])
+        search = rows[unfinished].tolist()
+        width *= 16
+    return threshold

@@ -83,7 +83,8 @@ class Generation(Stream):
         self.bias = bias
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
-        self._random = random.Random(operation.seed)
+        # Random takes a number without its sign, and a string whole; None is a seed of the system's.
+        self._random = random.Random(None if operation.seed is None else str(operation.seed))
 
     @property
     @override

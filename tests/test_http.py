@@ -1,0 +1,312 @@
+"""The predictor behind Cog's HTTP runtime: what a client of the container sees."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server import Server
+
+QUESTION = "What is the capital of France?"
+ENDLESS = {
+    "prompt": "Tell me a story.",
+    "max_tokens": 4000,
+    "logit_bias": '{"0": -100, "1": -100, "2": -100}',  # nothing that ends the text
+}
+"""Takes minutes: what uses it does not wait for its end."""
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    """Talks to the server with the demo model."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def predict(client: httpx.Client, **inputs: Any) -> dict[str, Any]:
+    """The response to a synchronous prediction."""
+    response = client.post("/predictions", json={"input": inputs})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def operate(client: httpx.Client, *operations: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The replies to a batch of operations: the word each line begins with, and its object."""
+    prediction = predict(client, ops_batch_json=json.dumps(operations))
+    assert prediction["status"] == "succeeded", prediction
+    replies = []
+    for chunk in prediction["output"]:
+        assert chunk.endswith("\n")
+        for line in chunk.removesuffix("\n").split("\n"):
+            word, _, reply = line.partition(" ")
+            replies.append((word, json.loads(reply)))
+    return replies
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The server-sent events of a prediction as they come: name and data."""
+    name = ""
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+def stream(client: httpx.Client, **inputs: Any) -> Any:
+    """A context with the response to a prediction that is streamed."""
+    return client.stream("POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"})
+
+
+def serves(client: httpx.Client) -> bool:
+    """Whether a prediction is served as if nothing had happened."""
+    ((word, reply),) = operate(client, ["MODEL_INFO", {"stream_id": 1}])
+    return word == "MSG" and "model_info" in reply
+
+
+class TestSynchronous:
+    def test_a_prompt_is_answered_with_the_models_text(self, client: httpx.Client) -> None:
+        prediction = predict(client, prompt=QUESTION, max_tokens=20)
+        assert prediction["status"] == "succeeded"
+        assert "".join(prediction["output"]) == "The capital of France is Paris."
+
+    def test_the_metrics_say_what_the_prediction_took(self, client: httpx.Client) -> None:
+        metrics = predict(client, prompt=QUESTION, max_tokens=4)["metrics"]
+        assert metrics["output_token_count"] == 4
+        assert 4 < metrics["input_token_count"] < 100
+        assert metrics["reused_token_count"] < metrics["input_token_count"]
+        assert 0 < metrics["time_to_first_token"] < metrics["predict_time"] + 1
+        assert metrics["tokens_per_second"] > 0
+
+    def test_a_batch_gets_one_terminal_reply_for_every_stream(self, client: httpx.Client) -> None:
+        replies = operate(
+            client,
+            ["GENERATE", {"stream_id": "a", "prompt": [504, 3575, 282, 4649, 314], "max_tokens": 3}],
+            ["SCORE", {"stream_id": 2, "prompt": [504, 3575, 282, 4649, 314], "scored": [7042, 30]}],
+            ["MODEL_INFO", {"stream_id": 3}],
+        )
+        generated = [reply for word, reply in replies if word == "TOKEN" and reply["stream_id"] == "a"]
+        scored = [reply for word, reply in replies if word == "TOKEN" and reply["stream_id"] == 2]
+        asked = [reply for word, reply in replies if word == "MSG"]
+        assert [reply["finish_reason"] for reply in generated] == [None, None, "length"]
+        assert [(reply["token"], reply["finish_reason"]) for reply in scored] == [(7042, None), (30, "stop")]
+        assert [reply["stream_id"] for reply in asked] == [3]
+        assert len(replies) == 6
+
+    def test_a_prompt_with_output_lmtp_gives_lines_with_text(self, client: httpx.Client) -> None:
+        prediction = predict(client, prompt=QUESTION, max_tokens=3, output="lmtp", top_logprobs=2)
+        lines = "".join(prediction["output"]).splitlines()
+        tokens = [json.loads(line.removeprefix("TOKEN ")) for line in lines]
+        assert "".join(token["text"] for token in tokens) == "The capital of"
+        assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+
+    def test_an_id_runs_once_however_often_it_is_put(self, client: httpx.Client) -> None:
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(client.put, "/predictions/put-twice", json={"input": ENDLESS})
+            time.sleep(0.5)
+            again = client.put("/predictions/put-twice", json={"input": ENDLESS})
+            assert again.status_code == 202
+            assert again.json()["status"] == "processing"
+            assert client.post("/predictions/put-twice/cancel").status_code == 200
+            assert first.result().json()["status"] == "canceled"
+
+
+class TestStreaming:
+    def test_the_events_add_up_to_the_synchronous_response(self, client: httpx.Client) -> None:
+        expected = predict(client, prompt=QUESTION, max_tokens=20)["output"]
+        with stream(client, prompt=QUESTION, max_tokens=20) as response:
+            received = list(events(response))
+        names = [name for name, _ in received]
+        assert (names[0], names[-1]) == ("start", "completed")
+        chunks = [data["chunk"] for name, data in received if name == "output"]
+        assert "".join(chunks) == "".join(expected)
+        assert received[-1][1]["output"] == chunks
+        assert received[-1][1]["status"] == "succeeded"
+
+    def test_the_output_is_sent_as_it_grows(self, client: httpx.Client) -> None:
+        arrivals = []
+        with stream(client, **ENDLESS | {"max_tokens": 40}) as response:
+            for name, _ in events(response):
+                if name == "output":
+                    arrivals.append(time.monotonic())
+        assert len(arrivals) > 10
+        longest = max(later - earlier for earlier, later in pairwise(arrivals))
+        assert longest < (arrivals[-1] - arrivals[0]) / 2
+
+    def test_a_failure_is_the_last_event(self, client: httpx.Client) -> None:
+        with stream(client, prompt="") as response:
+            name, data = list(events(response))[-1]
+        assert (name, data["status"]) == ("completed", "failed")
+        assert "prompt is empty" in data["error"]
+
+
+class TestCancelling:
+    def test_a_cancelled_prediction_ends_at_once(self, client: httpx.Client) -> None:
+        body = {"id": "to-cancel", "input": ENDLESS}
+        headers = {"Accept": "text/event-stream"}
+        with client.stream("POST", "/predictions", json=body, headers=headers) as response:
+            received = events(response)
+            while next(received)[0] != "output":
+                pass
+            asked = time.monotonic()
+            assert client.post("/predictions/to-cancel/cancel").status_code == 200
+            name, data = list(received)[-1]
+        assert (name, data["status"]) == ("completed", "canceled")
+        assert time.monotonic() - asked < 5
+        assert client.post("/predictions/to-cancel/cancel").status_code == 404
+        assert serves(client)
+
+    def test_a_synchronous_prediction_can_be_cancelled(self, client: httpx.Client) -> None:
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(client.put, "/predictions/to-cancel-too", json={"input": ENDLESS})
+            time.sleep(0.5)
+            assert client.post("/predictions/to-cancel-too/cancel").status_code == 200
+            assert waiting.result(timeout=5).json()["status"] == "canceled"
+
+    @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+    def test_a_client_that_leaves_cancels_its_prediction(
+        self, server: Server, client: httpx.Client, accept: str
+    ) -> None:
+        body = {"id": f"abandoned-{accept[:4]}", "input": ENDLESS}
+        with httpx.Client(base_url=server.url, timeout=1.0) as impatient:
+            try:
+                with impatient.stream("POST", "/predictions", json=body, headers={"Accept": accept}) as response:
+                    next(events(response))
+            except httpx.ReadTimeout:
+                pass
+        # While it runs, putting it again gives its state; once it has ended, the id is free for another prediction.
+        deadline = time.monotonic() + 5
+        while client.put(f"/predictions/{body['id']}", json={"input": {"prompt": ""}}).status_code == 202:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def test_cancelled_predictions_leave_room_for_others(self, client: httpx.Client) -> None:
+        """More of them one after the other than the runtime runs at once."""
+        with ThreadPoolExecutor(32) as pool:
+            for start in range(0, 96, 32):
+                ids = [f"many-{start + index}" for index in range(32)]
+                waiting = [pool.submit(client.put, f"/predictions/{id}", json={"input": ENDLESS}) for id in ids]
+                time.sleep(1)  # coglet 0.23.1 loses a cancellation that overtakes the start of its prediction
+                for id, answer in zip(ids, waiting, strict=True):
+                    while client.post(f"/predictions/{id}/cancel").status_code == 404:
+                        time.sleep(0.02)
+                    assert answer.result(timeout=20).json()["status"] == "canceled"
+        assert serves(client)
+
+
+async def test_predictions_at_the_same_time_get_what_each_gets_alone(server: Server, client: httpx.Client) -> None:
+    prompts = [QUESTION, "Name three colours.", "Write a haiku about the sea.", "What is two plus two?"]
+    alone = [predict(client, prompt=prompt, max_tokens=10)["output"] for prompt in prompts]
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=httpx.Limits(max_connections=32)) as many:
+        inputs = [{"prompt": prompts[index % 4], "max_tokens": 10} for index in range(32)]
+        answers = await asyncio.gather(*(many.post("/predictions", json={"input": given}) for given in inputs))
+    assert [answer.json()["status"] for answer in answers] == ["succeeded"] * 32
+    assert ["".join(answer.json()["output"]) for answer in answers] == ["".join(output) for output in alone] * 8
+
+
+VOCABULARY = 49152
+CONTEXT = 8192
+
+
+def generate(**fields: Any) -> list[Any]:
+    return ["GENERATE", {"stream_id": 1, "prompt": [504, 3575], "max_tokens": 2, **fields}]
+
+
+class TestBadInput:
+    """It is answered with one sentence about what is wrong and where, and the next prediction is served."""
+
+    @pytest.fixture(autouse=True)
+    def _serves_the_next_prediction(self, client: httpx.Client) -> Iterator[None]:
+        yield
+        assert serves(client)
+
+    @pytest.mark.parametrize(
+        ("inputs", "field", "message"),
+        [
+            ({"prompt": 1}, "prompt", '1 is not of type "string"'),
+            ({"prompt": "x", "max_tokens": "many"}, "max_tokens", '"many" is not of type "integer"'),
+            ({"prompt": "x", "max_tokens": 0}, "max_tokens", "0 is less than the minimum of 1"),
+            ({"prompt": "x", "temperature": -1}, "temperature", "-1 is less than the minimum of 0"),
+            ({"prompt": "x", "output": "xml"}, "output", '"xml" is not one of ["text","lmtp"]'),
+            ({"ops_batch_json": [["MODEL_INFO", {"stream_id": 1}]]}, "ops_batch_json", 'is not of type "string"'),
+        ],
+    )
+    def test_the_runtime_refuses_what_the_schema_excludes(
+        self, client: httpx.Client, inputs: dict[str, Any], field: str, message: str
+    ) -> None:
+        response = client.post("/predictions", json={"input": inputs})
+        assert response.status_code == 422
+        (problem,) = response.json()["detail"]
+        assert problem["loc"] == ["body", "input", field]
+        assert message in problem["msg"]
+
+    def test_the_runtime_refuses_a_body_that_is_not_json(self, client: httpx.Client) -> None:
+        response = client.post("/predictions", content='{"input": {', headers={"Content-Type": "application/json"})
+        assert response.status_code == 400
+
+    @pytest.mark.parametrize(
+        ("inputs", "words"),
+        [
+            ({}, "prompt or ops_batch_json"),
+            ({"prompt": "x", "ops_batch_json": "[]"}, "not both"),
+            ({"prompt": ""}, "prompt is empty"),
+            ({"prompt": "word " * CONTEXT}, "prompt is"),
+            ({"prompt": "x", "prompt_template": "Q:"}, "prompt_template"),
+            ({"prompt": "x", "logit_bias": "{"}, "logit_bias"),
+            ({"prompt": "x", "logit_bias": '{"seven": 1}'}, "logit_bias"),
+            ({"prompt": "x", "logit_bias": f'{{"{VOCABULARY}": 1}}'}, "logit_bias"),
+            ({"prompt": "x", "stop_sequences": "[1]"}, "stop_sequences"),
+            ({"ops_batch_json": "["}, "ops_batch_json is not JSON"),
+            ({"ops_batch_json": "{}"}, "ops_batch_json must be"),
+            ({"ops_batch_json": "[]"}, "ops_batch_json holds no operations"),
+            ({"ops_batch_json": json.dumps([["MODEL_INFO", {"stream_id": n}] for n in range(300)])}, "300 operations"),
+        ],
+    )
+    def test_the_prediction_fails_where_there_is_no_stream_to_answer(
+        self, client: httpx.Client, inputs: dict[str, Any], words: str
+    ) -> None:
+        prediction = predict(client, **inputs)
+        assert prediction["status"] == "failed"
+        assert words in prediction["error"]
+        assert "\n" not in prediction["error"]
+        assert prediction["error"].endswith(".")
+
+    @pytest.mark.parametrize(
+        ("operation", "words"),
+        [
+            ("GENERATE", ("operation 0",)),
+            (["GENERAT", {"stream_id": 1, "prompt": [1]}], ("unknown operation 'GENERAT'", "GENERATE")),
+            (generate(max_token=2), ("max_token", "did you mean 'max_tokens'")),
+            (["GENERATE", {"prompt": [504]}], ("stream_id",)),
+            (["GENERATE", {"stream_id": 1}], ("prompt",)),
+            (["SCORE", {"stream_id": 1, "prompt": [504]}], ("scored",)),
+            (["SCORE", {"stream_id": 1, "prompt": [504], "scored": []}], ("scored",)),
+            (generate(max_tokens="2"), ("max_tokens",)),
+            (generate(max_tokens=0), ("max_tokens",)),
+            (generate(prompt=[504, "3575"]), ("prompt[1]",)),
+            (generate(prompt=[504, -1]), ("prompt[1]",)),
+            (generate(prompt=[504, VOCABULARY]), ("prompt[1]", str(VOCABULARY))),
+            (["SCORE", {"stream_id": 1, "prompt": [504], "scored": [VOCABULARY]}], ("scored[0]", str(VOCABULARY))),
+            (generate(prompt=[]), ("prompt", "empty")),
+            (generate(prompt=[504] * CONTEXT), ("prompt", str(CONTEXT))),
+            (generate(logit_bias={str(VOCABULARY): 100}), ("logit_bias", str(VOCABULARY))),
+            (generate(logit_bias={str(token): -100 for token in range(VOCABULARY)}), ("logit_bias",)),
+        ],
+        ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    )
+    def test_an_operation_that_cannot_run_ends_its_stream_and_no_other(
+        self, client: httpx.Client, operation: Any, words: tuple[str, ...]
+    ) -> None:
+        replies = operate(client, operation, ["GENERATE", {"stream_id": 2, "prompt": [504], "max_tokens": 1}])
+        (error,) = [reply["error"] for _, reply in replies if "error" in reply]
+        assert all(word in error for word in words), error
+        assert "\n" not in error
+        (token,) = [reply for word, reply in replies if word == "TOKEN" and reply["stream_id"] == 2]
+        assert token["finish_reason"] == "length"

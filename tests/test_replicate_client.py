@@ -1,0 +1,154 @@
+"""Replicate's own clients, for Python and for Node, against the stand-in for its API."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from replicate.client import Client
+from replicate.exceptions import ModelError, ReplicateError
+
+from tests.replicate_stand_in import MODEL, OWNER, TOKEN, VERSION, StandIn, stand_in
+from tests.server import ROOT, Server
+
+NAME = f"{OWNER}/{MODEL}"
+QUESTION = {"prompt": "What is the capital of France?", "max_tokens": 20}
+ANSWER = "The capital of France is Paris."
+ENDLESS = {
+    "prompt": "Tell me a story.",
+    "max_tokens": 4000,
+    "logit_bias": '{"0": -100, "1": -100, "2": -100}',  # nothing that ends the text
+}
+NODE_PACKAGE = "replicate@1.4.0"
+
+
+@pytest.fixture(scope="module")
+def api(server: Server) -> Iterator[StandIn]:
+    """Replicate's API in front of the server."""
+    with stand_in(server.url) as api:
+        yield api
+
+
+@pytest.fixture
+def client(api: StandIn) -> Client:
+    return Client(api_token=TOKEN, base_url=api.url)
+
+
+class TestPython:
+    def test_run_by_name_gives_the_chunks(self, client: Client) -> None:
+        assert "".join(client.run(NAME, input=QUESTION)) == ANSWER
+
+    def test_run_by_version_gives_an_iterator(self, client: Client) -> None:
+        assert "".join(client.run(f"{NAME}:{VERSION}", input=QUESTION)) == ANSWER
+
+    def test_run_can_poll(self, client: Client) -> None:
+        assert "".join(client.run(f"{NAME}:{VERSION}", input=QUESTION, wait=False)) == ANSWER
+
+    async def test_run_works_asynchronously(self, client: Client) -> None:
+        output: Any = await client.async_run(NAME, input=QUESTION)
+        assert "".join(output) == ANSWER
+
+    def test_stream_gives_the_text_as_it_grows(self, client: Client) -> None:
+        events = list(client.stream(NAME, input=QUESTION))
+        assert "".join(str(event) for event in events) == ANSWER
+        assert [event.event.value for event in events[-2:]] == ["output", "done"]
+        assert len(events) > 3
+
+    def test_stream_keeps_newlines(self, client: Client) -> None:
+        inputs = {"prompt": "List three colours, one a line.", "max_tokens": 24}
+        streamed = "".join(str(event) for event in client.stream(NAME, input=inputs))
+        assert streamed == "".join(client.run(NAME, input=inputs))
+        assert "\n" in streamed
+
+    def test_stream_carries_whole_protocol_lines(self, client: Client) -> None:
+        operation = ["GENERATE", {"stream_id": 1, "prompt": [504, 3575], "max_tokens": 5}]
+        events = client.stream(NAME, input={"ops_batch_json": json.dumps([operation])})
+        lines = "".join(str(event) for event in events).splitlines()
+        assert [json.loads(line.removeprefix("TOKEN "))["finish_reason"] for line in lines][-1] == "length"
+        assert len(lines) == 5
+
+    def test_a_running_prediction_can_be_cancelled(self, client: Client) -> None:
+        prediction = client.models.predictions.create(NAME, input=ENDLESS)
+        events = prediction.stream()
+        assert next(events).data
+        prediction.cancel()
+        assert prediction.status == "canceled"
+        *_, done = events
+        assert json.loads(done.data) == {"reason": "canceled"}
+
+    def test_a_deployment_serves_predictions(self, client: Client) -> None:
+        deployment = client.deployments.get(NAME)
+        prediction = deployment.predictions.create(input=QUESTION)
+        prediction.wait()
+        assert "".join(prediction.output or []) == ANSWER
+        assert (prediction.metrics or {})["output_token_count"] > 0
+
+    def test_a_prediction_that_fails_raises_its_message(self, client: Client) -> None:
+        with pytest.raises(ModelError, match="prompt is empty"):
+            client.run(NAME, input={"prompt": ""})
+        with pytest.raises(RuntimeError, match="prompt is empty"):
+            list(client.stream(NAME, input={"prompt": ""}))
+
+    def test_inputs_that_the_schema_excludes_are_refused(self, client: Client) -> None:
+        with pytest.raises(ReplicateError, match=r"input\.max_tokens: 0 is less than the minimum of 1"):
+            client.run(NAME, input={"prompt": "x", "max_tokens": 0})
+
+
+@pytest.fixture(scope="module")
+def node_modules() -> Path:
+    """A directory with the Node client, installed once into the project's cache."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("node and npm are not installed")
+    directory = ROOT / ".cache" / "node"
+    if not (directory / "node_modules" / "replicate").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--no-save", "--no-audit", "--no-fund", "--prefix", str(directory), NODE_PACKAGE]
+        installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if installed.returncode:
+            pytest.skip(f"npm cannot install {NODE_PACKAGE}: {installed.stderr.strip().splitlines()[-1:]}")
+    return directory
+
+
+class TestNode:
+    @pytest.fixture
+    def run(self, api: StandIn, node_modules: Path) -> Any:
+        """Run the body of an async function that has a client; give what it returns."""
+
+        def run(body: str) -> Any:
+            program = f"""
+                const Replicate = require("replicate");
+                const replicate = new Replicate({{auth: "{TOKEN}", baseUrl: "{api.url}/v1"}});
+                const question = {{input: {json.dumps(QUESTION)}}}, endless = {{input: {json.dumps(ENDLESS)}}};
+                (async () => {{ {body} }})().then((value) => console.log(JSON.stringify(value)));
+            """
+            environment = os.environ | {"NODE_PATH": str(node_modules / "node_modules")}
+            command = ["node", "-e", program]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 0, ended.stderr
+            return json.loads(ended.stdout)
+
+        return run
+
+    def test_run_gives_the_chunks(self, run: Any) -> None:
+        assert "".join(run(f'return await replicate.run("{NAME}", question)')) == ANSWER
+
+    def test_stream_gives_the_text_as_it_grows(self, run: Any) -> None:
+        events = run(f"""
+            const events = [];
+            for await (const event of replicate.stream("{NAME}", question)) events.push([event.event, `${{event}}`]);
+            return events;
+        """)
+        assert "".join(text for _, text in events) == ANSWER
+        assert [name for name, _ in events[-2:]] == ["output", "done"]
+        assert len(events) > 3
+
+    def test_a_running_prediction_can_be_cancelled(self, run: Any) -> None:
+        status = run(f"""
+            const prediction = await replicate.predictions.create({{model: "{NAME}", ...endless}});
+            return (await replicate.predictions.cancel(prediction.id)).status;
+        """)
+        assert status == "canceled"

@@ -1,0 +1,560 @@
+"""script/serve, script/predict and the modules behind them, with a small predictor that needs no model."""
+
+import ast
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schema
+
+from tests.server import ROOT, Piped, serving
+
+PREDICTOR = """
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Optional
+
+import cog
+from cog import AsyncConcatenateIterator, BasePredictor, Input
+
+HERE = Path(__file__).parent
+
+
+class Predictor(BasePredictor):
+    async def setup(self) -> None:
+        (HERE / "worker").write_text(str(os.getpid()))
+        behaviour = os.environ.get("SETUP")
+        if behaviour == "fail":
+            raise RuntimeError("There are no weights.\\nRun `make weights`.")
+        if behaviour == "crash":
+            os._exit(3)
+        if behaviour == "hang":
+            time.sleep(60)
+
+    @cog.streaming
+    @cog.concurrent(max=8)
+    async def predict(
+        self,
+        text: Optional[str] = Input(default=None, description="What to say"),
+        times: int = Input(default=3, ge=1, le=1000, description="How often to say it"),
+        pause: float = Input(default=0.0, ge=0, description="Seconds between"),
+        case: str = Input(default="lower", choices=["lower", "upper"], description="How to say it"),
+        loud: bool = Input(default=False, description="With an exclamation mark"),
+    ) -> AsyncConcatenateIterator[str]:
+        # A coroutine that returns a generator: the runtime sends nothing of an async generator before its end.
+        scope = self.scope
+        if text is None:
+            raise ValueError("text is missing.")
+        if text == "hang":
+            time.sleep(60)
+        if text == "crash":
+            os._exit(3)
+
+        def words():
+            for _ in range(times):
+                yield (text.upper() if case == "upper" else text) + ("! " if loud else " ")
+                time.sleep(pause)
+            scope.record_metric("words", times)
+
+        return words()
+"""
+
+
+Start = Callable[..., Piped]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with this repository's scripts and the small predictor."""
+    (tmp_path / "script").mkdir()
+    for name in ("environment.py", "schema.py", "runtime.py", "serve", "predict"):
+        shutil.copy(ROOT / "script" / name, tmp_path / "script" / name)
+    (tmp_path / "predict.py").write_text(PREDICTOR)
+    return tmp_path
+
+
+def run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a script and leave it running; what is left at the end is killed."""
+    started: list[Piped] = []
+
+    def start(script: Path, *arguments: str, **environment: str) -> Piped:
+        command = [sys.executable, str(script), *arguments]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(Piped(command, env=os.environ | environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def worker(project: Path) -> int:
+    """The process in which the predictor of a project runs, or ran last."""
+    assert eventually(lambda: (project / "worker").exists() and (project / "worker").read_text() != "")
+    return int((project / "worker").read_text())
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # A process that has ended and that nobody has waited for can still be signalled.
+    status = Path(f"/proc/{process}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+class TestServe:
+    def test_says_in_one_line_where_predictions_are_accepted(self, project: Path, start: Start) -> None:
+        server = start(project / "script/serve", "--port", "0")
+        line = server.stdout.readline()
+        address, path = line.removeprefix("Ready: http://").split("/")
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request(
+            "POST", f"/{path.strip()}", '{"input": {"text": "hi"}}', {"Content-Type": "application/json"}
+        )
+        assert json.load(connection.getresponse())["output"] == ["hi ", "hi ", "hi "]
+        server.terminate()
+        assert server.communicate(timeout=20)[0] == ""
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_ends_with_success_and_leaves_nothing_running_when_it_is_stopped(
+        self, project: Path, start: Start, number: int
+    ) -> None:
+        server = start(project / "script/serve", "--port", "0")
+        assert server.stdout.readline()
+        server.send_signal(number)
+        assert server.wait(timeout=20) == 0
+        assert not alive(worker(project))
+
+    def test_stops_a_predictor_that_does_not_listen(self, project: Path, start: Start) -> None:
+        server = start(project / "script/serve", "--port", "0")
+        address = server.stdout.readline().removeprefix("Ready: http://").split("/")[0]
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request("POST", "/predictions", '{"input": {"text": "hang"}}', {"Content-Type": "application/json"})
+        time.sleep(0.5)
+        server.terminate()
+        assert server.wait(timeout=20) == 0
+        assert not alive(worker(project))
+
+    def test_can_be_stopped_during_setup(self, project: Path, start: Start) -> None:
+        server = start(project / "script/serve", "--port", "0", SETUP="hang")
+        process = worker(project)
+        server.terminate()
+        assert server.communicate(timeout=20)[0] == ""
+        assert server.returncode == 0
+        assert not alive(process)
+
+    def test_fails_with_the_message_of_setup(self, project: Path) -> None:
+        served = run(project / "script/serve", "--port", "0", SETUP="fail")
+        assert (served.returncode, served.stdout) == (1, "")
+        last = served.stderr.splitlines()[-1]
+        assert last == "script/serve: Setup failed: RuntimeError: There are no weights. Run `make weights`."
+        assert not alive(worker(project))
+
+    def test_fails_when_setup_crashes(self, project: Path) -> None:
+        served = run(project / "script/serve", "--port", "0", SETUP="crash")
+        assert (served.returncode, served.stdout) == (1, "")
+        assert served.stderr.splitlines()[-1] == "script/serve: Setup failed: worker crashed"
+
+    def test_fails_when_the_predictor_cannot_be_imported(self, project: Path) -> None:
+        (project / "predict.py").write_text("import nothing_of_that_name\n" + PREDICTOR)
+        served = run(project / "script/serve", "--port", "0")
+        assert served.returncode == 1
+        assert "No module named 'nothing_of_that_name'" in served.stderr.splitlines()[-1]
+
+    def test_fails_when_the_port_is_taken(self, project: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            served = run(project / "script/serve", "--port", str(port))
+        assert served.returncode == 1
+        assert served.stderr == f"script/serve: Cannot listen on 127.0.0.1 port {port}: Address already in use.\n"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--port", "70000"), "There is no port 70000; ports are 0 to 65535."),
+            (("--host", "no.such.host.invalid"), "Cannot listen on no.such.host.invalid port 5000: "),
+        ],
+    )
+    def test_fails_where_it_cannot_listen(self, project: Path, options: tuple[str, ...], message: str) -> None:
+        served = run(project / "script/serve", *options)
+        assert served.returncode == 1
+        assert served.stderr.startswith(f"script/serve: {message}")
+
+    def test_fails_when_the_predictor_dies_later(self, project: Path) -> None:
+        with serving(project) as server:
+            os.kill(worker(project), signal.SIGKILL)
+            assert server.process.wait(timeout=30) == 1
+            assert eventually(lambda: "has died" in server.log[-1])
+
+    def test_fails_where_the_signature_is_not_statically_readable(self, project: Path) -> None:
+        (project / "predict.py").write_text(PREDICTOR.replace("default=3", "default=int('3')"))
+        served = run(project / "script/serve", "--port", "0")
+        assert served.returncode == 1
+        assert "predict's `times` is given `int('3')`" in served.stderr
+
+    def test_writes_the_schema_that_the_runtime_checks_inputs_by(self, project: Path) -> None:
+        with serving(project) as server:
+            connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+            body = '{"input": {"text": 1, "times": 0, "case": "title"}}'
+            connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 422
+            problems = {problem["loc"][-1]: problem["msg"] for problem in json.load(response)["detail"]}
+        assert problems == {
+            "text": '1 is not of type "string"',
+            "times": "0 is less than the minimum of 1",
+            "case": '"title" is not one of ["lower","upper"]',
+        }
+
+    def test_runs_as_many_predictions_at_once_as_the_decorator_says(self, project: Path) -> None:
+        with serving(project) as server:
+            connections = []
+            for _ in range(9):
+                connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+                body = '{"input": {"text": "hi", "times": 4, "pause": 0.5}}'
+                connection.request("POST", "/predictions", body, {"Content-Type": "application/json"})
+                connections.append(connection)
+            assert sorted(connection.getresponse().status for connection in connections) == [200] * 8 + [409]
+
+
+class TestPredict:
+    def test_prints_the_output_and_nothing_else(self, project: Path) -> None:
+        predicted = run(project / "script/predict", "-i", "text=hi")
+        assert (predicted.returncode, predicted.stdout) == (0, "hi hi hi \n")
+        loading, ready = predicted.stderr.splitlines()
+        assert loading == "Loading the model …"
+        assert ready.startswith("Ready after ")
+        assert not alive(worker(project))
+
+    def test_prints_the_output_as_it_grows(self, project: Path, start: Start) -> None:
+        predicting = start(project / "script/predict", "-i", "text=hi", "-i", "times=8", "-i", "pause=0.25")
+        assert predicting.stdout.read(3) == "hi "
+        first = time.monotonic()
+        assert predicting.stdout.read() == "hi " * 7 + "\n"
+        assert time.monotonic() - first > 1
+
+    def test_gives_inputs_the_types_of_the_signature(self, project: Path) -> None:
+        inputs = ("text=2", "times=2", "pause=0.1", "case=upper", "loud=true")
+        predicted = run(project / "script/predict", *(part for given in inputs for part in ("-i", given)))
+        assert predicted.stdout == "2! 2! \n"
+
+    def test_reads_a_value_from_a_file(self, project: Path) -> None:
+        (project / "text").write_text("grüße=\n")
+        predicted = run(project / "script/predict", "-i", f"text=@{project / 'text'}", "-i", "times=1")
+        assert predicted.stdout == "grüße=\n \n"
+
+    def test_prints_the_whole_response_as_json(self, project: Path) -> None:
+        predicted = run(project / "script/predict", "-i", "text=hi", "--json")
+        response = json.loads(predicted.stdout)
+        assert response["status"] == "succeeded"
+        assert response["output"] == ["hi ", "hi ", "hi "]
+        assert response["metrics"]["words"] == 3
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("text", "-i text: an input is given as NAME=VALUE."),
+            ("txt=hi", "There is no input 'txt'. Inputs: text, times, pause, case, loud."),
+            ("times=many", "-i times=many: this input is of type integer, as JSON writes it."),
+            ("times=1.5", "-i times=1.5: this input is of type integer, as JSON writes it."),
+            ("loud=yes", "-i loud=yes: this input is of type boolean, as JSON writes it."),
+            (
+                "text=@missing",
+                "-i text: missing cannot be read as text: [Errno 2] No such file or directory: 'missing'",
+            ),
+        ],
+    )
+    def test_refuses_a_wrong_input_before_it_loads_the_model(self, project: Path, given: str, message: str) -> None:
+        predicted = run(project / "script/predict", "-i", given)
+        assert (predicted.returncode, predicted.stdout) == (1, "")
+        assert predicted.stderr == f"script/predict: {message}\n"
+
+    @pytest.mark.parametrize("options", [(), ("--json",)])
+    def test_fails_with_what_the_server_has_against_the_inputs(self, project: Path, options: tuple[str, ...]) -> None:
+        predicted = run(project / "script/predict", "-i", "times=0", "-i", "case=title", *options)
+        assert (predicted.returncode, predicted.stdout) == (1, "")
+        problems = 'case: "title" is not one of ["lower","upper"]', "times: 0 is less than the minimum of 1"
+        assert all(problem in predicted.stderr for problem in problems)
+
+    @pytest.mark.parametrize("options", [(), ("--json",)])
+    def test_fails_with_the_message_of_the_predictor(self, project: Path, options: tuple[str, ...]) -> None:
+        predicted = run(project / "script/predict", *options)
+        assert predicted.returncode == 1
+        assert predicted.stderr.splitlines()[-1] == "script/predict: ValueError: text is missing."
+
+    def test_fails_when_the_predictor_crashes(self, project: Path) -> None:
+        predicted = run(project / "script/predict", "-i", "text=crash")
+        assert predicted.returncode == 1
+        assert predicted.stderr.splitlines()[-1] == "script/predict: Worker crashed"
+
+    def test_fails_with_the_message_of_setup(self, project: Path) -> None:
+        predicted = run(project / "script/predict", "-i", "text=hi", SETUP="fail")
+        assert predicted.returncode == 1
+        assert "Setup failed: RuntimeError: There are no weights. Run `make weights`." in predicted.stderr
+
+    def test_shows_the_logs_when_asked_to(self, project: Path) -> None:
+        predicted = run(project / "script/predict", "-i", "text=hi", "--verbose")
+        assert predicted.stdout == "hi hi hi \n"
+        assert "Running setup" in predicted.stderr
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_stops_everything_when_it_is_interrupted(self, project: Path, start: Start, number: int, code: int) -> None:
+        predicting = start(project / "script/predict", "-i", "text=hi", "-i", "times=1000", "-i", "pause=0.1")
+        assert predicting.stdout.read(3) == "hi "
+        predicting.send_signal(number)
+        assert predicting.wait(timeout=20) == code
+        assert not alive(worker(project))
+
+    def test_ends_quietly_when_nobody_reads_on(self, project: Path, start: Start) -> None:
+        predicting = start(project / "script/predict", "-i", "text=hi", "-i", "times=1000", "-i", "pause=0.1")
+        assert predicting.stdout.read(3) == "hi "
+        predicting.stdout.close()
+        assert predicting.wait(timeout=20) == 1
+        assert "Traceback" not in predicting.stderr.read()
+        assert not alive(worker(project))
+
+
+class TestEnvironment:
+    PROBE = "import environment\nenvironment.enter()\nimport sys\nprint(sys.prefix, sys.path[0], *sys.argv[1:])\n"
+
+    @pytest.fixture
+    def probe(self, project: Path) -> Path:
+        (project / "script" / "probe").write_text(self.PROBE)
+        return project / "script" / "probe"
+
+    def test_runs_with_the_interpreter_at_hand_where_there_is_no_venv(self, project: Path, probe: Path) -> None:
+        assert run(probe, "a", "b").stdout == f"{sys.prefix} {project} a b\n"
+
+    def test_runs_with_the_projects_venv(self, project: Path, probe: Path) -> None:
+        venv.create(project / ".venv", symlinks=True)
+        packages = next((project / ".venv").glob("lib/python*/site-packages"))
+        (packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+        assert run(probe, "a", "b").stdout == f"{project / '.venv'} {project} a b\n"
+
+    def test_finds_the_project_through_a_symbolic_link_and_from_another_directory(
+        self, project: Path, probe: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        (elsewhere / "link").symlink_to(probe)
+        found = subprocess.run([sys.executable, "link"], cwd=elsewhere, capture_output=True, text=True, timeout=20)
+        assert found.stdout == f"{sys.prefix} {project}\n"
+
+    def test_says_what_to_do_where_there_are_neither_venv_nor_packages(self, project: Path, probe: Path) -> None:
+        bare = [sys.executable, "-S", str(probe)]  # -S: an interpreter that finds nothing that is installed
+        asked = subprocess.run(bare, capture_output=True, text=True, timeout=20)
+        assert asked.returncode == 1
+        assert asked.stderr == (
+            f"The project's environment {project / '.venv'} does not exist, and this Python has no cog, torch,"
+            f" transformers.\n`make -C {project} weights` builds it and fetches a small model.\n"
+        )
+
+    def test_says_what_to_do_where_the_venv_is_not_complete(self, project: Path, probe: Path) -> None:
+        venv.create(project / ".venv", symlinks=True)
+        asked = run(probe)
+        assert asked.returncode == 1
+        assert asked.stderr.startswith(
+            f"The project's environment {project / '.venv'} has no cog, torch, transformers."
+        )
+
+    @pytest.mark.parametrize("script", ["serve", "predict"])
+    def test_scripts_can_be_executed_and_explain_themselves(self, script: str) -> None:
+        # The first `python3` on the path has to be one with the packages, as inside the image.
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        helped = subprocess.run(
+            [ROOT / "script" / script, "--help"],
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        assert helped.returncode == 0
+        assert helped.stdout.startswith(f"usage: {script} ")
+
+
+def read(signature: str, path: Path) -> schema.Signature:
+    """The signature of a predictor whose predict has these arguments."""
+    file = path / "predict.py"
+    file.write_text(f"class Predictor:\n    async def predict(self, {signature}) -> str: ...\n")
+    return schema.read_signature(file)
+
+
+class TestSchema:
+    def test_is_the_one_that_cog_build_writes(self, project: Path) -> None:
+        document = schema.openapi(schema.read_signature(project / "predict.py"))
+        schemas = document["components"]["schemas"]
+        assert schemas["Input"] == {
+            "title": "Input",
+            "type": "object",
+            "properties": {
+                "text": {
+                    "title": "Text",
+                    "type": "string",
+                    "nullable": True,
+                    "default": None,
+                    "description": "What to say",
+                    "x-order": 0,
+                },
+                "times": {
+                    "title": "Times",
+                    "type": "integer",
+                    "default": 3,
+                    "minimum": 1,
+                    "maximum": 1000,
+                    "description": "How often to say it",
+                    "x-order": 1,
+                },
+                "pause": {
+                    "title": "Pause",
+                    "type": "number",
+                    "default": 0.0,
+                    "minimum": 0,
+                    "description": "Seconds between",
+                    "x-order": 2,
+                },
+                "case": {
+                    "allOf": [{"$ref": "#/components/schemas/case"}],
+                    "default": "lower",
+                    "description": "How to say it",
+                    "x-order": 3,
+                },
+                "loud": {
+                    "title": "Loud",
+                    "type": "boolean",
+                    "default": False,
+                    "description": "With an exclamation mark",
+                    "x-order": 4,
+                },
+            },
+        }
+        assert schemas["case"] == {
+            "title": "case",
+            "description": "An enumeration.",
+            "type": "string",
+            "enum": ["lower", "upper"],
+        }
+        assert schemas["Output"] == {
+            "title": "Output",
+            "type": "array",
+            "items": {"type": "string"},
+            "x-cog-array-type": "iterator",
+            "x-cog-array-display": "concatenate",
+        }
+        assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
+
+    def test_does_not_run_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "predict.py").write_text("raise SystemExit('it ran')\n" + PREDICTOR)
+        assert schema.read_signature(tmp_path / "predict.py").concurrency == 8
+
+    @pytest.mark.parametrize(
+        ("annotation", "expected"),
+        [
+            ("str", {"type": "string"}),
+            ("Optional[int]", {"type": "integer", "nullable": True}),
+            ("typing.Optional[int]", {"type": "integer", "nullable": True}),
+            ("int | None", {"type": "integer", "nullable": True}),
+            ("None | int", {"type": "integer", "nullable": True}),
+            ("list[str]", {"type": "array", "items": {"type": "string"}}),
+            ("Optional[List[float]]", {"type": "array", "items": {"type": "number"}, "nullable": True}),
+        ],
+    )
+    def test_reads_plain_types(self, tmp_path: Path, annotation: str, expected: dict[str, Any]) -> None:
+        assert read(f"given: {annotation}", tmp_path).inputs == {"given": expected}
+
+    def test_an_input_is_required_where_it_has_no_default_and_is_not_optional(self, tmp_path: Path) -> None:
+        signature = read(
+            "plain: str, optional: Optional[str], literal: str = 'x', none: str = None, described: int = Input(ge=1),"
+            " cleared: int = Input(default=None), defaulted: int = Input(default=1)",
+            tmp_path,
+        )
+        assert signature.required == ["plain", "none", "described", "cleared"]
+
+    @pytest.mark.parametrize(
+        ("argument", "problem"),
+        [
+            ("given", "has no type"),
+            ("given=1", "has no type"),
+            ("*given", "must be an ordinary argument"),
+            ("*, given: int", "must be an ordinary argument"),
+            ("given: dict", "has the type `dict`"),
+            ("given: list[list[str]]", "has the type `list[list[str]]`"),
+            ("given: int | str", "has the type `int | str`"),
+            ("given: int = LIMIT", "is given `LIMIT`, which only running the file would tell"),
+            ("given: int = Input(default=2 ** 10)", "is given `2 ** 10`"),
+            ("given: int = Input(ge=LOWEST)", "is given `LOWEST`"),
+            ("given: str = Input(choices=sorted(NAMES))", "is given `sorted(NAMES)`"),
+            ("given: str = Input(description=f'{1}')", "is given `f'{1}'`"),
+            ("given: int = Input(3)", "without its keyword"),
+            ("given: int = Input(default_factory=int)", "default_factory"),
+            ("given: int = Input(**OPTIONS)", "**"),
+            ("given: str = Input(description='one' ' two')", "which `cog build` reads differently"),
+            ("given: str = Input(description=('one'))", "in parentheses"),
+            (r"given: str = Input(default='\n')", "which `cog build` reads differently"),
+            ("given: str = Input(default=r'x')", "which `cog build` reads differently"),
+        ],
+    )
+    def test_says_which_argument_it_cannot_read_and_why(self, tmp_path: Path, argument: str, problem: str) -> None:
+        with pytest.raises(schema.SchemaError, match=r"^predict\.py, line 2: predict's `given` ") as raised:
+            read(argument, tmp_path)
+        assert problem in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("source", "problem"),
+        [
+            ("def predict(): ...", "predict.py has no class Predictor"),
+            ("class Predictor: ...", "predict.py: class Predictor has no method predict"),
+            ("class Predictor(:", "predict.py, line 1: invalid syntax"),
+            ("class Predictor:\n def predict(self, x: int): ...", "predict's `return` has no type"),
+            (
+                "class Predictor:\n @cog.concurrent(max=N)\n async def predict(self) -> str: ...",
+                "predict's `@concurrent` is given `N`",
+            ),
+        ],
+    )
+    def test_says_what_is_wrong_with_the_file(self, tmp_path: Path, source: str, problem: str) -> None:
+        (tmp_path / "predict.py").write_text(source)
+        with pytest.raises(schema.SchemaError) as raised:
+            schema.read_signature(tmp_path / "predict.py")
+        assert problem in str(raised.value)
+
+    def test_can_read_this_projects_predictor(self) -> None:
+        signature = schema.read_signature(ROOT / "predict.py")
+        assert {"prompt", "max_tokens", "ops_batch_json"} <= set(signature.inputs)
+        assert signature.streaming
+        assert signature.required == []
+        assert all(described["description"] for described in signature.inputs.values())
+
+
+def test_scripts_are_written_for_any_python_3_that_starts_them() -> None:
+    """They are parsed before the project's own Python takes over."""
+    for name in ("serve", "predict", "environment.py"):
+        ast.parse((ROOT / "script" / name).read_text(), feature_version=(3, 9))

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from lmtp.slots import Memory
 from lmtp.weights import Manifest
 
-FORMAT = 1
+FORMAT = 2
 """Part of a compiled step's name: to be raised when runner.DecodeStep changes what it takes or returns."""
 
 EXAMPLE_ROWS, EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 3, 5, 48, 96
@@ -46,10 +46,12 @@ class CompiledStep:
         # The loader behind torch._inductor.aoti_load_package: importing that would take longer than loading.
         self._run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
 
-    def __call__(self, ids: Tensor, positions: Tensor, masks: Sequence[Tensor], memory: Memory) -> Tensor:
-        """Logits ``[rows, vocabulary]`` for the next token after ``ids`` ``[rows, 1]`` at ``positions`` ``[rows, 1]``;
-        row i is slot i, whose keys and values are written. ``masks`` are ``[rows, 1, 1, columns]``."""
-        logits: list[Tensor] = self._run([ids, positions, *masks, *memory.keys, *memory.values])
+    def __call__(
+        self, ids: Tensor, positions: Tensor, writes: Tensor, masks: Sequence[Tensor], memory: Memory
+    ) -> Tensor:
+        """Logits ``[rows, vocabulary]`` for the next token after ``ids`` ``[rows, 1]`` at ``positions`` ``[rows, 1]``.
+        Row i is slot i; its keys and values go to its column ``writes[i]``. ``masks`` are ``[rows, 1, 1, columns]``."""
+        logits: list[Tensor] = self._run([ids, positions, writes, *masks, *memory.keys, *memory.values])
         return logits[0]
 
 
@@ -88,11 +90,18 @@ def build(
     example = (
         torch.ones(EXAMPLE_ROWS, 1, dtype=torch.long),
         torch.arange(4, 4 + EXAMPLE_ROWS)[:, None],
+        torch.arange(4, 4 + EXAMPLE_ROWS)[:, None],
         [mask.clone() for _ in range(masks)],
         list(memory.keys),
         list(memory.values),
     )
-    shapes = ({0: rows}, {0: rows}, [{0: rows, 3: columns}] * masks, *[[{0: slots, 2: capacity}] * count] * 2)
+    shapes = (
+        {0: rows},
+        {0: rows},
+        {0: rows},
+        [{0: rows, 3: columns}] * masks,
+        *[[{0: slots, 2: capacity}] * count] * 2,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial.pt2")
     try:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmtp import sampling
 from lmtp.compiled import CompiledStep
 from lmtp.fallback import FallbackRunner, ModelCaches
+from lmtp.graphs import GraphedStep
 from lmtp.protocol import Failure, Info, ModelInfo, Operation, Reply, RequestError
-from lmtp.runner import SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runner import DecodeStep, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
 from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
@@ -329,7 +330,8 @@ def _choose_runner(
 ) -> tuple[Runner, Scheduler, str]:
     """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
     try:
-        memory = Memory(*layers_of(model), model.dtype)
+        shapes, devices = layers_of(model)
+        memory = Memory(shapes, devices, model.dtype)
         budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         slots = Slots(memory, budget, MOST_STREAMS, limits.context)
         runner = SlotRunner(model, memory)
@@ -341,14 +343,15 @@ def _choose_runner(
         return FallbackRunner(model, caches), scheduler, f"fallback, one stream at a time ({reason})"
     most_logits = max(LOGITS_ELEMENTS // limits.vocabulary, MOST_STREAMS)
     description = "slots"
-    if compiled:
-        try:
-            runner.compiled = CompiledStep(compiled)
-            check(model, runner.compiled)
-            description = "slots, compiled decode step"
-        except Exception as error:  # the model's own code is there to go on with
-            runner.compiled = None
-            description = f"slots ({compiled.name} cannot be used: {error})"
+    try:
+        if compiled:
+            check(model, step := CompiledStep(compiled))
+            runner.compiled, description = step, "slots, compiled decode step"
+        elif model.device.type == "cuda" and len(set(devices)) == 1:
+            check(model, graphs := GraphedStep(DecodeStep(runner)))
+            runner.compiled, description = graphs, "slots, decode steps as CUDA graphs"
+    except Exception as error:  # the model's own code is there to go on with
+        description = f"slots; not faster, since {type(error).__name__}: {error}"
     return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), description
 
 

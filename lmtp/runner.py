@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from lmtp.compiled import CompiledStep
+from lmtp.graphs import GraphedStep
 from lmtp.protocol import Score
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import LayerShape, Memory, Slots
@@ -78,7 +79,7 @@ class SlotCache(Cache):
 
 
 class DecodeStep(nn.Module):
-    """The model's forward pass for one token of each of the first slots: what compiled.py compiles."""
+    """The model's forward pass for one token of each of the first slots: what compiled.py and graphs.py make fast."""
 
     def __init__(self, runner: "SlotRunner") -> None:
         super().__init__()
@@ -86,19 +87,27 @@ class DecodeStep(nn.Module):
         self._runner = runner
 
     def forward(
-        self, ids: Tensor, positions: Tensor, masks: list[Tensor], keys: list[Tensor], values: list[Tensor]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        writes: Tensor,
+        masks: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
     ) -> Tensor:
         """Logits ``[rows, vocabulary]``; arguments as in compiled.CompiledStep."""
         torch._check(ids.shape[0] <= keys[0].shape[0])
         torch._check(masks[0].shape[3] < keys[0].shape[2])
-        cache = SlotCache(keys, values, 0, positions, masks[0].shape[3])
+        cache = SlotCache(keys, values, 0, writes, masks[0].shape[3])
         return self._runner.forward(ids, positions, masks, cache)[:, 0]
 
 
 class SlotRunner:
     """Runs steps through slots."""
 
-    def __init__(self, model: PreTrainedModel, memory: Memory, compiled: CompiledStep | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, memory: Memory, compiled: CompiledStep | GraphedStep | None = None
+    ) -> None:
         self.model = model
         self.compiled = compiled
         """What runs a step of one token a row, where it is there."""
@@ -129,7 +138,7 @@ class SlotRunner:
         position_ids = self._tensor(positions)
         masks = self._masks(position_ids, columns)
         if self.compiled and q == 1 and step.first_slot == 0:
-            logits = self.compiled(self._tensor(ids), position_ids, masks, self._memory)
+            logits = self.compiled(self._tensor(ids), position_ids, position_ids, masks, self._memory)
             return logits if wanted.all() else logits[self._tensor(np.flatnonzero(wanted))]
         padding = offsets >= counts[:, None]
         writes = self._tensor(np.where(padding, self._memory.capacity, positions))
@@ -215,7 +224,7 @@ def layers_of(model: PreTrainedModel) -> tuple[list[LayerShape], list[torch.devi
 
 
 @torch.inference_mode()
-def check(model: PreTrainedModel, compiled: CompiledStep | None = None) -> None:
+def check(model: PreTrainedModel, compiled: CompiledStep | GraphedStep | None = None) -> None:
     """Prove slots on uneven rows against the model's own forward pass, through chunks, padding, reuse and moves; or a
     compiled step, through steps of one token a row.
 

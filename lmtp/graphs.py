@@ -1,0 +1,82 @@
+"""The decode step as CUDA graphs.
+
+On a GPU a small batch's step is mostly the launching of kernels. A CUDA graph records them once for a number of rows
+and columns and replays them in one call (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Rows are rounded up
+to a power of two and columns to a multiple of COLUMNS, so that few graphs serve; rows that are not there write into
+the column that is never read. Graphs hold addresses, so a resized memory needs new ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmtp.slots import Memory
+
+COLUMNS = 256
+
+
+@dataclass
+class Graph:
+    """One recorded step and the tensors it reads and writes."""
+
+    ids: Tensor
+    positions: Tensor
+    writes: Tensor
+    masks: list[Tensor]
+    logits: Tensor
+    recorded: torch.cuda.CUDAGraph
+
+
+class GraphedStep:
+    """Replays runner.DecodeStep; takes and returns what compiled.CompiledStep does."""
+
+    def __init__(self, step: nn.Module) -> None:
+        self._step = step
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._addresses: tuple[int, ...] = ()
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, writes: Tensor, masks: Sequence[Tensor], memory: Memory
+    ) -> Tensor:
+        """Logits ``[rows, vocabulary]``; valid until the next call."""
+        addresses = (memory.slots, memory.capacity, *(tensor.data_ptr() for tensor in memory.keys))
+        if addresses != self._addresses:
+            self._graphs.clear()
+            self._addresses = addresses
+        rows, columns = len(ids), masks[0].shape[3]
+        key = (
+            min(1 << (rows - 1).bit_length(), memory.slots),
+            min(-(-columns // COLUMNS) * COLUMNS, memory.capacity),
+        )
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._record(*key, masks, memory)
+        graph.ids[:rows].copy_(ids)
+        graph.positions[:rows].copy_(positions)
+        graph.writes[:rows].copy_(writes)
+        graph.writes[rows:].fill_(memory.capacity)
+        for static, mask in zip(graph.masks, masks, strict=True):
+            static[:rows, ..., :columns].copy_(mask)
+            static[:rows, ..., columns:].fill_(torch.finfo(mask.dtype).min)
+        graph.recorded.replay()
+        return graph.logits[:rows]
+
+    def _record(self, rows: int, columns: int, like: Sequence[Tensor], memory: Memory) -> Graph:
+        device = like[0].device
+        ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        positions = torch.zeros_like(ids)
+        writes = torch.full_like(ids, memory.capacity)
+        masks = [torch.zeros(rows, 1, 1, columns, dtype=mask.dtype, device=device) for mask in like]
+        arguments = (ids, positions, writes, masks, memory.keys, memory.values)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # libraries set themselves up in the first runs, which cannot be recorded
+            for _ in range(2):
+                self._step(*arguments)
+        torch.cuda.current_stream(device).wait_stream(side)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            logits = self._step(*arguments)
+        return Graph(ids, positions, writes, masks, logits, recorded)

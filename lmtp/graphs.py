@@ -1,9 +1,9 @@
 """The decode step as CUDA graphs.
 
 On a GPU a small batch's step is mostly the launching of kernels. A CUDA graph records them once for a number of rows
-and columns and replays them in one call (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Rows are rounded up
-to a power of two and columns to a multiple of COLUMNS, so that few graphs serve; rows that are not there write into
-the column that is never read. Graphs hold addresses, so a resized memory needs new ones.
+and columns and replays them in one call (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Rows are
+rounded up to a power of two and columns to a multiple of COLUMNS, so that few graphs serve; rows that are not there
+write into the column that is never read. Graphs hold addresses, so a resized memory needs new ones.
 """
 
 from collections.abc import Sequence

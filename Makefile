@@ -26,6 +26,7 @@ lint: $(READY)  ## Check format, lint and types
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/mypy
+	@for script in build download_weights predict serve benchmark; do $(VENV)/bin/mypy script/$$script || exit 1; done
 
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)

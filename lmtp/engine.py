@@ -21,13 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp import sampling
 from lmtp.compiled import CompiledStep
+from lmtp.constraints import Allowed, Compiler, Grammar, MaskFiller
 from lmtp.fallback import FallbackRunner, ModelCaches
 from lmtp.graphs import GraphedStep
-from lmtp.protocol import Failure, Info, ModelInfo, Operation, Reply, RequestError
+from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Token
 from lmtp.runner import DecodeStep, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
-from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
+from lmtp.stream import IMPOSSIBLE, Generation, Limits, Scoring, Stream, open_stream
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,15 @@ class Counters:
     reused_tokens: int = 0
     computed_tokens: int = 0
     steps: int = 0
+    unfinished_constraints: int = 0
+    """Streams that ended where their grammar may not: at max_tokens or a stop sequence."""
 
 
 @dataclass(eq=False)
 class Prediction:
     """Some operations under way together, and the way back to the event loop that waits for their replies."""
 
-    operations: Sequence[Operation | Failure]
+    operations: Sequence[tuple[Operation | Failure, Grammar | None]]
     loop: asyncio.AbstractEventLoop
     arrived: asyncio.Queue[list[Reply] | None] = field(default_factory=asyncio.Queue)
     streams: list[Stream] = field(default_factory=list)
@@ -103,6 +106,8 @@ class Engine:
         """Totals since the start."""
         self._model = model
         self.runner, self.scheduler, self.runner_description = _choose_runner(model, self.limits, kv_budget, compiled)
+        self._compiler = Compiler(tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self._mask_filler = MaskFiller(self.limits.vocabulary)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._owners: dict[Stream, Prediction] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -127,12 +132,20 @@ class Engine:
     @contextlib.asynccontextmanager
     async def predict(self, operations: Sequence[Operation | Failure]) -> AsyncIterator["Answer"]:
         """Run operations together; leaving the context ends those still running, whose slots are then free."""
-        prediction = Prediction(operations, asyncio.get_running_loop())
+        compiled = await asyncio.gather(*map(self._compile, operations))
+        prediction = Prediction(compiled, asyncio.get_running_loop())
         self._commands.put(lambda: self._begin(prediction))
         try:
             yield Answer(prediction)
         finally:
             self._commands.put(lambda: self._end(prediction))
+
+    async def _compile(self, operation: Operation | Failure) -> tuple[Operation | Failure, Grammar | None]:
+        """The operation and its grammar, which is compiled here so that the engine's thread never waits for it."""
+        try:
+            return operation, await self._compiler.grammar(operation) if isinstance(operation, Generate) else None
+        except RequestError as error:
+            return _failure(operation, str(error)), None
 
     def model_info(self) -> dict[str, Any]:
         """What MODEL_INFO answers."""
@@ -188,9 +201,9 @@ class Engine:
             command()
 
     def _begin(self, prediction: Prediction) -> None:
-        for operation in prediction.operations:
+        for operation, grammar in prediction.operations:
             try:
-                self._open(prediction, operation)
+                self._open(prediction, operation, grammar)
             except RequestError as error:
                 prediction.outbox.append(_failure(operation, str(error)))
             except Exception as error:
@@ -198,14 +211,14 @@ class Engine:
                 prediction.outbox.append(_failure(operation, f"internal error: {error}"))
         prediction.deliver()
 
-    def _open(self, prediction: Prediction, operation: Operation | Failure) -> None:
+    def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
         if isinstance(operation, Failure):
             prediction.outbox.append(operation)
             return
         if isinstance(operation, ModelInfo):
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
-        stream = open_stream(operation, self.limits, self.tokenizer)
+        stream = open_stream(operation, self.limits, self.tokenizer, grammar)
         longest = self.scheduler.memory.longest
         if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.most_tokens > longest):
             raise RequestError(
@@ -216,9 +229,11 @@ class Engine:
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return
+        begun = stream.begin()
         prediction.streams.append(stream)
         self._owners[stream] = prediction
         self.scheduler.add(stream)
+        self._deliver_tokens(stream, begun)
 
     def _end(self, prediction: Prediction) -> None:
         for stream in list(prediction.streams):
@@ -243,7 +258,16 @@ class Engine:
             if stream.computed == stream.reused and stream.reused:
                 self._owners[stream].counters.reused_tokens += stream.reused
                 self.counters.reused_tokens += stream.reused
-        logits = self.runner.run(step)
+        constrained = {
+            stream: stream.grammar
+            for stream, count in zip(step.streams, step.counts, strict=True)
+            if isinstance(stream, Generation) and stream.grammar and stream.pending == count
+        }
+        filling = self._mask_filler.start(list(constrained.values())) if constrained else None
+        try:
+            logits = self.runner.run(step)
+        finally:
+            bits = filling.result() if filling else None
         first = 0
         generations: list[tuple[Generation, int]] = []
         scorings: list[tuple[Scoring, int, list[int]]] = []
@@ -263,19 +287,32 @@ class Engine:
                 first += 1
         if generations:
             rows = [stream for stream, _ in generations]
-            choices = sampling.sample(_rows(logits, [index for _, index in generations]), rows)
+            allowed = (
+                Allowed([i for i, row in enumerate(rows) if row in constrained], bits) if bits is not None else None
+            )
+            choices = sampling.sample(_rows(logits, [index for _, index in generations]), rows, allowed)
             for stream, choice in zip(rows, choices, strict=True):
-                self._reply(stream, [choice])
+                if choice.possible:
+                    self._reply(stream, [choice])
+                else:
+                    self._fail(stream, f"{IMPOSSIBLE}.")
         for scoring, index, targets in scorings:
             top = [scoring.operation.top_logprobs] * len(targets)
             self._reply(scoring, sampling.score(logits[index : index + len(targets)], targets, top))
 
     def _reply(self, stream: Stream, choices: list[sampling.Choice]) -> None:
+        try:
+            self._deliver_tokens(stream, stream.receive(choices))
+        except RequestError as error:
+            self._fail(stream, str(error))
+
+    def _deliver_tokens(self, stream: Stream, replies: list[Token]) -> None:
         prediction = self._owners[stream]
-        replies = stream.receive(choices)
         prediction.outbox += replies
+        unfinished = stream.finished and isinstance(stream, Generation) and stream.inside_grammar
         for counters in (self.counters, prediction.counters):
             counters.output_tokens += len(replies)
+            counters.unfinished_constraints += unfinished
         if stream.finished:
             self._close(stream)
 
@@ -298,7 +335,7 @@ class Answer:
 
 
 EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask"],
+    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
 }
 

@@ -20,6 +20,9 @@ BATCH_LIMIT = 256
 FORCE = 100.0
 """A ``logit_bias`` of at least this much allows its token and forbids every token without one; its negative forbids."""
 
+CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
+"""The fields of GENERATE that say what its text may be; one of them at most."""
+
 StreamId = int | str
 TokenId = Annotated[int, Meta(ge=0)]
 Prompt = list[TokenId] | str
@@ -50,6 +53,10 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: Annotated[int, Meta(ge=0)] = 1
     logit_bias: dict[TokenId, float] | None = None
     mask: str | None = None
+    choices: list[str] | None = None
+    regex: str | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    grammar: str | None = None
     stop: list[Annotated[str, Meta(min_length=1)]] | None = None
     text: bool = False
 

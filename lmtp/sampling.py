@@ -10,13 +10,14 @@ it depends on nothing else in the batch.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lmtp.constraints import Allowed
 from lmtp.protocol import Generate, finite
 
 GREEDY_BELOW = 1e-5
@@ -35,6 +36,11 @@ class Choice:
     token: int
     logprob: float
     top: dict[int, float]
+
+    @property
+    def possible(self) -> bool:
+        """False where mask and grammar left no token to choose."""
+        return bool(self.top)
 
 
 class Row(Protocol):
@@ -64,17 +70,25 @@ class Row(Protocol):
         """The stream's next uniform number in [0, 1)."""
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """The next token of each row from its logits ``[rows, vocabulary]``, of any float dtype.
+def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
+    """The next token of each row from its logits ``[rows, vocabulary]``, of any float dtype; an impossible one
+    where its mask and grammar (``allowed``) leave none.
 
     Raises FloatingPointError where the logits of a row are not numbers.
     """
     logits = _biased(logits.float(), rows)
+    if allowed:
+        logits = allowed.apply(logits)
     blocks = _blocks(logits, -math.inf)
     peaks = blocks.amax(-1)
     normalizer = _log_sum_exp(blocks, peaks)
+    impossible: list[int] = []
     if not torch.isfinite(normalizer).all():
-        raise FloatingPointError("the model produced logits that are not finite numbers")
+        impossible = (~torch.isfinite(normalizer)).nonzero()[:, 0].tolist()
+        masked = allowed is not None and set(impossible) <= set(allowed.rows)
+        if not masked or not peaks[impossible].isneginf().all():
+            raise FloatingPointError("the model produced logits that are not finite numbers")
+        logits[impossible] = 0.0  # numbers to go on with; what is drawn from them is dropped
     likely = _most_likely(blocks, peaks, max(1, *(row.operation.top_logprobs for row in rows)))
     chosen = likely.indices[:, 0].clone()
     drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
@@ -82,7 +96,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         index = torch.tensor(drawn, device=logits.device)
         some = logits if len(drawn) == len(rows) else logits[index]
         chosen[index] = _draw(_penalized(some, [rows[i] for i in drawn]), [rows[i] for i in drawn])
-    return _report(logits, normalizer, chosen, likely, [row.operation.top_logprobs for row in rows])
+    choices = _report(logits, normalizer, chosen, likely, [row.operation.top_logprobs for row in rows])
+    return [replace(choice, top={}) if i in impossible else choice for i, choice in enumerate(choices)]
 
 
 def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:

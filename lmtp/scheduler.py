@@ -13,6 +13,10 @@ from lmtp.stream import Stream
 WORTH_WAITING = 32
 """A new stream waits for another to compute at least this many tokens that both begin with."""
 
+FORCED_RUN = 16
+"""Up to so many tokens that a grammar forced on a decoding stream are computed along with the others' single ones; a
+longer run is computed like a prompt."""
+
 
 class StreamMemory(Protocol):
     """Where running streams keep what is computed: slots.py, or the fallback runner's own caches."""
@@ -73,13 +77,13 @@ class Scheduler:
         active = self.memory.active
         if not active:
             return None
-        prefilling = [stream.pending > 1 for stream in active]
+        prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
-            return self._step(active, 1)
+            return self._step(active, _width(active))
         decoding = not all(prefilling)
         self._prefilled_last = not (decoding and self._prefilled_last and self._busy_chunk)
         if not self._prefilled_last:
-            return self._step(active, 1)
+            return self._step(active, _width([s for s, not_yet in zip(active, prefilling, strict=True) if not not_yet]))
         first = prefilling.index(True)
         last = prefilling.index(False, first) if False in prefilling[first:] else len(active)
         budget = self._busy_chunk if decoding and self._busy_chunk else self._chunk
@@ -125,3 +129,12 @@ class Scheduler:
                     if not blocked:
                         continue
             self.waiting.append(stream)
+
+
+def _width(streams: Sequence[Stream]) -> int:
+    """How many tokens of each decoding stream to compute: the most at which padding is not the larger part. Where a
+    grammar forced a run on one stream of many, it rides along a token at a time, which costs it nothing."""
+    longest = max(stream.pending for stream in streams)
+    widths = range(longest, 1, -1)
+    useful = (sum(min(stream.pending, width) for stream in streams) for width in widths)
+    return next((w for w, tokens in zip(widths, useful, strict=True) if 2 * tokens >= w * len(streams)), 1)

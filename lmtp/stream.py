@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp import text
-from lmtp.constraints import bias_of
+from lmtp.constraints import Grammar, bias_of
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
 from lmtp.sampling import Choice
+
+IMPOSSIBLE = "logit_bias, mask or min_tokens forbid every token that the constraint allows here"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Stream:
         """How many tokens it still needs computed."""
         return self.goal - self.computed
 
+    @property
+    def decoding(self) -> bool:
+        """Whether what it needs computed are tokens that it generated: one, or more where a grammar forced them."""
+        return False
+
+    def begin(self) -> list[Token]:
+        """The replies that are certain before anything is computed."""
+        return []
+
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
         """Take the model's word at the wanted positions computed in this step; the replies to send, in order."""
         raise NotImplementedError
@@ -77,10 +88,12 @@ class Generation(Stream):
         limits: Limits,
         bias: Tensor | None,
         decoder: text.TextDecoder | None,
+        grammar: Grammar | None = None,
     ) -> None:
         super().__init__(list(prompt), len(prompt), min(len(prompt) + operation.max_tokens, limits.context))
         self.operation = operation
         self.bias = bias
+        self.grammar = grammar
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
         # Random takes a number without its sign, and a string whole; None is a seed of the system's.
@@ -102,25 +115,57 @@ class Generation(Stream):
         return len(self.tokens) - self.prompt_length
 
     @property
+    @override
+    def decoding(self) -> bool:
+        return self.computed >= self.prompt_length
+
+    @property
     def forbidden_now(self) -> Sequence[int]:
         """The ids impossible for the next token only: the end of the sequence before min_tokens."""
         return self._end_of_sequence if self.generated < self.operation.min_tokens else ()
+
+    @property
+    def inside_grammar(self) -> bool:
+        """Whether the text so far is not one that its grammar knows."""
+        return self.grammar is not None and not self.grammar.accepting
 
     def draw(self) -> float:
         """The stream's next uniform number in [0, 1)."""
         return self._random.random()
 
     @override
+    def begin(self) -> list[Token]:
+        return self._take_forced()
+
+    @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
+        """Raises RequestError where mask and grammar leave nothing to go on with."""
         (choice,) = choices
+        return [self._take(choice), *self._take_forced()]
+
+    def _take_forced(self) -> list[Token]:
+        """Append what the grammar forces: nothing has to be computed to know it."""
+        replies: list[Token] = []
+        for token in [] if self.finished or self.grammar is None else self.grammar.forced():
+            if self.finished:
+                break
+            forbidden = token in self.forbidden_now or (self.bias is not None and bool(self.bias[token].isneginf()))
+            if forbidden:
+                raise RequestError(f"{IMPOSSIBLE} (token {token} is the only one that the constraint allows).")
+            replies.append(self._take(Choice(token, 0.0, {token: 0.0})))
+        return replies
+
+    def _take(self, choice: Choice) -> Token:
         self.tokens.append(choice.token)
+        if self.grammar:
+            self.grammar.advance(choice.token)
         reason: FinishReason | None = None
         piece = ""
         if self._decoder:
             added = self._decoder.add(choice.token)
             piece = added.text
             reason = "stop" if added.stopped else None
-        if choice.token in self._end_of_sequence:
+        if choice.token in self._end_of_sequence or (self.grammar and self.grammar.complete):
             reason = "stop"
         elif reason is None and len(self.tokens) >= self.most_tokens:
             reason = "length"
@@ -128,16 +173,14 @@ class Generation(Stream):
             self.finished = True
             if self._decoder:
                 piece += self._decoder.flush()
-        return [
-            Token(
-                token=choice.token,
-                stream_id=self.operation.stream_id,
-                logprob=choice.logprob,
-                finish_reason=reason,
-                top_logprobs=choice.top,
-                text=piece if self.operation.text else UNSET,
-            )
-        ]
+        return Token(
+            token=choice.token,
+            stream_id=self.operation.stream_id,
+            logprob=choice.logprob,
+            finish_reason=reason,
+            top_logprobs=choice.top,
+            text=piece if self.operation.text else UNSET,
+        )
 
 
 class Scoring(Stream):
@@ -191,7 +234,9 @@ class Scoring(Stream):
         )
 
 
-def open_stream(operation: Generate | Score, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> Stream:
+def open_stream(
+    operation: Generate | Score, limits: Limits, tokenizer: PreTrainedTokenizerBase, grammar: Grammar | None
+) -> Stream:
     """A stream that answers the operation. Raises RequestError where this model cannot serve it."""
     prompt = _ids(operation.prompt, "prompt", limits, tokenizer)
     wants_text = operation.text or (isinstance(operation, Generate) and bool(operation.stop))
@@ -218,7 +263,7 @@ def open_stream(operation: Generate | Score, limits: Limits, tokenizer: PreTrain
         without_end[list(limits.end_of_sequence)] = -float("inf")
         if bool(without_end.isneginf().all()):
             raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
-    return Generation(operation, prompt, limits, bias, decoder)
+    return Generation(operation, prompt, limits, bias, decoder, grammar)
 
 
 def _ids(prompt: Prompt, field: str, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> list[int]:

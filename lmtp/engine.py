@@ -28,7 +28,7 @@ from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Opera
 from lmtp.runner import DecodeStep, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
-from lmtp.stream import IMPOSSIBLE, Generation, Limits, Scoring, Stream, open_stream
+from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,9 @@ class Engine:
                 if choice.possible:
                     self._reply(stream, [choice])
                 else:
-                    self._fail(stream, f"{IMPOSSIBLE}.")
+                    self._fail(
+                        stream, "logit_bias, mask or min_tokens forbid every token that the constraint allows here."
+                    )
         for scoring, index, targets in scorings:
             top = [scoring.operation.top_logprobs] * len(targets)
             self._reply(scoring, sampling.score(logits[index : index + len(targets)], targets, top))

@@ -18,8 +18,6 @@ from lmtp.constraints import Grammar, bias_of
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
 from lmtp.sampling import Choice
 
-IMPOSSIBLE = "logit_bias, mask or min_tokens forbid every token that the constraint allows here"
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -139,7 +137,7 @@ class Generation(Stream):
 
     @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
-        """Raises RequestError where mask and grammar leave nothing to go on with."""
+        """Raises RequestError where the grammar cannot be followed any further."""
         (choice,) = choices
         return [self._take(choice), *self._take_forced()]
 
@@ -147,13 +145,13 @@ class Generation(Stream):
         """Append what the grammar forces: nothing has to be computed to know it."""
         replies: list[Token] = []
         for token in [] if self.finished or self.grammar is None else self.grammar.forced():
-            if self.finished:
+            if self.finished or self._is_forbidden(token):  # a forbidden one is found impossible by the next step
                 break
-            forbidden = token in self.forbidden_now or (self.bias is not None and bool(self.bias[token].isneginf()))
-            if forbidden:
-                raise RequestError(f"{IMPOSSIBLE} (token {token} is the only one that the constraint allows).")
             replies.append(self._take(Choice(token, 0.0, {token: 0.0})))
         return replies
+
+    def _is_forbidden(self, token: int) -> bool:
+        return token in self.forbidden_now or (self.bias is not None and bool(self.bias[token].isneginf()))
 
     def _take(self, choice: Choice) -> Token:
         self.tokens.append(choice.token)

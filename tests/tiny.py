@@ -45,11 +45,12 @@ FALLBACKS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """A float32 model with random weights large enough that its choices differ from each other."""
+def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model with random weights large enough that its choices differ from each other; ``changes`` to its
+    configuration."""
     kind, arguments = (ARCHITECTURES | FALLBACKS)[name]
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments)).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments | changes)).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() > 1:

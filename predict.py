@@ -4,7 +4,7 @@ A prediction is either a prompt or a batch of LMTP operations; both become opera
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Optional
 
 import cog
@@ -13,8 +13,9 @@ import transformers
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import compiled, live, protocol, settings, text, weights
+from lmtp.completions import Completions
 from lmtp.engine import Answer, Engine
-from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Token
+from lmtp.protocol import Failure, Generate, Operation, RequestError
 
 live.install()
 
@@ -78,13 +79,39 @@ class Predictor(BasePredictor):
             default="",
             description="JSON object from token id to number: -100 forbids a token, 100 allows only such tokens.",
         ),
+        choices: str = Input(
+            default="", description="The answer is one of these texts: a JSON list of strings. One constraint at most."
+        ),
+        regex: str = Input(default="", description="The answer matches this regular expression as a whole."),
+        json_schema: str = Input(
+            default="", description="The answer is JSON that this JSON Schema allows; true: any JSON."
+        ),
+        grammar: str = Input(
+            default="", description="The answer follows this grammar, in the Lark dialect of llguidance or in GBNF."
+        ),
+        best_of_choices: bool = Input(
+            default=False,
+            description="With choices: compare the probabilities of the whole texts and answer with the likeliest.",
+        ),
+        n: int = Input(
+            default=1,
+            ge=1,
+            le=16,
+            description="Completions of the prompt, with seeds from seed on. Not with output text.",
+        ),
         top_logprobs: int = Input(
-            default=1, ge=0, le=1000, description="With output lmtp: how many of the most likely tokens to report."
+            default=1,
+            ge=0,
+            le=1000,
+            description="With output lmtp and json: how many likely tokens to report with each.",
+        ),
+        prompt_logprobs: bool = Input(
+            default=False, description="With output lmtp and json: log-probabilities of the tokens of the prompt, too."
         ),
         output: str = Input(
             default="text",
-            choices=["text", "lmtp"],
-            description="text: the text as it grows. lmtp: a line per token, with its text and log-probabilities.",
+            choices=["text", "lmtp", "json"],
+            description="text: as it grows. lmtp: a line for every token. json: all of it as one document at the end.",
         ),
         ops_batch_json: Optional[str] = Input(  # noqa: UP045
             default=None,
@@ -95,42 +122,55 @@ class Predictor(BasePredictor):
         started = time.monotonic()
         if (prompt is None) == (ops_batch_json is None):
             raise RequestError(f"Give prompt or ops_batch_json, {'not both' if prompt is not None else 'one of them'}.")
-        operations: list[Operation | Failure]
+        operations: Sequence[Operation | Failure]
+        completions: Completions | None = None
         if ops_batch_json is not None:
             operations = protocol.parse_batch(ops_batch_json)
         else:
             tokenizer = self.engine.tokenizer
-            operations = [  # the runtime lets 3.0 pass for an integer
-                Generate(
-                    stream_id=0,
-                    prompt=text.render_prompt(tokenizer, prompt or "", system_prompt, prompt_template),
-                    max_tokens=int(max_tokens),
-                    temperature=temperature,
-                    top_p=top_p or None,
-                    top_k=int(top_k),
-                    seed=None if seed is None else int(seed),
-                    stop=text.parse_stop_sequences(stop_sequences),
-                    logit_bias=protocol.parse_logit_bias(logit_bias),
-                    top_logprobs=int(top_logprobs),
-                    text=True,
-                )
-            ]
-        as_text = prompt is not None and output == "text"
-        return live.stream(self._run(operations, started, one=prompt is not None, as_text=as_text))
+            generate = Generate(  # the runtime lets 3.0 pass for an integer
+                stream_id=0,
+                prompt=text.render_prompt(tokenizer, prompt or "", system_prompt, prompt_template),
+                max_tokens=int(max_tokens),
+                temperature=temperature,
+                top_p=top_p or None,
+                top_k=int(top_k),
+                seed=None if seed is None else int(seed),
+                stop=text.parse_stop_sequences(stop_sequences),
+                logit_bias=protocol.parse_logit_bias(logit_bias),
+                choices=protocol.parse_choices(choices),
+                regex=regex or None,
+                json_schema=protocol.parse_json_schema(json_schema),
+                grammar=grammar or None,
+                top_logprobs=int(top_logprobs),
+                text=True,
+            )
+            completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, best_of_choices)
+            operations = completions.operations
+        return live.stream(self._run(operations, completions, started))
 
     async def _run(
-        self, operations: list[Operation | Failure], started: float, one: bool, as_text: bool
+        self, operations: Sequence[Operation | Failure], completions: Completions | None, started: float
     ) -> AsyncIterator[str]:
-        """The chunks of the output, one for every step. ``one``: what is wrong with the stream fails the prediction."""
+        """The chunks of the output, one at most for every step."""
         first_token: float | None = None
         async with self.engine.predict(operations) as answer:
             async for replies in answer:
                 if first_token is None:
                     first_token = time.monotonic() - started
-                if one:
-                    _raise_failures(replies)
-                yield _text(replies) if as_text else protocol.encode(replies)
+                if chunk := completions.add(replies) if completions else protocol.encode(replies):
+                    yield chunk
+        if completions:
+            if chunk := completions.end(answer.counters.reused_tokens, answer.counters.computed_tokens):
+                yield chunk
+            if completions.constraint:
+                self._record_constraint(answer.counters.unfinished_constraints)
         self._record(answer, first_token or 0.0, time.monotonic() - started)
+
+    def _record_constraint(self, unfinished: int) -> None:
+        self.record_metric("constraint_finished", unfinished == 0)
+        if unfinished:
+            print(f"{unfinished} ended inside the constraint, at max_tokens or a stop sequence: not valid text.")
 
     def _record(self, answer: Answer, first_token: float, seconds: float) -> None:
         counters = answer.counters
@@ -140,14 +180,3 @@ class Predictor(BasePredictor):
         self.record_metric("computed_token_count", counters.computed_tokens)
         self.record_metric("time_to_first_token", round(first_token, 4))
         self.record_metric("tokens_per_second", round(counters.output_tokens / seconds, 2))
-
-
-def _raise_failures(replies: list[Reply]) -> None:
-    """A prompt is one stream, so what is wrong with it fails the prediction."""
-    for reply in replies:
-        if isinstance(reply, Failure):
-            raise RequestError(reply.error)
-
-
-def _text(replies: list[Reply]) -> str:
-    return "".join(reply.text for reply in replies if isinstance(reply, Token) and isinstance(reply.text, str))

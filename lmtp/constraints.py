@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmtp.protocol import CONSTRAINTS, FORCE, Generate, RequestError
+from lmtp.protocol import FORCE, Generate, RequestError, constraint_of
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -234,12 +234,9 @@ class Compiler:
 
 def _source(operation: Generate) -> tuple[str, str] | None:
     """The constraint's field and its text."""
-    given = [field for field in CONSTRAINTS if getattr(operation, field) is not None]
-    if not given:
+    field = constraint_of(operation)
+    if field is None:
         return None
-    if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)}: give one constraint at most.")
-    (field,) = given
     value = getattr(operation, field)
     if value == []:
         raise RequestError("choices is empty; give at least one text.")

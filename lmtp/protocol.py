@@ -61,6 +61,14 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: bool = False
 
 
+def constraint_of(operation: Generate) -> str | None:
+    """The field of CONSTRAINTS that the operation has. Raises RequestError for two of them."""
+    given = [field for field in CONSTRAINTS if getattr(operation, field) is not None]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)}: give one constraint at most.")
+    return given[0] if given else None
+
+
 class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Log-probabilities of given tokens after a prompt."""
 
@@ -240,14 +248,30 @@ def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operatio
 
 def parse_logit_bias(text: str) -> dict[int, float] | None:
     """A ``logit_bias`` given as JSON text; None when the text is empty. Raises RequestError."""
+    return _parse(text, dict[TokenId, float], 'logit_bias must be a JSON object like {"42": -100}')
+
+
+def parse_choices(text: str) -> list[str] | None:
+    """``choices`` given as JSON text; None when the text is empty. Raises RequestError."""
+    return _parse(text, list[str], 'choices must be a JSON list of texts like ["yes", "no"]')
+
+
+def parse_json_schema(text: str) -> dict[str, Any] | bool | None:
+    """A ``json_schema`` given as JSON text; None when the text is empty. Raises RequestError."""
+    schema: dict[str, Any] | bool | None = _parse(
+        text, dict[str, Any] | bool, "json_schema must be a JSON object, or true for any JSON"
+    )
+    return schema
+
+
+def _parse(text: str, kind: Any, expected: str) -> Any:
     if not text.strip():
         return None
     try:
-        bias = msgspec.json.decode(text, type=dict[TokenId, float])
+        return msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError as error:
         reason = str(error).replace("`", "")
-        raise RequestError(f'logit_bias must be a JSON object like {{"42": -100}}: {reason}.') from None
-    return bias
+        raise RequestError(f"{expected}: {reason}.") from None
 
 
 def finite(logprob: float) -> float:

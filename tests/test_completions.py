@@ -1,0 +1,159 @@
+"""One prompt's completions, read as text, as lines and as a document."""
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmtp import weights
+from lmtp.completions import Completions
+from lmtp.engine import Counters, Engine
+from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
+from lmtp.text import render_prompt
+from lmtp.weights import Loaded
+from tests.tiny import answers, own_logits
+
+Demo = tuple[Loaded, Engine]
+
+
+@pytest.fixture(scope="module")
+def demo(demo_weights: Path) -> Iterator[Demo]:
+    loaded = weights.load(demo_weights, dtype="float32")
+    engine = Engine(loaded.model, loaded.tokenizer)
+    yield loaded, engine
+    engine.stop()
+
+
+def completions(demo: Demo, output: str, question: str = "Name three colours.", **settings: Any) -> Completions:
+    own = {name: settings.pop(name) for name in ("n", "prompt_logprobs", "best_of_choices") if name in settings}
+    tokenizer = demo[0].tokenizer
+    prompt = render_prompt(tokenizer, question)
+    generate = Generate(stream_id=0, prompt=prompt, text=True, max_tokens=settings.pop("max_tokens", 12), **settings)
+    return Completions(generate, tokenizer, output, **own)
+
+
+def read(demo: Demo, output: str, **settings: Any) -> tuple[str, Counters]:
+    """What predict.py would send, and the counters."""
+    asked = completions(demo, output, **settings)
+
+    async def run() -> tuple[str, Counters]:
+        sent = ""
+        async with demo[1].predict(asked.operations) as answer:
+            async for replies in answer:
+                sent += asked.add(replies)
+        counters = answer.counters
+        return sent + asked.end(counters.reused_tokens, counters.computed_tokens), counters
+
+    return asyncio.run(run())
+
+
+def test_several_completions_are_those_of_their_seeds_and_their_prompt_is_computed_once(demo: Demo) -> None:
+    sent, counters = read(demo, "json", n=4, temperature=1.0, seed=10, top_logprobs=2)
+    document = json.loads(sent)
+    assert [completion["index"] for completion in document["choices"]] == [0, 1, 2, 3]
+    for i, completion in enumerate(document["choices"]):
+        assert completion["text"] == read(demo, "text", temperature=1.0, seed=10 + i)[0]
+        assert completion["text"] == "".join(token["text"] for token in completion["tokens"])
+        assert completion["finish_reason"] == "length"
+        assert all(len(token["top_logprobs"]) >= 2 for token in completion["tokens"])
+    prompt = document["usage"]["input_token_count"]
+    assert prompt == len(render_prompt(demo[0].tokenizer, "Name three colours."))
+    assert document["usage"]["output_token_count"] == 4 * 12
+    assert counters.computed_tokens <= prompt + 4 * 12
+
+
+def test_a_prompts_own_logprobs_are_a_forward_pass_and_cost_no_second_one(demo: Demo) -> None:
+    loaded, _ = demo
+    question = "Which of the colours of the rainbow has the longest wavelength? " + "Explain it step by step. " * 6
+    sent, counters = read(demo, "json", question=question, prompt_logprobs=True)
+    document = json.loads(sent)
+    ids = render_prompt(loaded.tokenizer, question)
+    logprobs = torch.log_softmax(own_logits(loaded.model, ids), -1)
+    assert [token["token"] for token in document["prompt_logprobs"]] == ids
+    expected = [0.0] + [logprobs[i, token].item() for i, token in enumerate(ids[1:])]
+    assert [token["logprob"] for token in document["prompt_logprobs"]] == pytest.approx(expected, abs=1e-4)
+    assert document["choices"][0]["text"] == read(demo, "text", question=question)[0]
+    assert document["usage"]["input_token_count"] == len(ids)
+    assert document["usage"]["output_token_count"] == len(document["choices"][0]["tokens"])
+    assert counters.computed_tokens == len(ids) + len(document["choices"][0]["tokens"]) - 1
+
+
+def test_the_distribution_over_choices_is_exact_and_its_best_is_the_answer(demo: Demo) -> None:
+    loaded, _ = demo
+    review = "We had a great stay. Hiking in the mountains was fabulous, and the food in the hotel was good, too. "
+    question = review * 2 + "Is the sentiment of this review positive, negative or neutral?"
+    options = ["positive", "negative", "neutral", "a mixture of all"]
+    settings = {"question": question, "choices": options, "best_of_choices": True}
+    sent, counters = read(demo, "json", **settings)
+    document = json.loads(sent)
+    prompt = render_prompt(loaded.tokenizer, question)
+    expected = {}
+    for option in options:
+        ids = loaded.tokenizer.encode(option)
+        logprobs = torch.log_softmax(own_logits(loaded.model, prompt + ids), -1)
+        expected[option] = sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids))
+    total = sum(math.exp(logprob) for logprob in expected.values())
+    rows = document["distribution"]
+    assert [row["choice"] for row in rows] == sorted(options, key=lambda option: -expected[option])
+    for row in rows:
+        assert row["logprob"] == pytest.approx(expected[row["choice"]], abs=1e-3)
+        assert row["probability"] == pytest.approx(math.exp(expected[row["choice"]]) / total, abs=1e-3)
+    assert document["choices"][0]["text"] == rows[0]["choice"]
+    assert read(demo, "text", **settings)[0] == rows[0]["choice"]
+    assert counters.computed_tokens < len(prompt) + 20
+
+
+def test_lines_carry_the_streams_of_every_completion_and_of_the_prompt(demo: Demo) -> None:
+    sent, _ = read(demo, "lmtp", n=2, prompt_logprobs=True, max_tokens=3, temperature=1.0, seed=1)
+    streams = [json.loads(line.removeprefix("TOKEN "))["stream_id"] for line in sent.splitlines()]
+    assert (streams.count(0), streams.count(1)) == (3, 3)
+    assert streams.count("prompt") == len(render_prompt(demo[0].tokenizer, "Name three colours."))
+
+
+@pytest.mark.parametrize(
+    ("output", "settings", "message"),
+    [
+        ("text", {"n": 2}, "n is 2: choose output json or lmtp"),
+        ("text", {"prompt_logprobs": True}, "prompt_logprobs: choose output json or lmtp"),
+        ("json", {"best_of_choices": True}, "best_of_choices needs choices"),
+        ("json", {"best_of_choices": True, "choices": ["a", ""]}, "an empty text among the choices"),
+        ("json", {"best_of_choices": True, "choices": ["a"], "n": 2}, "best_of_choices has one answer"),
+        ("json", {"best_of_choices": True, "choices": ["a"], "regex": "a"}, "choices and regex: give one constraint"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    demo: Demo, output: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        completions(demo, output, **settings)
+
+
+def test_what_is_wrong_with_one_stream_fails_the_whole_answer(demo: Demo) -> None:
+    with pytest.raises(RequestError, match="unclosed character class"):
+        read(demo, "json", n=2, regex="[0-9")
+
+
+def test_constraints_are_read_from_json_text() -> None:
+    assert parse_choices("") is None
+    assert parse_choices('["a", "b"]') == ["a", "b"]
+    assert parse_json_schema(" true ") is True
+    assert parse_json_schema('{"type": "object"}') == {"type": "object"}
+    for wrong in ("a, b", '{"a": 1}', "[1]"):
+        with pytest.raises(RequestError, match="choices must be a JSON list of texts like"):
+            parse_choices(wrong)
+    for wrong in ("{", "[]", '"object"'):
+        with pytest.raises(RequestError, match="json_schema must be a JSON object, or true for any JSON"):
+            parse_json_schema(wrong)
+
+
+def test_a_document_is_one_json_value_whatever_the_tokens(demo: Demo) -> None:
+    sent, _ = read(demo, "json", temperature=5.0, seed=3, n=3, top_logprobs=5)
+    document = json.loads(sent, parse_constant=lambda name: pytest.fail(name))
+    assert len(document["choices"]) == 3
+    whole = answers(demo[1], *completions(demo, "json", temperature=5.0, seed=3, n=3, top_logprobs=5).operations)
+    assert [[t["token"] for t in c["tokens"]] for c in document["choices"]] == [whole.ids(i) for i in range(3)]

@@ -132,9 +132,8 @@ class Scheduler:
 
 
 def _width(streams: Sequence[Stream]) -> int:
-    """How many tokens of each decoding stream to compute: the most at which padding is not the larger part. Where a
-    grammar forced a run on one stream of many, it rides along a token at a time, which costs it nothing."""
-    longest = max(stream.pending for stream in streams)
-    widths = range(longest, 1, -1)
-    useful = (sum(min(stream.pending, width) for stream in streams) for width in widths)
-    return next((w for w, tokens in zip(widths, useful, strict=True) if 2 * tokens >= w * len(streams)), 1)
+    """How many tokens of each decoding stream to compute: as many as at least half of them have, so that no column of
+    the step is mostly padding. Where a grammar forced a run on one stream of many, it rides along a token at a time,
+    which costs it nothing."""
+    pending = sorted((stream.pending for stream in streams), reverse=True)
+    return pending[(len(pending) - 1) // 2]

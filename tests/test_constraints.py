@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lmtp import constraints, weights
 from lmtp.engine import Engine
 from lmtp.protocol import Failure, Generate, ModelInfo, Token
+from lmtp.scheduler import Step
 from lmtp.text import render_prompt
 from tests.tiny import Answers, answers, ask, build, own_greedy, own_logits
 
@@ -262,6 +263,27 @@ def test_forced_runs_change_nothing_for_the_streams_beside_them(
 
 def one(engine: Engine, **fields: Any) -> Answers:
     return answers(engine, Generate(stream_id=0, prompt="x", text=True, **fields))
+
+
+def test_a_forced_run_is_computed_at_once_alone_and_rides_along_in_a_crowd(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[int]] = []
+    run = engine.runner.run
+
+    def recording(step: Step) -> torch.Tensor:
+        steps.append(step.counts)
+        return run(step)
+
+    monkeypatch.setattr(engine.runner, "run", recording)
+    with_run = Generate(stream_id="run", prompt="x", regex="[ab]: one two three four [ab]", seed=1)
+    length = len(answers(engine, with_run).ids("run"))
+    assert len(steps) < length / 2
+    steps.clear()
+    crowd = [Generate(stream_id=i, prompt="x", max_tokens=20, min_tokens=20) for i in range(12)]
+    assert len(answers(engine, *crowd, with_run).ids("run")) == length
+    assert all(max(counts) == 1 for counts in steps)
+    assert len(steps) == 20
 
 
 def test_a_complete_grammar_ends_the_stream_with_its_last_token(engine: Engine) -> None:

@@ -59,11 +59,11 @@ def test_several_completions_are_those_of_their_seeds_and_their_prompt_is_comput
     for i, completion in enumerate(document["choices"]):
         assert completion["text"] == read(demo, "text", temperature=1.0, seed=10 + i)[0]
         assert completion["text"] == "".join(token["text"] for token in completion["tokens"])
-        assert completion["finish_reason"] == "length"
+        assert completion["finish_reason"] in ("length", "stop")
         assert all(len(token["top_logprobs"]) >= 2 for token in completion["tokens"])
     prompt = document["usage"]["input_token_count"]
     assert prompt == len(render_prompt(demo[0].tokenizer, "Name three colours."))
-    assert document["usage"]["output_token_count"] == 4 * 12
+    assert document["usage"]["output_token_count"] == sum(len(c["tokens"]) for c in document["choices"])
     assert counters.computed_tokens <= prompt + 4 * 12
 
 

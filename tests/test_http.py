@@ -100,6 +100,20 @@ class TestSynchronous:
         assert [reply["stream_id"] for reply in asked] == [3]
         assert len(replies) == 6
 
+    def test_a_constraint_is_kept_and_one_cut_short_is_said_in_metrics_and_logs(self, client: httpx.Client) -> None:
+        prediction = predict(client, prompt=QUESTION, regex=r"The capital is (Rome|Paris)\.")
+        assert "".join(prediction["output"]) == "The capital is Paris."
+        assert prediction["metrics"]["constraint_finished"] is True
+        cut = predict(client, prompt=QUESTION, choices='["The capital is Paris."]', max_tokens=2)
+        assert "".join(cut["output"]) == "The capital"
+        assert cut["metrics"]["constraint_finished"] is False
+        assert "not valid" in cut["logs"]
+
+    def test_a_prompt_with_output_json_gives_one_document(self, client: httpx.Client) -> None:
+        prediction = predict(client, prompt=QUESTION, max_tokens=3, output="json", n=2, temperature=1, seed=1)
+        document = json.loads("".join(prediction["output"]))
+        assert [choice["index"] for choice in document["choices"]] == [0, 1]
+
     def test_a_prompt_with_output_lmtp_gives_lines_with_text(self, client: httpx.Client) -> None:
         prediction = predict(client, prompt=QUESTION, max_tokens=3, output="lmtp", top_logprobs=2)
         lines = "".join(prediction["output"]).splitlines()
@@ -234,7 +248,7 @@ class TestBadInput:
             ({"prompt": "x", "max_tokens": "many"}, "max_tokens", '"many" is not of type "integer"'),
             ({"prompt": "x", "max_tokens": 0}, "max_tokens", "0 is less than the minimum of 1"),
             ({"prompt": "x", "temperature": -1}, "temperature", "-1 is less than the minimum of 0"),
-            ({"prompt": "x", "output": "xml"}, "output", '"xml" is not one of ["text","lmtp"]'),
+            ({"prompt": "x", "output": "xml"}, "output", '"xml" is not one of ["text","lmtp","json"]'),
             ({"ops_batch_json": [["MODEL_INFO", {"stream_id": 1}]]}, "ops_batch_json", 'is not of type "string"'),
         ],
     )

@@ -25,7 +25,7 @@ from lmtp.constraints import Allowed, Compiler, Grammar, MaskFiller
 from lmtp.fallback import FallbackRunner, ModelCaches
 from lmtp.graphs import GraphedStep
 from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Token
-from lmtp.runner import DecodeStep, SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runner import DecodeStep, Reference, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
 from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
@@ -374,7 +374,8 @@ def _choose_runner(
         budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         slots = Slots(memory, budget, MOST_STREAMS, limits.context)
         runner = SlotRunner(model, memory)
-        check(model)
+        reference = Reference.of(model)
+        check(model, reference)
     except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
         caches = ModelCaches(MOST_STREAMS, limits.context)
@@ -384,10 +385,10 @@ def _choose_runner(
     description = "slots"
     try:
         if compiled:
-            check(model, step := CompiledStep(compiled))
+            check(model, reference, step := CompiledStep(compiled))
             runner.compiled, description = step, "slots, compiled decode step"
         elif model.device.type == "cuda" and len(set(devices)) == 1:
-            check(model, graphs := GraphedStep(DecodeStep(runner)))
+            check(model, reference, graphs := GraphedStep(DecodeStep(runner)))
             runner.compiled, description = graphs, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ masks are added as numbers by some attention code, which is silently wrong).
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,14 +28,23 @@ from lmtp.stream import Scoring
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
 
-AGREEMENT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.15}
-"""How far the self-check lets a position's logits be from the model's own, relative to their spread."""
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+"""How far the self-check lets a position's logits be from the model's own, relative to their spread. After random tokens
+a model in bfloat16 is this far from itself in float32 at one position of ten; a wrong mask or a lost cache moves nearly
+all of them further."""
+
+FORGIVEN = {torch.float32: 0.0, torch.float16: 0.25, torch.bfloat16: 0.25}
+"""The part of the positions that may be further off all the same: rounding decides which expert a mixture asks."""
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids have to be: a large model is spread over several devices."""
     embeddings: nn.Module = model.get_input_embeddings()
     return next(embeddings.parameters()).device
+
+
+SHARED = 8
+"""How many tokens the self-check's last text takes over from another row."""
 
 
 class UnsupportedModel(Exception):
@@ -223,49 +233,64 @@ def layers_of(model: PreTrainedModel) -> tuple[list[LayerShape], list[torch.devi
     return shapes, [layer.keys.device for layer in layers]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Some uneven texts, and for each the logits ``[tokens - 1, vocabulary]`` of the model's own forward pass."""
+
+    texts: list[list[int]]
+    logits: list[Tensor]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: PreTrainedModel) -> "Reference":
+        """Random texts; the last begins as the longest does."""
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        generator = np.random.default_rng(0)
+        texts = [generator.integers(vocabulary, size=size).tolist() for size in (5, 14, 9)]
+        texts.append(texts[1][:SHARED] + texts[2][:5])
+        ids = [torch.tensor([tokens], device=input_device(model)) for tokens in texts]
+        return cls(texts, [model(input_ids=i, use_cache=False).logits[0, :-1].float() for i in ids])
+
+
 @torch.inference_mode()
-def check(model: PreTrainedModel, compiled: CompiledStep | GraphedStep | None = None) -> None:
-    """Prove slots on uneven rows against the model's own forward pass, through chunks, padding, reuse and moves; or a
-    compiled step, through steps of one token a row.
+def check(model: PreTrainedModel, reference: Reference, compiled: CompiledStep | GraphedStep | None = None) -> None:
+    """Prove slots against the model's own forward pass, through chunks, padding, reuse and moves; or a compiled step,
+    through steps of one token a row.
 
     Raises UnsupportedModel where they disagree.
     """
     memory = Memory(*layers_of(model), model.dtype)
     slots = Slots(memory, budget=memory.bytes_per_token * 512, most_slots=8, context=64)
     runner = SlotRunner(model, memory, compiled)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    generator = np.random.default_rng(0)
-    texts = [generator.integers(vocabulary, size=size).tolist() for size in (7, 21, 13)]
-    texts.append(texts[1][:12] + texts[2])
-    scheduler = Scheduler(slots, chunk=24, busy_chunk=8, most_logits=256)
+    scheduler = Scheduler(slots, chunk=16, busy_chunk=6, most_logits=256)
+    texts = reference.texts
     got: list[list[Tensor]] = [[] for _ in texts]
-    for index, tokens in enumerate(texts[:3]):
+    for index, tokens in enumerate(texts[:-1]):
         scheduler.add(Scoring(Score(stream_id=index, prompt=[], scored=tokens), tokens[:1], tokens[1:], None))
-    steps = 0
-    while (step := scheduler.next_step()) or steps < 12:
-        steps += 1
-        if steps == 12:  # by now its first 12 tokens can be had from another row
-            scheduler.add(Scoring(Score(stream_id=3, prompt=[], scored=texts[3]), texts[3][:10], texts[3][10:], None))
-        if step is None:
+    late = Scoring(Score(stream_id=len(texts) - 1, prompt=[], scored=[0]), texts[-1][:SHARED], texts[-1][SHARED:], None)
+    while True:
+        step = scheduler.next_step()
+        if late.slot < 0 and not late.computed and slots.shared_prefix(late)[0] == SHARED - 1:
+            scheduler.add(late)  # what it shares can be had from another row now
             continue
+        if step is None:
+            break
         if compiled:
             step = Step(0, list(slots.active), [1] * len(slots.active))
         logits = runner.run(step)
         for stream, count in zip(step.streams, step.counts, strict=True):
-            got[int(stream.operation.stream_id)] += logits[:count].unbind()
-            logits = logits[count:]
+            wanted = stream.computed + count - max(stream.first_wanted, stream.computed)
+            got[int(stream.operation.stream_id)] += logits[: max(wanted, 0)].unbind()
+            logits = logits[max(wanted, 0) :]
             stream.computed += count
             if stream.pending == 0:
                 scheduler.remove(stream)
     wrong = total = 0
-    for tokens, ours in zip(texts, got, strict=True):
-        ids = torch.tensor([tokens], device=input_device(model))
-        own = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        own = own[-len(ours) :]  # what was reused from another row was not computed again
+    for own, ours in zip(reference.logits, got, strict=True):
+        own = own[-len(ours) :]  # of the last text, what it shares was not asked for
         spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
         distance = (own - torch.stack(ours).float()).norm(dim=-1) / spread.clamp(min=1e-9)
         wrong += int((~(distance < AGREEMENT[model.dtype])).sum())
         total += len(ours)
-    # A mixture of experts may choose another expert for a rounding difference, so a few positions are forgiven.
-    if wrong > total * (0.1 if model.dtype != torch.float32 else 0.0):
+    if wrong > total * FORGIVEN[model.dtype]:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lmtp.stream import Stream
 
-WORTH_WAITING = 32
+WORTH_WAITING = 16
 """A new stream waits for another to compute at least this many tokens that both begin with."""
 
 FORCED_RUN = 16

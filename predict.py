@@ -35,10 +35,11 @@ class Predictor(BasePredictor):
         )
         started = time.monotonic()
         step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest)
-        use = step if chosen.compile != "off" and step.exists() else None
-        self.engine = Engine(loaded.model, loaded.tokenizer, chosen.kv_budget, use)
+        cpu, fast = loaded.device.type == "cpu", chosen.compile != "off"
+        use = step if cpu and fast and step.exists() else None
+        self.engine = Engine(loaded.model, loaded.tokenizer, chosen.kv_budget, use, graphs=fast)
         print(f"runner: {self.engine.runner_description}; checked in {time.monotonic() - started:.1f} s", flush=True)
-        if chosen.compile == "on" and use is None and loaded.device.type == "cpu":
+        if chosen.compile == "on" and use is None and cpu:
             compiled.build_in_background(self.engine.adopt, step, settings.ROOT / "script" / "build")
 
     @cog.streaming
@@ -130,10 +131,12 @@ class Predictor(BasePredictor):
             tokenizer = self.engine.tokenizer
             generate = Generate(  # the runtime lets 3.0 pass for an integer
                 stream_id=0,
-                prompt=text.render_prompt(tokenizer, prompt or "", system_prompt, prompt_template),
+                prompt=await self.engine.tokenize(
+                    text.render_prompt, tokenizer, prompt or "", system_prompt, prompt_template
+                ),
                 max_tokens=int(max_tokens),
                 temperature=temperature,
-                top_p=top_p or None,
+                top_p=max(top_p, 1e-9),  # 0 keeps the most likely token alone
                 top_k=int(top_k),
                 seed=None if seed is None else int(seed),
                 stop=text.parse_stop_sequences(stop_sequences),
@@ -178,5 +181,7 @@ class Predictor(BasePredictor):
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)
         self.record_metric("computed_token_count", counters.computed_tokens)
+        self.record_metric("step_count", counters.steps)
+        self.record_metric("rows_per_step", round(counters.rows / max(counters.steps, 1), 2))
         self.record_metric("time_to_first_token", round(first_token, 4))
         self.record_metric("tokens_per_second", round(counters.output_tokens / seconds, 2))

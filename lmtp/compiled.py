@@ -62,7 +62,15 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
         info = Path("/proc/cpuinfo").read_text().splitlines()
         processor = "\n".join(sorted({line for line in info if line.startswith(("model name", "flags", "Features"))}))
     files = {name: file.sha256 for name, file in manifest.files.items()}
-    facts = [FORMAT, torch.__version__, transformers.__version__, processor, str(model.dtype), files]
+    facts = [
+        FORMAT,
+        torch.__version__,
+        transformers.__version__,
+        processor,
+        str(model.dtype),
+        torch.get_num_threads(),
+        files,
+    ]
     return directory / f"decode-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.pt2"
 
 

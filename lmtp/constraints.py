@@ -40,10 +40,23 @@ if TYPE_CHECKING:
 MOST_SOURCE = 2**20
 """Characters that one constraint may take."""
 
+MOST_GRAMMAR = 2**16
+"""The same for ``grammar``, whose rules can be chained."""
+
+COMPILE_THREADS = 4
+STACK = 2**30
+"""Bytes of address space for a compiling thread's stack; only what is touched takes memory."""
+
+QUEUE_SECONDS = 30
+"""How long a grammar waits for its turn."""
+
 COMPILE_SECONDS = 0.8
 """How long a stream waits for its grammar. The compiler's own limits end the work itself soon after."""
 
 CACHED_GRAMMARS = 128
+
+MOST_QUOTED = 400
+"""Characters of an error's text."""
 
 JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON by schema is on one line, spaced as most JSON that models have read. Free whitespace lets a model run away in it
@@ -136,6 +149,10 @@ class Allowed:
     rows: list[int]
     bits: Tensor
 
+    def row(self, row: int) -> Allowed | None:
+        """The same for one row alone."""
+        return Allowed([0], self.bits[[self.rows.index(row)]]) if row in self.rows else None
+
     def apply(self, logits: Tensor) -> Tensor:
         """The float32 logits ``[all rows, vocabulary]`` with what is not allowed at negative infinity."""
         bits = self.bits.to(logits.device, non_blocking=True)
@@ -186,9 +203,9 @@ class Compiler:
         self._model_tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_of_sequence = list(end_of_sequence)
-        self._pool = ThreadPoolExecutor(2, "grammars")
+        self._pool = _deep_threads(COMPILE_THREADS)
         self._tokenizer: Future[LLTokenizer] | None = None
-        self._compiled: OrderedDict[tuple[str, str], Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str], _Work] = OrderedDict()
         self._lock = threading.Lock()
 
     async def grammar(self, operation: Generate) -> Grammar | None:
@@ -199,24 +216,26 @@ class Compiler:
         source = _source(operation)
         if source is None:
             return None
-        tokenizer, compiled = self._submit(source)
+        tokenizer, work = self._submit(source)
         await asyncio.shield(asyncio.wrap_future(tokenizer))  # the first time takes a second or two
         try:
-            matcher = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(compiled)), COMPILE_SECONDS)
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work.begun)), QUEUE_SECONDS)
+            matcher = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work.matcher)), COMPILE_SECONDS)
         except TimeoutError:
             raise RequestError(
                 f"{source[0]}: not compiled within {COMPILE_SECONDS} s; make it smaller, or ask again later."
             ) from None
         return Grammar(matcher.deep_copy())
 
-    def _submit(self, source: tuple[str, str]) -> tuple[Future[LLTokenizer], Future[LLMatcher]]:
+    def _submit(self, source: tuple[str, str]) -> tuple[Future[LLTokenizer], _Work]:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = self._pool.submit(self._read_tokenizer)
             if source in self._compiled:
                 self._compiled.move_to_end(source)
             else:
-                self._compiled[source] = self._pool.submit(_compile, source, self._tokenizer)
+                begun: Future[None] = Future()
+                self._compiled[source] = _Work(begun, self._pool.submit(_compile, source, self._tokenizer, begun))
                 if len(self._compiled) > CACHED_GRAMMARS:
                     self._compiled.popitem(last=False)
             return self._tokenizer, self._compiled[source]
@@ -232,6 +251,29 @@ class Compiler:
             raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A grammar being compiled: ``begun`` is done when its turn has come."""
+
+    begun: Future[None]
+    matcher: Future[LLMatcher]
+
+
+def _deep_threads(count: int) -> ThreadPoolExecutor:
+    """Threads with room for deep recursion: the compiler descends through a grammar's rules, and a stack that is used
+    up ends the whole process."""
+    pool = ThreadPoolExecutor(count, "grammars")
+    usual = threading.stack_size(STACK)
+    try:
+        together = threading.Barrier(count + 1)
+        for _ in range(count):
+            pool.submit(together.wait)
+        together.wait()
+    finally:
+        threading.stack_size(usual)
+    return pool
+
+
 def _source(operation: Generate) -> tuple[str, str] | None:
     """The constraint's field and its text."""
     field = constraint_of(operation)
@@ -243,12 +285,14 @@ def _source(operation: Generate) -> tuple[str, str] | None:
     if value is False:
         raise RequestError("json_schema: false allows nothing; give an object, or true for any JSON.")
     text = value if isinstance(value, str) else msgspec.json.encode({} if value is True else value).decode()
-    if len(text) > MOST_SOURCE:
-        raise RequestError(f"{field} has {len(text)} characters; {MOST_SOURCE} is the most.")
+    most = MOST_GRAMMAR if field == "grammar" else MOST_SOURCE
+    if len(text) > most:
+        raise RequestError(f"{field} has {len(text)} characters; {most} is the most.")
     return field, text
 
 
-def _compile(source: tuple[str, str], tokenizer: Future[LLTokenizer]) -> LLMatcher:
+def _compile(source: tuple[str, str], tokenizer: Future[LLTokenizer], begun: Future[None]) -> LLMatcher:
+    begun.set_result(None)
     field, text = source
     try:
         if field == "choices":
@@ -282,16 +326,20 @@ def _explain(error: str) -> str:
     """llguidance's message as one line that quotes what is wrong."""
     if found := _REGEX_ERROR.search(error):
         pattern, before, carets, reason = found.groups()
-        part = pattern[len(before) : len(before) + len(carets)]
-        return f"{reason}: {part!r} in {pattern!r}"
+        start = len(before)
+        part, around = pattern[start : start + len(carets)], pattern[max(start - 40, 0) : start + len(carets) + 40]
+        return _one_line(f"{reason}: {part!r} in {around!r}")
     if found := _KEYWORDS.search(error):
         return f"unsupported keywords: {found[1]}"
     if found := _PLACE.match(error):
         line, column, reason = found.groups()
         written = re.search(rf"^ *{line} \| (.*)$", error, re.MULTILINE)
-        return f"{reason} at line {line}, column {column}" + (f" of {written[1].strip()!r}" if written else "")
+        return _one_line(
+            f"{reason} at line {line}, column {column}" + (f" of {written[1].strip()!r}" if written else "")
+        )
     return "no text can satisfy it" if "NoExtension" in error else _one_line(error)
 
 
 def _one_line(error: str) -> str:
-    return " ".join(error.replace("<non-verbose/>", "").split()).rstrip(".")
+    line = " ".join(error.replace("<non-verbose/>", "").split()).rstrip(".")
+    return line if len(line) <= MOST_QUOTED else f"{line[:MOST_QUOTED]} …"

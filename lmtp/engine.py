@@ -10,21 +10,23 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp import sampling
+from lmtp import sampling, text
 from lmtp.compiled import CompiledStep
 from lmtp.constraints import Allowed, Compiler, Grammar, MaskFiller
 from lmtp.fallback import FallbackRunner, ModelCaches
 from lmtp.graphs import GraphedStep
-from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Token
+from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Score, Token
 from lmtp.runner import DecodeStep, Reference, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
@@ -33,6 +35,8 @@ from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
 log = logging.getLogger(__name__)
 
 MOST_STREAMS = 256
+FALLBACK_STREAMS = 16
+"""Streams at once where each has a cache of its own, which nothing bounds but the context."""
 CHUNK = 2048
 BUSY_CHUNK = 256
 LOGITS_ELEMENTS = 2**24
@@ -58,6 +62,9 @@ class Counters:
     reused_tokens: int = 0
     computed_tokens: int = 0
     steps: int = 0
+    """Steps in which one of its streams took part; with slots, each is one forward pass of the model."""
+    rows: int = 0
+    """Rows of those steps, other predictions' included."""
     unfinished_constraints: int = 0
     """Streams that ended where their grammar may not: at max_tokens or a stop sequence."""
 
@@ -97,15 +104,22 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         kv_budget: int | None = None,
         compiled: Path | None = None,
+        graphs: bool = True,
     ) -> None:
         """``kv_budget``: bytes for keys and values; by default what is left on the GPU less a reserve, or a quarter of
-        the free memory on a CPU. ``compiled``: a file with the model's compiled decode step; see compiled.py."""
+        the free memory on a CPU. ``compiled``: a file with the model's compiled decode step; see compiled.py.
+        ``graphs``: decode by CUDA graphs on a GPU; see graphs.py."""
         self.tokenizer = tokenizer
         self.limits = limits_of(model)
         self.counters = Counters()
         """Totals since the start."""
         self._model = model
-        self.runner, self.scheduler, self.runner_description = _choose_runner(model, self.limits, kv_budget, compiled)
+        self.runner, self.scheduler, self.runner_description = _choose_runner(
+            model, self.limits, kv_budget, compiled, graphs
+        )
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._broken = ""
+        """Why the thread has ended though nobody stopped it."""
         self._compiler = Compiler(tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
         self._mask_filler = MaskFiller(self.limits.vocabulary)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -132,17 +146,28 @@ class Engine:
     @contextlib.asynccontextmanager
     async def predict(self, operations: Sequence[Operation | Failure]) -> AsyncIterator["Answer"]:
         """Run operations together; leaving the context ends those still running, whose slots are then free."""
-        compiled = await asyncio.gather(*map(self._compile, operations))
-        prediction = Prediction(compiled, asyncio.get_running_loop())
+        prepared = await asyncio.gather(*map(self._prepare, operations))
+        prediction = Prediction(prepared, asyncio.get_running_loop())
         self._commands.put(lambda: self._begin(prediction))
         try:
             yield Answer(prediction)
         finally:
             self._commands.put(lambda: self._end(prediction))
 
-    async def _compile(self, operation: Operation | Failure) -> tuple[Operation | Failure, Grammar | None]:
-        """The operation and its grammar, which is compiled here so that the engine's thread never waits for it."""
+    async def tokenize(self, function: Callable[..., list[int]], *arguments: Any) -> list[int]:
+        """Call what uses the tokenizer on a thread of its own: a long text takes seconds, which no other prediction
+        should wait for. One thread, since tokenizers are not made for several."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
+
+    async def _prepare(self, operation: Operation | Failure) -> tuple[Operation | Failure, Grammar | None]:
+        """The operation with token ids in place of text, and its grammar: what the engine's thread never waits for."""
         try:
+            if isinstance(operation, Generate | Score) and isinstance(operation.prompt, str):
+                ids = await self.tokenize(text.encode, self.tokenizer, operation.prompt)
+                operation = msgspec.structs.replace(operation, prompt=ids)
+            if isinstance(operation, Score) and isinstance(operation.scored, str):
+                ids = await self.tokenize(text.encode, self.tokenizer, operation.scored, False)
+                operation = msgspec.structs.replace(operation, scored=ids)
             return operation, await self._compiler.grammar(operation) if isinstance(operation, Generate) else None
         except RequestError as error:
             return _failure(operation, str(error)), None
@@ -165,8 +190,25 @@ class Engine:
 
     # What follows runs on the engine's thread.
 
-    @torch.inference_mode()
     def _serve(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            # A step's own errors are dealt with in the loop. Here not even the memory can be tidied up: a GPU that
+            # has failed answers every call with an error. So nobody is left waiting, now or later.
+            log.exception("the engine has stopped")
+            self._broken = f"the engine has stopped and has to be started again: {type(error).__name__}: {error}"
+            for stream, prediction in self._owners.items():
+                prediction.outbox.append(_failure(stream.operation, self._broken))
+            for prediction in set(self._owners.values()):
+                prediction.streams.clear()
+                prediction.deliver()
+            self._owners.clear()
+            while self._take_commands():
+                pass
+
+    @torch.inference_mode()
+    def _loop(self) -> None:
         while self._take_commands():
             try:
                 step = self.scheduler.next_step()
@@ -212,6 +254,8 @@ class Engine:
         prediction.deliver()
 
     def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
+        if self._broken:
+            raise RequestError(self._broken)
         if isinstance(operation, Failure):
             prediction.outbox.append(operation)
             return
@@ -268,6 +312,10 @@ class Engine:
             logits = self.runner.run(step)
         finally:
             bits = filling.result() if filling else None
+        predictions = {self._owners[stream] for stream in step.streams}
+        for counters in (self.counters, *(prediction.counters for prediction in predictions)):
+            counters.steps += 1
+            counters.rows += len(step.streams)
         first = 0
         generations: list[tuple[Generation, int]] = []
         scorings: list[tuple[Scoring, int, list[int]]] = []
@@ -276,7 +324,6 @@ class Engine:
             stream.computed += count
             for counters in (self.counters, self._owners[stream].counters):
                 counters.computed_tokens += count
-                counters.steps += 1
             if isinstance(stream, Scoring):
                 targets = stream.targets(before, stream.computed)
                 if targets:
@@ -290,14 +337,12 @@ class Engine:
             allowed = (
                 Allowed([i for i, row in enumerate(rows) if row in constrained], bits) if bits is not None else None
             )
-            choices = sampling.sample(_rows(logits, [index for _, index in generations]), rows, allowed)
+            choices = _sample(_rows(logits, [index for _, index in generations]), rows, allowed)
             for stream, choice in zip(rows, choices, strict=True):
-                if choice.possible:
-                    self._reply(stream, [choice])
+                if choice.error:
+                    self._fail(stream, choice.error)
                 else:
-                    self._fail(
-                        stream, "logit_bias, mask or min_tokens forbid every token that the constraint allows here."
-                    )
+                    self._reply(stream, [choice])
         for scoring, index, targets in scorings:
             top = [scoring.operation.top_logprobs] * len(targets)
             self._reply(scoring, sampling.score(logits[index : index + len(targets)], targets, top))
@@ -358,6 +403,21 @@ def _rows(logits: Tensor, index: list[int]) -> Tensor:
     return logits if len(index) == len(logits) else logits[torch.tensor(index, device=logits.device)]
 
 
+def _sample(logits: Tensor, rows: Sequence[Generation], allowed: Allowed | None) -> list[sampling.Choice]:
+    """sampling.sample; should it fail, row by row, so that only the row that is to blame fails."""
+    try:
+        return sampling.sample(logits, rows, allowed)
+    except Exception as error:
+        if len(rows) == 1:
+            log.exception("sampling failed")
+            return [sampling.Choice(0, 0.0, {}, error=f"sampling failed: {error}")]
+    return [
+        choice
+        for i, row in enumerate(rows)
+        for choice in _sample(logits[i : i + 1], [row], allowed.row(i) if allowed else None)
+    ]
+
+
 def _failure(operation: Operation | Failure, error: str) -> Failure:
     return Failure(
         stream_id=operation.stream_id, error=error, kind="MSG" if isinstance(operation, ModelInfo) else "TOKEN"
@@ -365,7 +425,7 @@ def _failure(operation: Operation | Failure, error: str) -> Failure:
 
 
 def _choose_runner(
-    model: PreTrainedModel, limits: Limits, kv_budget: int | None, compiled: Path | None
+    model: PreTrainedModel, limits: Limits, kv_budget: int | None, compiled: Path | None, graphs: bool
 ) -> tuple[Runner, Scheduler, str]:
     """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
     try:
@@ -378,7 +438,7 @@ def _choose_runner(
         check(model, reference)
     except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-        caches = ModelCaches(MOST_STREAMS, limits.context)
+        caches = ModelCaches(FALLBACK_STREAMS, limits.context)
         scheduler = Scheduler(caches, chunk=limits.context, busy_chunk=0, most_logits=limits.context)
         return FallbackRunner(model, caches), scheduler, f"fallback, one stream at a time ({reason})"
     most_logits = max(LOGITS_ELEMENTS // limits.vocabulary, MOST_STREAMS)
@@ -387,9 +447,9 @@ def _choose_runner(
         if compiled:
             check(model, reference, step := CompiledStep(compiled))
             runner.compiled, description = step, "slots, compiled decode step"
-        elif model.device.type == "cuda" and len(set(devices)) == 1:
-            check(model, reference, graphs := GraphedStep(DecodeStep(runner)))
-            runner.compiled, description = graphs, "slots, decode steps as CUDA graphs"
+        elif graphs and model.device.type == "cuda" and len(set(devices)) == 1:
+            check(model, reference, graphed := GraphedStep(DecodeStep(runner)))
+            runner.compiled, description = graphed, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"
     return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), description
@@ -398,5 +458,6 @@ def _choose_runner(
 def _default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(free - int(total * GPU_RESERVE), 0)
+        # While the memory grows, old and new are there together.
+        return max(free - int(total * GPU_RESERVE), 0) // 2
     return psutil.virtual_memory().available // 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lmtp.runner import input_device
+from lmtp.runner import input_device, only_wanted
 from lmtp.scheduler import Step
 from lmtp.slots import common_prefix
 from lmtp.stream import Stream
@@ -98,12 +98,14 @@ class FallbackRunner:
             cache = self._caches.caches[stream.slot]
             first, last = stream.computed, stream.computed + count
             positions = [(first, last)] if first == 0 else [(i, i + 1) for i in range(first, last)]
-            logits = torch.cat([self._forward(cache, stream.tokens, a, b) for a, b in positions])
-            wanted.append(logits[max(stream.first_wanted - first, 0) :])
+            for a, b in positions:
+                logits = self._forward(cache, stream.tokens, a, b, max(stream.first_wanted, a))
+                wanted.append(logits[: max(b - max(stream.first_wanted, a), 0)])
         return torch.cat(wanted)
 
-    def _forward(self, cache: ModelCache, tokens: list[int], first: int, last: int) -> Tensor:
-        """Logits ``[last - first, vocabulary]`` of these tokens; the cache then holds them too."""
+    def _forward(self, cache: ModelCache, tokens: list[int], first: int, last: int, wanted: int) -> Tensor:
+        """Compute these tokens, which the cache then holds too; the logits ``[last - wanted, vocabulary]``, and at
+        least the last."""
         model = self._model
         if first == 0:
             cache.arguments = {"use_cache": True}
@@ -111,7 +113,7 @@ class FallbackRunner:
                 name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
                 cache.arguments[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
         elif not any(cache.arguments.get(name) is not None for name in CACHE_NAMES):
-            return self._forward(cache, tokens, 0, last)[first:]  # a model without a cache: all again
+            return self._forward(cache, tokens, 0, last, wanted)  # a model without a cache: all again
         ids = torch.tensor([tokens[:last]], device=self._device)
         inputs = model.prepare_inputs_for_generation(
             ids,
@@ -120,6 +122,8 @@ class FallbackRunner:
             attention_mask=torch.ones_like(ids),
             **cache.arguments,
         )
-        output = model(**inputs, return_dict=True)
+        begin = last - inputs["input_ids"].shape[1]  # models may compute more again: Phi-3 where its embedding changes
+        with only_wanted(model, torch.arange(min(wanted, last - 1), last) - begin):
+            output = model(**inputs, return_dict=True)
         cache.arguments = model._update_model_kwargs_for_generation(output, cache.arguments)
-        return output.logits[0, first - last :]
+        return output.logits[0]

@@ -8,6 +8,7 @@ write into the column that is never read. Graphs hold addresses, so a resized me
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lmtp.slots import Memory
 
 COLUMNS = 256
+MOST_GRAPHS = 48
 
 
 @dataclass
@@ -36,6 +38,7 @@ class GraphedStep:
         self._step = step
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._addresses: tuple[int, ...] = ()
+        self._pool: Any = None
 
     def __call__(
         self, ids: Tensor, positions: Tensor, writes: Tensor, masks: Sequence[Tensor], memory: Memory
@@ -52,7 +55,14 @@ class GraphedStep:
         )
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._record(*key, masks, memory)
+            if len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            try:
+                graph = self._graphs[key] = self._record(*key, masks, memory)
+            except torch.OutOfMemoryError:
+                self._graphs.clear()
+                logits: Tensor = self._step(ids, positions, writes, list(masks), memory.keys, memory.values)
+                return logits
         graph.ids[:rows].copy_(ids)
         graph.positions[:rows].copy_(positions)
         graph.writes[:rows].copy_(writes)
@@ -76,7 +86,9 @@ class GraphedStep:
             for _ in range(2):
                 self._step(*arguments)
         torch.cuda.current_stream(device).wait_stream(side)
+        if self._pool is None:  # one for all: only one graph runs at a time, and its output is read before the next
+            self._pool = torch.cuda.graph_pool_handle()
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
+        with torch.cuda.graph(recorded, pool=self._pool):
             logits = self._step(*arguments)
         return Graph(ids, positions, writes, masks, logits, recorded)

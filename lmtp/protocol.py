@@ -23,7 +23,11 @@ FORCE = 100.0
 CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
 """The fields of GENERATE that say what its text may be; one of them at most."""
 
+MOST = 2**31 - 1
+"""More than any vocabulary; what counts tokens is bounded so that it fits a tensor."""
+
 StreamId = int | str
+Penalty = Annotated[float, Meta(ge=-10_000, le=10_000)]
 TokenId = Annotated[int, Meta(ge=0)]
 Prompt = list[TokenId] | str
 FinishReason = Literal["stop", "length"]
@@ -41,16 +45,16 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1)] = 32
     min_tokens: Annotated[int, Meta(ge=0)] = 0
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=MOST)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.001, le=1000)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     length_penalty: float | None = None  # only means something to beam search, which LMQL's client runs itself
     seed: int | None = None
-    top_logprobs: Annotated[int, Meta(ge=0)] = 1
+    top_logprobs: Annotated[int, Meta(ge=0, le=MOST)] = 1
     logit_bias: dict[TokenId, float] | None = None
     mask: str | None = None
     choices: list[str] | None = None
@@ -76,7 +80,7 @@ class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: Prompt
     scored: Prompt
     model: str | None = None
-    top_logprobs: Annotated[int, Meta(ge=0)] = 0
+    top_logprobs: Annotated[int, Meta(ge=0, le=MOST)] = 0
     text: bool = False
 
 

@@ -29,9 +29,9 @@ COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
-"""How far the self-check lets a position's logits be from the model's own, relative to their spread. After random tokens
-a model in bfloat16 is this far from itself in float32 at one position of ten; a wrong mask or a lost cache moves nearly
-all of them further."""
+"""How far the self-check lets a position's logits be from the model's own, relative to their spread. After random
+tokens a model in bfloat16 is this far from itself in float32 at one position of ten; a wrong mask or a lost cache moves
+nearly all of them further."""
 
 FORGIVEN = {torch.float32: 0.0, torch.float16: 0.25, torch.bfloat16: 0.25}
 """The part of the positions that may be further off all the same: rounding decides which expert a mixture asks."""
@@ -118,6 +118,8 @@ class SlotRunner:
     def __init__(
         self, model: PreTrainedModel, memory: Memory, compiled: CompiledStep | GraphedStep | None = None
     ) -> None:
+        if _rope_depends_on_batch(model):
+            raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
         self.model = model
         self.compiled = compiled
         """What runs a step of one token a row, where it is there."""
@@ -153,7 +155,7 @@ class SlotRunner:
         padding = offsets >= counts[:, None]
         writes = self._tensor(np.where(padding, self._memory.capacity, positions))
         cache = SlotCache(self._memory.keys, self._memory.values, step.first_slot, writes, columns)
-        with self._only_wanted(self._tensor(np.flatnonzero(wanted))):
+        with only_wanted(self.model, self._tensor(np.flatnonzero(wanted))):
             return self.forward(self._tensor(ids), position_ids, masks, cache)[0]
 
     def forward(self, ids: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache) -> Tensor:
@@ -176,19 +178,21 @@ class SlotRunner:
         hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=positions.device)
         return [torch.where(visible(column, position), 0.0, hidden) for visible in self._rules.values()]
 
-    @contextlib.contextmanager
-    def _only_wanted(self, index: Tensor) -> Iterator[None]:
-        """Let the output layer see only the wanted positions, whatever the model does before and after it."""
 
-        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            return (hidden.flatten(0, 1)[index.to(hidden.device)][None], *args[1:])
+@contextlib.contextmanager
+def only_wanted(model: PreTrainedModel, index: Tensor) -> Iterator[None]:
+    """Let the output layer see only the positions ``index`` of the flattened batch, whatever the model does before and
+    after it: the logits are then ``[1, wanted, vocabulary]``."""
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.flatten(0, 1)[index.to(hidden.device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 Visible = Callable[[Tensor, Tensor], Tensor]
@@ -216,6 +220,15 @@ def _mask_rules(model: PreTrainedModel) -> dict[str, Visible]:
     if unknown := kinds - set(rules):
         raise UnsupportedModel(f"layers of type {', '.join(sorted(unknown))}")
     return {kind: rules[kind] for kind in sorted(kinds)}
+
+
+def _rope_depends_on_batch(model: PreTrainedModel) -> bool:
+    """Transformers computes these kinds from the highest position in a batch, so a long row would change its
+    neighbours."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds)
 
 
 @torch.inference_mode()

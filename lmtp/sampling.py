@@ -23,6 +23,9 @@ from lmtp.protocol import Generate, finite
 GREEDY_BELOW = 1e-5
 """A temperature under this is greedy: dividing by it would overflow float32."""
 
+NO_TOKEN = "logit_bias, mask or min_tokens forbid every token that the constraint allows here."
+NOT_NUMBERS = "the model produced logits that are not finite numbers."
+
 LOG2_E = math.log2(math.e)
 
 BLOCK = 256
@@ -37,10 +40,8 @@ class Choice:
     logprob: float
     top: dict[int, float]
 
-    @property
-    def possible(self) -> bool:
-        """False where mask and grammar left no token to choose."""
-        return bool(self.top)
+    error: str = ""
+    """Why there is no such token; the others are then without meaning."""
 
 
 class Row(Protocol):
@@ -71,10 +72,10 @@ class Row(Protocol):
 
 
 def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
-    """The next token of each row from its logits ``[rows, vocabulary]``, of any float dtype; an impossible one
-    where its mask and grammar (``allowed``) leave none.
+    """The next token of each row from its logits ``[rows, vocabulary]``, of any float dtype.
 
-    Raises FloatingPointError where the logits of a row are not numbers.
+    ``allowed`` is what the grammars of some rows allow. A row that it leaves no token, or whose logits are not numbers,
+    gets a Choice with an error.
     """
     logits = _biased(logits.float(), rows)
     if allowed:
@@ -82,13 +83,17 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     blocks = _blocks(logits, -math.inf)
     peaks = blocks.amax(-1)
     normalizer = _log_sum_exp(blocks, peaks)
-    impossible: list[int] = []
+    errors: dict[int, str] = {}
     if not torch.isfinite(normalizer).all():
-        impossible = (~torch.isfinite(normalizer)).nonzero()[:, 0].tolist()
-        masked = allowed is not None and set(impossible) <= set(allowed.rows)
-        if not masked or not peaks[impossible].isneginf().all():
-            raise FloatingPointError("the model produced logits that are not finite numbers")
-        logits[impossible] = 0.0  # numbers to go on with; what is drawn from them is dropped
+        best = peaks.amax(-1).tolist()
+        errors = {
+            i: NO_TOKEN if best[i] == -math.inf else NOT_NUMBERS
+            for i in (~torch.isfinite(normalizer)).nonzero()[:, 0].tolist()
+        }
+        logits[list(errors)] = 0.0  # numbers to go on with; what is drawn from them is dropped
+        blocks = _blocks(logits, -math.inf)
+        peaks = blocks.amax(-1)
+        normalizer = _log_sum_exp(blocks, peaks)
     likely = _most_likely(blocks, peaks, max(1, *(row.operation.top_logprobs for row in rows)))
     chosen = likely.indices[:, 0].clone()
     drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
@@ -97,7 +102,9 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
         some = logits if len(drawn) == len(rows) else logits[index]
         chosen[index] = _draw(_penalized(some, [rows[i] for i in drawn]), [rows[i] for i in drawn])
     choices = _report(logits, normalizer, chosen, likely, [row.operation.top_logprobs for row in rows])
-    return [replace(choice, top={}) if i in impossible else choice for i, choice in enumerate(choices)]
+    for i, error in errors.items():
+        choices[i] = replace(choices[i], error=error)
+    return choices
 
 
 def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:

@@ -59,13 +59,15 @@ class Memory:
     def resize(self, slots: int, capacity: int) -> None:
         """Room for ``slots`` slots of ``capacity`` tokens; what fits of the old contents is kept."""
         keep, columns = min(slots, self.slots), min(capacity, self.capacity)
+        tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
             tensor = torch.zeros(count, slots, heads, capacity + 1, dim, dtype=self._dtype, device=device)
             if keep and columns:
                 old = self._tensors[heads, dim, device]
                 tensor[:, :keep, :, :columns] = old[:, :keep, :, :columns]
-            self._tensors[heads, dim, device] = tensor
+            tensors[heads, dim, device] = tensor
+        self._tensors = tensors  # all or, where memory ran out on the way, none
         self.slots, self.capacity = slots, capacity
         views = [self._tensors[key][index] for key, index in self._members]
         self.keys, self.values = views[0::2], views[1::2]
@@ -74,6 +76,11 @@ class Memory:
         """The first ``length`` tokens of one slot into another."""
         for tensor in self._tensors.values():
             tensor[:, target, :, :length] = tensor[:, source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zeros in place of a slot's contents, which may be no numbers and would spoil sums over masked columns."""
+        for tensor in self._tensors.values():
+            tensor[:, slot] = 0
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` tokens of two slots."""
@@ -132,7 +139,10 @@ class Slots:
 
     def admit(self, stream: Stream) -> bool:
         """Give the stream a slot, with the longest prefix that any slot holds; False where there is no room now."""
-        if not self._make_room(stream.most_tokens):
+        try:
+            if not self._make_room(stream.most_tokens):
+                return False
+        except torch.OutOfMemoryError:  # other programs use the GPU, too
             return False
         source, length = self._longest_prefix(stream)
         target = self._choose_target(source, length)
@@ -140,7 +150,9 @@ class Slots:
             self._memory.copy(self._slots.index(source), self._slots.index(target), length)
         stream.computed = stream.reused = length
         target.stream, target.tokens = stream, []
-        target.last_used = source.last_used = next(self._clock)
+        target.last_used = next(self._clock)
+        if length:
+            source.last_used = target.last_used
         self._swap(self._slots.index(target), len(self.active))
         stream.slot = len(self.active)
         self.active.append(stream)
@@ -149,6 +161,8 @@ class Slots:
     def release(self, stream: Stream, keep: bool = True) -> None:
         """Take the slot back; its contents stay for reuse unless ``keep`` is false."""
         slot = self._slots[stream.slot]
+        if not keep:
+            self._memory.clear(stream.slot)
         slot.stream, slot.tokens = None, stream.tokens[: stream.computed] if keep else []
         slot.last_used = next(self._clock)
         last = self.active.pop()

@@ -235,13 +235,16 @@ class Scoring(Stream):
 def open_stream(
     operation: Generate | Score, limits: Limits, tokenizer: PreTrainedTokenizerBase, grammar: Grammar | None
 ) -> Stream:
-    """A stream that answers the operation. Raises RequestError where this model cannot serve it."""
-    prompt = _ids(operation.prompt, "prompt", limits, tokenizer)
+    """A stream that answers the operation, whose texts are tokenized already.
+
+    Raises RequestError where this model cannot serve it.
+    """
+    prompt = _ids(operation.prompt, "prompt", limits)
     wants_text = operation.text or (isinstance(operation, Generate) and bool(operation.stop))
     stop = (operation.stop or []) if isinstance(operation, Generate) else []
     decoder = text.TextDecoder(tokenizer, prompt, stop) if wants_text else None
     if isinstance(operation, Score):
-        scored = _ids(operation.scored, "scored", limits, tokenizer)
+        scored = _ids(operation.scored, "scored", limits)
         if not scored:
             raise RequestError("scored is empty; give at least one token.")
         if len(prompt) + len(scored) > limits.context:
@@ -264,9 +267,9 @@ def open_stream(
     return Generation(operation, prompt, limits, bias, decoder, grammar)
 
 
-def _ids(prompt: Prompt, field: str, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:
     if isinstance(prompt, str):
-        return text.encode(tokenizer, prompt, begins_sequence=field == "prompt")
+        raise TypeError(f"{field} has to be tokenized before a stream is opened")
     if prompt and max(prompt) >= limits.vocabulary:
         index = next(i for i, token in enumerate(prompt) if token >= limits.vocabulary)
         raise RequestError(

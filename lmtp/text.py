@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.protocol import RequestError
 
@@ -66,6 +66,8 @@ class TextDecoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int], stop: list[str]) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise RequestError("text, stop and prompts need a fast tokenizer, which this model does not have.")
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(ids=context[-CONTEXT_TOKENS:], skip_special_tokens=True)
         self._undecoded: list[int] = []

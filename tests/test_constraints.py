@@ -10,6 +10,8 @@ import os
 import random
 import re
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -444,9 +446,9 @@ def test_a_grammar_is_compiled_once_for_all_who_use_it(
     compiled: list[str] = []
     compile_ = constraints._compile
 
-    def counting(source: tuple[str, str], by: Future[LLTokenizer]) -> LLMatcher:
+    def counting(source: tuple[str, str], by: Future[LLTokenizer], begun: Future[None]) -> LLMatcher:
         compiled.append(source[1])
-        return compile_(source, by)
+        return compile_(source, by, begun)
 
     monkeypatch.setattr(constraints, "_compile", counting)
     monkeypatch.setattr(constraints, "CACHED_GRAMMARS", 2)
@@ -518,3 +520,36 @@ def test_the_demo_model_answers_in_the_form_that_was_asked_for(demo_weights: Pat
     assert json.loads(text_of(batch.tokens(0))) == {"name": "Paris", "capital": True}
     assert text_of(batch.tokens("choice")) == "The capital is Paris."
     engine.stop()
+
+
+def test_a_long_chain_of_rules_is_compiled_or_refused_but_ends_no_process(demo_weights: Path) -> None:
+    """In a process of its own: what it is about would end this one."""
+    program = f"""
+import asyncio
+from transformers import AutoTokenizer
+from lmtp.constraints import Compiler
+from lmtp.protocol import Generate, RequestError
+
+tokenizer = AutoTokenizer.from_pretrained({str(demo_weights)!r})
+compiler = Compiler(tokenizer, len(tokenizer), [2])
+for count in (2_500, 20_000):
+    rules = ["start: a0", *(f'a{{i}}: a{{i + 1}} "x"' for i in range(count)), f'a{{count}}: "z"']
+    try:
+        asyncio.run(compiler.grammar(Generate(stream_id=0, prompt=[1], grammar="\\n".join(rules))))
+    except RequestError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "grammar has" in done.stdout
+
+
+async def test_many_constraints_at_once_wait_for_their_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    compiler = constraints.Compiler(tokenizer, len(tokenizer), ENDS)
+    several = [[f"{i} {j}" for j in range(2_000)] for i in range(24)]
+    grammars = await asyncio.gather(
+        *(compiler.grammar(Generate(stream_id=0, prompt=[1], choices=choices)) for choices in several)
+    )
+    assert all(grammars)

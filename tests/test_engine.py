@@ -2,15 +2,20 @@
 
 import asyncio
 import base64
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lmtp import sampling
+from lmtp.constraints import Allowed
 from lmtp.engine import Engine
-from lmtp.protocol import Failure, Generate, ModelInfo, Score
+from lmtp.protocol import Failure, Generate, ModelInfo, Reply, Score
+from lmtp.scheduler import Step
+from lmtp.slots import Memory
+from lmtp.stream import Generation
 from tests.tiny import ARCHITECTURES, END, FALLBACKS, VOCABULARY, answers, ask, build, own_greedy, own_logits, start
 from tests.tiny import random_prompts as prompts
 
@@ -180,6 +185,46 @@ def test_no_prompt_token_whose_keys_are_in_a_slot_is_computed_again_but_the_last
     engine.stop()
 
 
+def test_streams_of_one_moment_share_their_steps(llama: Pair) -> None:
+    model, _ = llama
+    engine = start(model)
+    several = prompts(*[12] * 8, seed=11)
+    batch = answers(
+        engine, *(Generate(stream_id=i, prompt=p, max_tokens=9, min_tokens=9) for i, p in enumerate(several))
+    )
+    assert batch.counters.steps == 1 + 8  # the prompts as one batch, then a token of each
+    assert batch.counters.rows == 8 * batch.counters.steps
+    assert engine.counters.steps == batch.counters.steps
+    engine.stop()
+
+
+def test_a_long_prompt_is_computed_in_turns_with_the_streams_that_decode(llama: Pair) -> None:
+    model, _ = llama
+    engine = start(model)
+    engine.scheduler._busy_chunk = 50
+    short, long = prompts(5, 400, seed=12)
+
+    async def arrive_late() -> tuple[list[int], list[int]]:
+        """Which tokens of the short stream were there before the long one's first."""
+        order: list[int] = []
+        async with engine.predict([Generate(stream_id=0, prompt=short, max_tokens=40, min_tokens=40)]) as first:
+            replies = aiter(first)
+            await anext(replies)
+            async with engine.predict([Generate(stream_id=1, prompt=long, max_tokens=1)]) as second:
+
+                async def note(stream: int, answer: AsyncIterator[list[Reply]]) -> None:
+                    async for _ in answer:
+                        order.append(stream)  # noqa: PERF401 - both streams append in turn
+
+                await asyncio.gather(note(0, replies), note(1, aiter(second)))
+        return order[: order.index(1)], order
+
+    before, order = asyncio.run(arrive_late())
+    assert 6 <= len(before) <= 12  # eight chunks, a decode step between each and the next
+    assert order.count(0) == 39
+    engine.stop()
+
+
 def test_options_scored_at_once_compute_their_prompt_once(llama: Pair) -> None:
     model, _ = llama
     engine = start(model)
@@ -263,6 +308,47 @@ def test_a_step_that_fails_ends_its_streams_with_an_error_and_the_engine_goes_on
     assert "division by zero" in batch.error(0)
     assert "division by zero" in batch.error(1)
     assert answers(engine, Generate(stream_id=0, prompt=prompt)).ids() == own_greedy(model, prompt, 32)
+    engine.stop()
+
+
+def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access on a GPU, where every later call fails, too."""
+    engine = start(build("llama"))
+    several = [Generate(stream_id=i, prompt=p, max_tokens=50, min_tokens=50) for i, p in enumerate(prompts(5, 6, 7))]
+    run = engine.runner.run
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    def run_some(step: Step) -> torch.Tensor:
+        if engine.counters.steps > 5:
+            monkeypatch.setattr(Memory, "clear", fail)
+            monkeypatch.setattr(Memory, "swap", fail)
+            fail()
+        return run(step)
+
+    monkeypatch.setattr(engine.runner, "run", run_some)
+    batch = answers(engine, *several)
+    for i in range(3):
+        assert isinstance(batch.replies[i][-1], Failure)
+    assert "has to be started again" in answers(engine, several[0]).error()
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    engine = start(model)
+    sample = sampling.sample
+
+    def picky(logits: torch.Tensor, rows: Sequence[Generation], allowed: Allowed | None) -> list[sampling.Choice]:
+        if any(row.operation.stream_id == "bad" for row in rows):
+            raise IndexError("out of bounds")
+        return sample(logits, rows, allowed)
+
+    monkeypatch.setattr(sampling, "sample", picky)
+    one, other = prompts(7, 9, seed=13)
+    batch = answers(engine, Generate(stream_id="bad", prompt=one), Generate(stream_id=0, prompt=other))
+    assert "sampling failed: out of bounds" in batch.error("bad")
+    assert batch.ids() == own_greedy(model, other, 32)
     engine.stop()
 
 

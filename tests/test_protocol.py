@@ -69,6 +69,8 @@ def test_what_leaves_no_stream_to_answer_fails_the_prediction(payload: str, mess
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "tempature": 1}]', "no field 'tempature'; did you mean 'temperature'?"),
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "logit_bias": {"a": 1}}]', "GENERATE logit_bias: expected int, got str."),
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "stop": [""]}]', "stop[0]: expected str of length >= 1."),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1], "top_k": 9223372036854775808}]', "GENERATE top_k: expected int"),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": 1e39}]', "temperature: expected float <= 10000"),
         ('["SCORE", {"stream_id": 1, "prompt": [1]}]', "missing required field scored"),
         ('["GENRATE", {"stream_id": 1}]', "unknown operation 'GENRATE'"),
     ],

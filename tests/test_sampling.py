@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -130,9 +130,16 @@ def test_the_lowest_temperatures_are_greedy_and_do_not_overflow() -> None:
         assert sample(logits, [Row(settings(temperature=temperature))])[0].token == logits.argmax().item()
 
 
-def test_logits_that_are_not_numbers_are_an_error() -> None:
-    with pytest.raises(FloatingPointError):
-        sample(torch.full((1, VOCABULARY), torch.nan), [Row(settings())])
+@pytest.mark.parametrize("vocabulary", [300, VOCABULARY, 49152])
+def test_a_row_without_numbers_is_an_error_of_that_row_alone(vocabulary: int) -> None:
+    logits = torch.randn(3, vocabulary)
+    logits[1, 5] = torch.nan
+    rows = [Row(settings(temperature=1.0, top_logprobs=20), generator=random.Random(i)) for i in range(3)]
+    neighbours = sample(logits[[0, 2]].clone(), [rows[0], replace(rows[2], generator=random.Random(2))])
+    rows[0].generator = random.Random(0)
+    first, broken, last = sample(logits, rows)
+    assert "not finite numbers" in broken.error
+    assert [first, last] == neighbours
 
 
 def test_scores_are_log_softmax_at_the_targets() -> None:

@@ -5,11 +5,10 @@ A prediction is either a prompt or a batch of LMTP operations; both become opera
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from importlib.metadata import version
 from typing import Optional
 
 import cog
-import torch
-import transformers
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import compiled, live, protocol, settings, text, weights
@@ -28,7 +27,7 @@ class Predictor(BasePredictor):
         chosen = settings.read()
         loaded = weights.load(chosen.weights, dtype=chosen.dtype)
         dtype = str(loaded.dtype).removeprefix("torch.")
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
         print(
             f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
             flush=True,

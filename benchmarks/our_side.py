@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from lmtp import protocol
+from lmtp import protocol, text
 from lmtp.protocol import Failure, Token
 from lmtp.scheduler import Step
 from predict import Predictor
@@ -32,12 +32,16 @@ class Engine:
         """Which runner serves the model."""
         return self._engine.runner_description
 
+    def chat(self, prompts: list[str]) -> list[list[int]]:
+        """The prompts' tokens, each in the model's own chat template."""
+        return [text.render_prompt(self._engine.tokenizer, prompt) for prompt in prompts]
+
     def run(self, predictions: list[dict[str, Any]]) -> dict[str, Any]:
         """Run predictions, each ``{"operations": [...], "after": seconds}``.
 
         Returns ``seconds`` until the last was done, ``tokens`` in all, ``arrivals``: for each stream when its tokens
-        came, ``steps``: rows, most tokens of a row, start and seconds inside the runner, and the tokens ``computed``.
-        Times are in seconds from the start.
+        came, ``texts``: each stream's text where it asked for it, ``steps``: rows, most tokens of a row, start and
+        seconds inside the runner, and the tokens ``computed``. Times are in seconds from the start.
         """
         return asyncio.run(self._run(predictions))
 
@@ -45,24 +49,26 @@ class Engine:
         self._steps.clear()
         before = self._engine.counters.computed_tokens
         started = time.perf_counter()
-        arrivals = await asyncio.gather(
+        predicted = await asyncio.gather(
             *(self._predict(json.dumps(each["operations"]), each.get("after", 0.0), started) for each in predictions)
         )
         seconds = time.perf_counter() - started
-        streams = [times for prediction in arrivals for times in prediction]
+        streams = [stream for prediction in predicted for stream in prediction]
         return {
             "seconds": seconds,
-            "tokens": sum(len(times) for times in streams),
-            "arrivals": streams,
+            "tokens": sum(len(stream) for stream in streams),
+            "arrivals": [[came for came, _ in stream] for stream in streams],
+            "texts": ["".join(piece for _, piece in stream) for stream in streams],
             "steps": [[rows, most, start - started, spent] for rows, most, start, spent in self._steps],
             "computed": self._engine.counters.computed_tokens - before,
         }
 
-    async def _predict(self, operations: str, after: float, started: float) -> list[list[float]]:
+    async def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, str]]]:
+        """For each stream its tokens: when each came, and its text."""
         if after:
             await asyncio.sleep(max(started + after - time.perf_counter(), 0))
         batch = protocol.parse_batch(operations)
-        times: dict[Any, list[float]] = {operation.stream_id: [] for operation in batch}
+        streams: dict[Any, list[tuple[float, str]]] = {operation.stream_id: [] for operation in batch}
         async with self._engine.predict(batch) as answer:
             async for replies in answer:
                 protocol.encode(replies)
@@ -71,8 +77,8 @@ class Engine:
                     if isinstance(reply, Failure):
                         raise RuntimeError(reply.error)
                     if isinstance(reply, Token):
-                        times[reply.stream_id].append(now)
-        return list(times.values())
+                        streams[reply.stream_id].append((now, reply.text or ""))
+        return list(streams.values())
 
     def _time_steps(self) -> None:
         run = self._engine.runner.run

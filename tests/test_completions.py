@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lmtp import weights
 from lmtp.completions import Completions
 from lmtp.engine import Counters, Engine
 from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
-from lmtp.text import render_prompt
+from lmtp.text import encode, render_prompt
 from lmtp.weights import Loaded
 from tests.tiny import answers, own_logits
 
@@ -157,3 +158,74 @@ def test_a_document_is_one_json_value_whatever_the_tokens(demo: Demo) -> None:
     assert len(document["choices"]) == 3
     whole = answers(demo[1], *completions(demo, "json", temperature=5.0, seed=3, n=3, top_logprobs=5).operations)
     assert [[t["token"] for t in c["tokens"]] for c in document["choices"]] == [whole.ids(i) for i in range(3)]
+
+
+class Client:
+    """LMQL's client in short: it knows the prompt as token ids, and masks every token in a prediction of its own."""
+
+    def __init__(self, demo: Demo, prompt: str) -> None:
+        self.loaded, self.engine = demo
+        tokenizer = self.loaded.tokenizer
+        self.ids = [int(tokenizer.bos_token_id), *encode(tokenizer, prompt)]
+        self.pieces = [str(tokenizer.decode([token])) for token in range(self.engine.limits.vocabulary)]
+
+    def predict(self, **constraint: Any) -> str:
+        """The whole answer in one prediction; nothing is added to the prompt."""
+        tokens = answers(self.engine, Generate(stream_id=0, prompt=self.ids, text=True, **constraint)).tokens()
+        return "".join(str(token.text) for token in tokens)
+
+    def next(self, allowed: Collection[int] | None) -> int:
+        """The most likely token of those; of all where there is no mask."""
+        mask = None if allowed is None else dict.fromkeys(allowed, 100.0)
+        operation = Generate(stream_id=0, prompt=self.ids, max_tokens=1, logit_bias=mask)
+        self.ids += answers(self.engine, operation).ids()
+        return self.ids[-1]
+
+    def one_of(self, options: list[str]) -> str:
+        """LMQL's `VARIABLE in [...]`: tokens that an option goes on with."""
+        text = ""
+        while text not in options:
+            rest = [option.removeprefix(text) for option in options if option.startswith(text)]
+            fits = {i for i, piece in enumerate(self.pieces) if piece and any(r.startswith(piece) for r in rest)}
+            text += self.pieces[self.next(fits)]
+        return text
+
+    def integer(self, most: int) -> int:
+        """LMQL's `INT(VARIABLE)`: a first digit, then anything until what came is no part of a number."""
+        text = ""
+        for _ in range(most):
+            begin = "[1-9][0-9]*" if text else "[ 1-9][0-9]*"
+            if text.strip():
+                if not re.fullmatch(r"[0-9,\s]*", text):
+                    break
+                token = self.next(None)
+            else:
+                token = self.next({i for i, piece in enumerate(self.pieces) if re.fullmatch(begin, piece)})
+            if token in self.engine.limits.end_of_sequence:
+                break
+            text += self.pieces[token]
+        return digits(text)
+
+
+def digits(text: str) -> int:
+    """What LMQL makes of an integer variable's text."""
+    return int("".join(character for character in text if character in "0123456789"))
+
+
+def test_lmqls_choice_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
+    prompt, between = "Between red and blue, the colour of the sky is", " and that of blood is"
+    colours, others = [" blue", " red", " extremely green"], [" extremely green", " purple"]
+    answer = Client(demo, prompt).predict(
+        choices=[f"{colour}{between}{other}" for colour in colours for other in others]
+    )
+    lmql = Client(demo, prompt)
+    colour = lmql.one_of(colours)
+    lmql.ids += encode(demo[0].tokenizer, between, begins_sequence=False)
+    assert answer == f"{colour}{between}{lmql.one_of(others)}"
+
+
+def test_lmqls_integer_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
+    prompt = "Q: How many days does a week have?\nA: "
+    # As in LMQL, the model says where the number ends by going on with something else.
+    answer = Client(demo, prompt).predict(regex=r" ?[1-9][0-9]*([^0-9](.|\n)*)?", max_tokens=3)
+    assert digits(answer) == Client(demo, prompt).integer(3)

@@ -260,9 +260,11 @@ class _Api:
 
     async def cancel(self, request: web.Request) -> web.Response:
         prediction = self.find(request)
-        if prediction.status not in TERMINAL:
+        # coglet 0.23.1 loses a cancellation that overtakes the start of its prediction, so it is sent until it is obeyed.
+        while prediction.status not in TERMINAL:
             async with self.session.post(f"/predictions/{prediction.id}/cancel"):
-                await self.done(prediction)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.done(prediction), timeout=1)
         return web.json_response(prediction.document(self.base))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:

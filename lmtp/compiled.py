@@ -27,32 +27,54 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lmtp.slots import Memory
 from lmtp.weights import Manifest
 
-FORMAT = 2
-"""Part of a compiled step's name: to be raised when runner.DecodeStep changes what it takes or returns."""
+FORMAT = 3
+"""Part of a compiled step's name: to be raised when runner.ModelStep changes what it takes or returns."""
 
-EXAMPLE_ROWS, EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 3, 5, 48, 96
+EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30
+EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 11, 48, 96
 MOST_SLOTS = 4096
+MOST_TOKENS = 2**16
+
+
+INDUCTOR = {
+    "freezing": True,
+    "cpp.enable_concat_linear": True,  # one matrix product for queries, keys and values, one for gate and up
+    # The compiler's own matrix kernels, where they are faster than oneDNN's on this processor: for few rows a call of
+    # oneDNN's takes longer to prepare than to run.
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+}
 
 
 class CompiledStep:
     """A compiled decode step, loaded."""
 
     def __init__(self, path: Path) -> None:
+        torch.cpu._init_amx()  # asks the system for the matrix unit, without which code made for it is killed
         # The loader behind torch._inductor.aoti_load_package: importing that would take longer than loading.
         self._run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
 
     def __call__(
-        self, ids: Tensor, positions: Tensor, writes: Tensor, masks: Sequence[Tensor], memory: Memory
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        writes: Tensor,
+        wanted: Tensor,
+        masks: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> Tensor:
-        """Logits ``[rows, vocabulary]`` for the next token after ``ids`` ``[rows, 1]`` at ``positions`` ``[rows, 1]``.
-        Row i is slot i; its keys and values go to its column ``writes[i]``. ``masks`` are ``[rows, 1, 1, columns]``."""
-        logits: list[Tensor] = self._run([ids, positions, writes, *masks, *memory.keys, *memory.values])
-        return logits[0]
+        """As runner.ModelStep.forward, with at least one mask."""
+        # Compiled code divides by the number of wanted positions, so one is asked for where none is wanted.
+        index = wanted if len(wanted) else wanted.new_zeros(1)
+        logits: list[Tensor] = self._run([ids, positions, writes, index, *masks, *keys, *values])
+        return logits[0][: len(wanted)]
 
 
 def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path:
@@ -82,7 +104,7 @@ def build(
     path: Path,
     check: Callable[[CompiledStep], None],
 ) -> None:
-    """Compile a decode step (see runner.DecodeStep) into ``path``; it appears there once ``check`` has passed it.
+    """Compile a decode step (see runner.ModelStep) into ``path``; it appears there once ``check`` has passed it.
 
     ``memory`` is resized. Raises what torch.export raises where the model's code cannot be traced.
     """
@@ -90,34 +112,37 @@ def build(
 
     memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY)
     rows = Dim("rows", min=1, max=MOST_SLOTS)
+    q = Dim("q", min=1, max=MOST_TOKENS)
+    wanted = Dim("wanted", min=1, max=MOST_TOKENS)
     columns = Dim("columns", min=8, max=2**24)
     slots = Dim("slots", min=1, max=MOST_SLOTS)
     capacity = Dim("capacity", min=9, max=2**24 + 1)
     count = len(memory.keys)
-    mask = torch.zeros(EXAMPLE_ROWS, 1, 1, EXAMPLE_COLUMNS, dtype=model.dtype)
+    tokens = torch.ones(EXAMPLE_ROWS, EXAMPLE_TOKENS, dtype=torch.long)
+    mask = torch.zeros(EXAMPLE_ROWS, 1, EXAMPLE_TOKENS, EXAMPLE_COLUMNS, dtype=model.dtype)
     example = (
-        torch.ones(EXAMPLE_ROWS, 1, dtype=torch.long),
-        torch.arange(4, 4 + EXAMPLE_ROWS)[:, None],
-        torch.arange(4, 4 + EXAMPLE_ROWS)[:, None],
+        tokens,
+        tokens.clone(),
+        tokens.clone(),
+        torch.arange(EXAMPLE_WANTED),
         [mask.clone() for _ in range(masks)],
         list(memory.keys),
         list(memory.values),
     )
     shapes = (
-        {0: rows},
-        {0: rows},
-        {0: rows},
-        [{0: rows, 3: columns}] * masks,
+        {0: rows, 1: q},
+        {0: rows, 1: q},
+        {0: rows, 1: q},
+        {0: wanted},
+        [{0: rows, 2: q, 3: columns}] * masks,
         *[[{0: slots, 2: capacity}] * count] * 2,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial.pt2")
     try:
-        with torch.no_grad(), _attention_as_in_eager_mode():
+        with torch.no_grad(), _grouped_attention():
             program = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(partial), inductor_configs={"freezing": True}
-            )
+            torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=INDUCTOR)
         check(CompiledStep(partial))
         partial.replace(path)
     finally:
@@ -125,14 +150,38 @@ def build(
 
 
 @contextlib.contextmanager
-def _attention_as_in_eager_mode() -> Iterator[None]:
-    """Let Transformers' attention keep grouped queries together while it is traced.
+def _grouped_attention() -> Iterator[None]:
+    """Let attention keep grouped queries together while it is traced: the queries of one key head become one head's.
 
-    Under a compiler it repeats keys and values for every query head instead, which at 32 rows costs more than all the
-    rest of attention.
+    Transformers and PyTorch repeat keys and values for every query head instead, which at 32 rows costs more than all
+    the rest of attention.
     """
-    target: Any = "transformers.integrations.sdpa_attention.is_torchdynamo_compiling"
-    with unittest.mock.patch(target, return_value=False):
+    attend = functional.scaled_dot_product_attention
+
+    def grouped(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        enable_gqa: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        if not enable_gqa or attn_mask is None:
+            return attend(query, key, value, attn_mask, enable_gqa=enable_gqa, **more)
+        q, key_heads = query.shape[2], key.shape[1]
+        group = query.shape[1] // key_heads
+        packed = query.unflatten(1, (key_heads, group)).transpose(2, 3).flatten(2, 3)
+        if attn_mask.shape[1] == 1:  # shared by all heads
+            mask = attn_mask[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
+        else:
+            mask = attn_mask.unflatten(1, (key_heads, group)).transpose(2, 3).flatten(2, 3)
+        output = attend(packed, key, value, mask, **more)
+        return output.unflatten(2, (q, group)).transpose(2, 3).flatten(1, 2)
+
+    with (
+        unittest.mock.patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", return_value=True),
+        unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", grouped),
+    ):
         yield
 
 

@@ -27,7 +27,7 @@ from lmtp.constraints import Allowed, Compiler, Grammar, MaskFiller
 from lmtp.fallback import FallbackRunner, ModelCaches
 from lmtp.graphs import GraphedStep
 from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Score, Token
-from lmtp.runner import DecodeStep, Reference, SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.scheduler import Scheduler, Step
 from lmtp.slots import Memory, Slots
 from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
@@ -138,8 +138,8 @@ class Engine:
 
         def swap() -> None:
             if isinstance(self.runner, SlotRunner):
-                self.runner.compiled = step
-                self.runner_description = "slots, compiled decode step"
+                self.runner.fast = step
+                self.runner_description = "slots, compiled step"
 
         self._commands.put(swap)
 
@@ -446,10 +446,10 @@ def _choose_runner(
     try:
         if compiled:
             check(model, reference, step := CompiledStep(compiled))
-            runner.compiled, description = step, "slots, compiled decode step"
+            runner.fast, description = step, "slots, compiled step"
         elif graphs and model.device.type == "cuda" and len(set(devices)) == 1:
-            check(model, reference, graphed := GraphedStep(DecodeStep(runner)))
-            runner.compiled, description = graphed, "slots, decode steps as CUDA graphs"
+            check(model, reference, graphed := GraphedStep(runner.step))
+            runner.fast, description = graphed, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"
     return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), description

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmtp.slots import Memory
-
 COLUMNS = 256
 MOST_GRAPHS = 48
 
@@ -32,7 +30,7 @@ class Graph:
 
 
 class GraphedStep:
-    """Replays runner.DecodeStep; takes and returns what compiled.CompiledStep does."""
+    """Replays runner.ModelStep for one token a row, and calls it for more; takes and returns what it does."""
 
     def __init__(self, step: nn.Module) -> None:
         self._step = step
@@ -41,45 +39,62 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(
-        self, ids: Tensor, positions: Tensor, writes: Tensor, masks: Sequence[Tensor], memory: Memory
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        writes: Tensor,
+        wanted: Tensor,
+        masks: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> Tensor:
-        """Logits ``[rows, vocabulary]``; valid until the next call."""
-        addresses = (memory.slots, memory.capacity, *(tensor.data_ptr() for tensor in memory.keys))
-        if addresses != self._addresses:
-            self._graphs.clear()
-            self._addresses = addresses
-        rows, columns = len(ids), masks[0].shape[3]
-        key = (
-            min(1 << (rows - 1).bit_length(), memory.slots),
-            min(-(-columns // COLUMNS) * COLUMNS, memory.capacity),
-        )
-        graph = self._graphs.get(key)
+        """As runner.ModelStep.forward; valid until the next call."""
+        rows, q = ids.shape
+        graph = self._graph(rows, masks, keys, values) if q == 1 else None
         if graph is None:
-            if len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
-            try:
-                graph = self._graphs[key] = self._record(*key, masks, memory)
-            except torch.OutOfMemoryError:
-                self._graphs.clear()
-                logits: Tensor = self._step(ids, positions, writes, list(masks), memory.keys, memory.values)
-                return logits
+            logits: Tensor = self._step(ids, positions, writes, wanted, masks, keys, values)
+            return logits
         graph.ids[:rows].copy_(ids)
         graph.positions[:rows].copy_(positions)
         graph.writes[:rows].copy_(writes)
-        graph.writes[rows:].fill_(memory.capacity)
+        graph.writes[rows:].fill_(keys[0].shape[2] - 1)
+        columns = masks[0].shape[3]
         for static, mask in zip(graph.masks, masks, strict=True):
             static[:rows, ..., :columns].copy_(mask)
             static[:rows, ..., columns:].fill_(torch.finfo(mask.dtype).min)
         graph.recorded.replay()
-        return graph.logits[:rows]
+        return graph.logits[:rows] if len(wanted) == rows else graph.logits[wanted]
 
-    def _record(self, rows: int, columns: int, like: Sequence[Tensor], memory: Memory) -> Graph:
+    def _graph(
+        self, rows: int, masks: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Graph | None:
+        """A graph for so many rows and columns or a few more; None where there is no memory for another."""
+        slots, capacity = keys[0].shape[0], keys[0].shape[2] - 1
+        addresses = (slots, capacity, *(tensor.data_ptr() for tensor in keys))
+        if addresses != self._addresses:
+            self._graphs.clear()
+            self._addresses = addresses
+        columns = masks[0].shape[3]
+        key = min(1 << (rows - 1).bit_length(), slots), min(-(-columns // COLUMNS) * COLUMNS, capacity)
+        if key not in self._graphs:
+            if len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            try:
+                self._graphs[key] = self._record(*key, masks, keys, values)
+            except torch.OutOfMemoryError:
+                self._graphs.clear()
+                return None
+        return self._graphs[key]
+
+    def _record(
+        self, rows: int, columns: int, like: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Graph:
         device = like[0].device
         ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         positions = torch.zeros_like(ids)
-        writes = torch.full_like(ids, memory.capacity)
+        writes = torch.full_like(ids, keys[0].shape[2] - 1)
         masks = [torch.zeros(rows, 1, 1, columns, dtype=mask.dtype, device=device) for mask in like]
-        arguments = (ids, positions, writes, masks, memory.keys, memory.values)
+        arguments = (ids, positions, writes, torch.arange(rows, device=device), masks, keys, values)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # libraries set themselves up in the first runs, which cannot be recorded

@@ -7,6 +7,7 @@ masks are added as numbers by some attention code, which is silently wrong).
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,16 @@ from typing_extensions import override
 from lmtp.compiled import CompiledStep
 from lmtp.graphs import GraphedStep
 from lmtp.protocol import Score
-from lmtp.scheduler import Scheduler, Step
+from lmtp.scheduler import Step
 from lmtp.slots import LayerShape, Memory, Slots
-from lmtp.stream import Scoring
+from lmtp.stream import Scoring, Stream
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
+
+CAUSAL_FROM = 512
+"""From so many tokens on, a text's first chunk is faster in the model's own code with causal attention than in a
+compiled step with a mask."""
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """How far the self-check lets a position's logits be from the model's own, relative to their spread. After random
@@ -54,15 +59,14 @@ class UnsupportedModel(Exception):
 class SlotCache(Cache):
     """The Transformers cache of one step: writes into the memory's slots, returns views of them."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], first: int, writes: Tensor, columns: int) -> None:
-        """``writes`` ``[rows, q]`` are the columns that the tokens of slots ``first`` and following go to; ``columns``
-        is how many are read."""
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], writes: Tensor, columns: int) -> None:
+        """``writes`` ``[rows, q]``: the columns that the tokens of the first slots go to; ``columns``: how many are
+        read."""
         super().__init__(layers=[])
         self._keys, self._values = keys, values
-        self._first = first
         self._rows, self._length = writes.shape
         self._columns = columns
-        self._places = (first + torch.arange(self._rows, device=writes.device))[:, None, None], writes[:, None, :]
+        self._places = torch.arange(self._rows, device=writes.device)[:, None, None], writes[:, None, :]
 
     @override
     def update(
@@ -75,7 +79,7 @@ class SlotCache(Cache):
         rows, columns = self._places
         heads = torch.arange(states.shape[1], device=states.device)[None, :, None]
         memory.index_put_((rows.to(states.device), heads, columns.to(states.device)), states)
-        return memory.narrow(0, self._first, self._rows).narrow(2, 0, self._columns)
+        return memory.narrow(0, 0, self._rows).narrow(2, 0, self._columns)
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -88,50 +92,57 @@ class SlotCache(Cache):
         return self._columns, 0
 
 
-class DecodeStep(nn.Module):
-    """The model's forward pass for one token of each of the first slots: what compiled.py and graphs.py make fast."""
+class ModelStep(nn.Module):
+    """The model's forward pass over slots, which compiled.py and graphs.py make faster."""
 
-    def __init__(self, runner: "SlotRunner") -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = runner.model
-        self._runner = runner
+        if _rope_depends_on_batch(model):
+            raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
+        self.model = model
+        self.rules = _mask_rules(model)
+        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(
         self,
         ids: Tensor,
         positions: Tensor,
         writes: Tensor,
-        masks: list[Tensor],
-        keys: list[Tensor],
-        values: list[Tensor],
+        wanted: Tensor,
+        masks: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> Tensor:
-        """Logits ``[rows, vocabulary]``; arguments as in compiled.CompiledStep."""
-        torch._check(ids.shape[0] <= keys[0].shape[0])
-        torch._check(masks[0].shape[3] < keys[0].shape[2])
-        cache = SlotCache(keys, values, 0, writes, masks[0].shape[3])
-        return self._runner.forward(ids, positions, masks, cache)[:, 0]
+        """The logits ``[wanted, vocabulary]`` after the tokens ``ids`` ``[rows, q]`` at ``positions`` ``[rows, q]``.
+
+        Row i is slot i of ``keys`` and ``values``, each layer's ``[slots, heads, capacity + 1, dim]``; its tokens go to
+        the columns ``writes[i]``. ``wanted`` are indices into the flattened ``[rows * q]``. ``masks`` are those of
+        ``rules``, each ``[rows, 1, q, columns]``. Without any, all rows begin with these tokens, and the model makes
+        its own causal masks: then its attention is the fastest, since it skips what no position sees.
+        """
+        rows, q = ids.shape
+        columns = masks[0].shape[3] if masks else q
+        torch._check(rows <= keys[0].shape[0])
+        torch._check(columns < keys[0].shape[2])
+        cache = SlotCache(keys, values, writes, columns)
+        inputs: dict[str, Any] = {"position_ids": positions} if self._accepts_positions else {}
+        mask = dict(zip(self.rules, masks, strict=True)) if len(masks) > 1 else masks[0] if masks else None
+        with only_wanted(self.model, wanted):
+            output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
+        logits: Tensor = output.logits
+        return logits[0]
 
 
 class SlotRunner:
     """Runs steps through slots."""
 
-    def __init__(
-        self, model: PreTrainedModel, memory: Memory, compiled: CompiledStep | GraphedStep | None = None
-    ) -> None:
-        if _rope_depends_on_batch(model):
-            raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
-        self.model = model
-        self.compiled = compiled
-        """What runs a step of one token a row, where it is there."""
+    def __init__(self, model: PreTrainedModel, memory: Memory, fast: CompiledStep | GraphedStep | None = None) -> None:
+        """``fast`` runs in place of the model's own code what it can run."""
+        self.step = ModelStep(model)
+        self.fast = fast
         self._memory = memory
         self._device = input_device(model)
-        self._rules = _mask_rules(model)
-        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    @property
-    def masks(self) -> int:
-        """How many kinds of attention mask the model takes."""
-        return len(self._rules)
+        self._dtype = model.dtype
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -146,25 +157,21 @@ class SlotRunner:
         for row, (stream, count) in enumerate(zip(step.streams, step.counts, strict=True)):
             ids[row, :count] = stream.tokens[stream.computed : stream.computed + count]
             wanted[row, max(stream.first_wanted - stream.computed, 0) : count] = True
-        columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
+        writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)
-        masks = self._masks(position_ids, columns)
-        if self.compiled and q == 1 and step.first_slot == 0:
-            logits = self.compiled(self._tensor(ids), position_ids, position_ids, masks, self._memory)
-            return logits if wanted.all() else logits[self._tensor(np.flatnonzero(wanted))]
-        padding = offsets >= counts[:, None]
-        writes = self._tensor(np.where(padding, self._memory.capacity, positions))
-        cache = SlotCache(self._memory.keys, self._memory.values, step.first_slot, writes, columns)
-        with only_wanted(self.model, self._tensor(np.flatnonzero(wanted))):
-            return self.forward(self._tensor(ids), position_ids, masks, cache)[0]
-
-    def forward(self, ids: Tensor, positions: Tensor, masks: Sequence[Tensor], cache: SlotCache) -> Tensor:
-        """The model's own forward pass, handed the slots; its logits."""
-        inputs: dict[str, Any] = {"position_ids": positions} if self._accepts_positions else {}
-        mask = dict(zip(self._rules, masks, strict=True)) if len(masks) > 1 else masks[0]
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
-        logits: Tensor = output.logits
-        return logits
+        masks: list[Tensor] = []
+        fast = self.fast if q < CAUSAL_FROM or computed.any() else None
+        if fast or computed.any() or q == 1:
+            columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
+            masks = self._masks(position_ids, columns)
+        return (fast or self.step)(
+            self._tensor(ids),
+            position_ids,
+            self._tensor(writes),
+            self._tensor(np.flatnonzero(wanted)),
+            masks,
+            *self._memory.from_slot(step.first_slot),
+        )
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -172,11 +179,10 @@ class SlotRunner:
     def _masks(self, positions: Tensor, columns: int) -> list[Tensor]:
         """For each kind of layer an additive mask ``[rows, 1, q, columns]``: 0 where a position may look, else the
         dtype's minimum."""
-        dtype = self.model.dtype
         column = torch.arange(columns, device=positions.device)
         position = positions[:, None, :, None]
-        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=positions.device)
-        return [torch.where(visible(column, position), 0.0, hidden) for visible in self._rules.values()]
+        hidden = torch.tensor(torch.finfo(self._dtype).min, dtype=self._dtype, device=positions.device)
+        return [torch.where(visible(column, position), 0.0, hidden) for visible in self.step.rules.values()]
 
 
 @contextlib.contextmanager
@@ -266,38 +272,41 @@ class Reference:
 
 
 @torch.inference_mode()
-def check(model: PreTrainedModel, reference: Reference, compiled: CompiledStep | GraphedStep | None = None) -> None:
-    """Prove slots against the model's own forward pass, through chunks, padding, reuse and moves; or a compiled step,
-    through steps of one token a row.
+def check(model: PreTrainedModel, reference: Reference, fast: CompiledStep | GraphedStep | None = None) -> None:
+    """Prove slots, and ``fast`` where it is given, against the model's own forward pass: through chunks, single tokens,
+    padding, reuse and moves.
 
     Raises UnsupportedModel where they disagree.
     """
     memory = Memory(*layers_of(model), model.dtype)
     slots = Slots(memory, budget=memory.bytes_per_token * 512, most_slots=8, context=64)
-    runner = SlotRunner(model, memory, compiled)
-    scheduler = Scheduler(slots, chunk=16, busy_chunk=6, most_logits=256)
-    texts = reference.texts
-    got: list[list[Tensor]] = [[] for _ in texts]
-    for index, tokens in enumerate(texts[:-1]):
-        scheduler.add(Scoring(Score(stream_id=index, prompt=[], scored=tokens), tokens[:1], tokens[1:], None))
-    late = Scoring(Score(stream_id=len(texts) - 1, prompt=[], scored=[0]), texts[-1][:SHARED], texts[-1][SHARED:], None)
-    while True:
-        step = scheduler.next_step()
-        if late.slot < 0 and not late.computed and slots.shared_prefix(late)[0] == SHARED - 1:
-            scheduler.add(late)  # what it shares can be had from another row now
-            continue
-        if step is None:
+    runner = SlotRunner(model, memory, fast)
+    got: list[list[Tensor]] = [[] for _ in reference.texts]
+    streams: list[Stream] = [
+        Scoring(Score(stream_id=index, prompt=[], scored=[]), tokens[:1], tokens[1:], None)
+        for index, tokens in enumerate(reference.texts)
+    ]
+    late = streams.pop()
+    late.prompt_length = SHARED
+    for stream in streams:
+        slots.admit(stream)
+    for first, most in itertools.cycle(((0, 6), (0, 1), (1, 2))):
+        if late.computed == 0 and slots.shared_prefix(late)[0] == SHARED - 1:
+            slots.admit(late)  # what it shares can be had from another row now
+        if not slots.active:
             break
-        if compiled:
-            step = Step(0, list(slots.active), [1] * len(slots.active))
+        first = min(first, len(slots.active) - 1)
+        rows = slots.active[first:]
+        step = Step(first, rows, [min(stream.pending, most) for stream in rows])
         logits = runner.run(step)
         for stream, count in zip(step.streams, step.counts, strict=True):
-            wanted = stream.computed + count - max(stream.first_wanted, stream.computed)
-            got[int(stream.operation.stream_id)] += logits[: max(wanted, 0)].unbind()
-            logits = logits[max(wanted, 0) :]
+            wanted = max(stream.computed + count - max(stream.first_wanted, stream.computed), 0)
+            got[int(stream.operation.stream_id)] += logits[:wanted].unbind()
+            logits = logits[wanted:]
             stream.computed += count
+        for stream in step.streams:
             if stream.pending == 0:
-                scheduler.remove(stream)
+                slots.release(stream)
     wrong = total = 0
     for own, ours in zip(reference.logits, got, strict=True):
         own = own[-len(ours) :]  # of the last text, what it shares was not asked for

@@ -7,6 +7,8 @@ longest prefix it shares with any slot, idle or running.
 """
 
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,13 +58,14 @@ class Memory:
         """Bytes that one token of one slot takes in all layers."""
         return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
 
-    def resize(self, slots: int, capacity: int) -> None:
-        """Room for ``slots`` slots of ``capacity`` tokens; what fits of the old contents is kept."""
-        keep, columns = min(slots, self.slots), min(capacity, self.capacity)
+    def resize(self, slots: int, capacity: int, held: int | None = None) -> None:
+        """Room for ``slots`` slots of ``capacity`` tokens. What fits of the old contents is kept: each slot's first
+        ``held`` tokens, by default all."""
+        keep, columns = min(slots, self.slots), min(capacity, self.capacity if held is None else held)
         tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
-            tensor = torch.zeros(count, slots, heads, capacity + 1, dim, dtype=self._dtype, device=device)
+            tensor = _zeros((count, slots, heads, capacity + 1, dim), self._dtype, device)
             if keep and columns:
                 old = self._tensors[heads, dim, device]
                 tensor[:, :keep, :, :columns] = old[:, :keep, :, :columns]
@@ -71,6 +74,12 @@ class Memory:
         self.slots, self.capacity = slots, capacity
         views = [self._tensors[key][index] for key, index in self._members]
         self.keys, self.values = views[0::2], views[1::2]
+
+    def from_slot(self, first: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Each layer's keys and values ``[slots - first, heads, capacity + 1, dim]``: without the first slots."""
+        if first == 0:
+            return self.keys, self.values
+        return [keys[first:] for keys in self.keys], [values[first:] for values in self.values]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first ``length`` tokens of one slot into another."""
@@ -88,6 +97,18 @@ class Memory:
             kept = tensor[:, one, :, :length].clone()
             tensor[:, one, :, :length] = tensor[:, other, :, :length]
             tensor[:, other, :, :length] = kept
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU they take time and memory only where they are written: a slot is seldom full, and growing many
+    times over while many streams arrive would hold up all of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise torch.OutOfMemoryError(f"no memory for keys and values: {error}") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(eq=False)
@@ -146,15 +167,20 @@ class Slots:
             return False
         source, length = self._longest_prefix(stream)
         target = self._choose_target(source, length)
-        if target is not source and length:
-            self._memory.copy(self._slots.index(source), self._slots.index(target), length)
+        place = len(self.active)
+        if target is source:
+            self._swap(self._slots.index(target), place)
+        else:
+            target.tokens = []  # what it held need not be moved
+            self._swap(self._slots.index(target), place)
+            if length:
+                self._memory.copy(self._slots.index(source), place, length)
         stream.computed = stream.reused = length
         target.stream, target.tokens = stream, []
         target.last_used = next(self._clock)
         if length:
             source.last_used = target.last_used
-        self._swap(self._slots.index(target), len(self.active))
-        stream.slot = len(self.active)
+        stream.slot = place
         self.active.append(stream)
         return True
 
@@ -203,7 +229,7 @@ class Slots:
             idle = sorted(self._slots[running:], key=lambda slot: (bool(slot.tokens), slot.last_used), reverse=True)
             for place, slot in enumerate(idle[: slots - running], start=running):
                 self._swap(self._slots.index(slot), place)
-        self._memory.resize(slots, capacity)
+        self._memory.resize(slots, capacity, max((slot.held[1] for slot in self._slots), default=0))
         del self._slots[slots:]
         self._slots += [Slot() for _ in range(slots - len(self._slots))]
         for slot in self._slots[running:]:
@@ -228,9 +254,13 @@ class Slots:
     def _swap(self, one: int, other: int) -> None:
         if one == other:
             return
-        length = max(self._slots[one].held[1], self._slots[other].held[1])
-        if length:
-            self._memory.swap(one, other, length)
+        ones, others = self._slots[one].held[1], self._slots[other].held[1]
+        if ones and others:
+            self._memory.swap(one, other, max(ones, others))
+        elif ones:
+            self._memory.copy(one, other, ones)
+        elif others:
+            self._memory.copy(other, one, others)
         self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
 
 

@@ -18,10 +18,10 @@ def test_streams_decoded_by_graphs_equal_those_decoded_without() -> None:
     assert engine.runner_description == "slots, decode steps as CUDA graphs"
     runner = engine.runner
     assert isinstance(runner, SlotRunner)
-    assert isinstance(runner.compiled, GraphedStep)
+    assert isinstance(runner.fast, GraphedStep)
     several = [Generate(stream_id=i, prompt=p, max_tokens=30) for i, p in enumerate(random_prompts(3, 200, 41, 9, 260))]
     with_graphs = answers(engine, *several)
-    runner.compiled = None
+    runner.fast = None
     without = answers(engine, *several)
     assert [with_graphs.ids(i) for i in range(5)] == [without.ids(i) for i in range(5)]
     engine.stop()

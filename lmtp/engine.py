@@ -429,13 +429,13 @@ def _choose_runner(
 ) -> tuple[Runner, Scheduler, str]:
     """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
     try:
-        shapes, devices = layers_of(model)
-        memory = Memory(shapes, devices, model.dtype)
+        layers = layers_of(model)
+        memory = Memory(*layers, model.dtype)
         budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         slots = Slots(memory, budget, MOST_STREAMS, limits.context)
         runner = SlotRunner(model, memory)
         reference = Reference.of(model)
-        check(model, reference)
+        check(model, layers, reference)
     except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
         caches = ModelCaches(FALLBACK_STREAMS, limits.context)
@@ -445,10 +445,10 @@ def _choose_runner(
     description = "slots"
     try:
         if compiled:
-            check(model, reference, step := CompiledStep(compiled))
+            check(model, layers, reference, step := CompiledStep(compiled))
             runner.fast, description = step, "slots, compiled step"
-        elif graphs and model.device.type == "cuda" and len(set(devices)) == 1:
-            check(model, reference, graphed := GraphedStep(runner.step))
+        elif graphs and model.device.type == "cuda" and len(set(layers[1])) == 1:
+            check(model, layers, reference, graphed := GraphedStep(runner.step))
             runner.fast, description = graphed, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"

@@ -197,7 +197,7 @@ class _Reader:
     """Reads one method; keeps the source, in which `cog build` sees more than Python's syntax tree keeps."""
 
     def __init__(self, source: str, file: str) -> None:
-        self.source = source
+        self.lines = source.encode().splitlines(keepends=True)
         self.file = file
 
     def read(self, method: ast.FunctionDef | ast.AsyncFunctionDef) -> Signature:
@@ -264,7 +264,7 @@ class _Reader:
             key = keyword.arg
             if key is None or key not in {"default", "choices", *CONSTRAINTS}:
                 raise self.error(keyword, name, f"gives Input() the argument {key or '**'}, which is unknown here")
-            between = ast.get_source_segment(self.source, keyword) or ""
+            between = self.text(keyword)
             if not re.match(rf"{key}\s*=\s*[^\s(]", between):
                 raise self.error(
                     keyword, name, f"gives {key} in parentheses, which `cog build` ignores: write one literal"
@@ -289,9 +289,17 @@ class _Reader:
                 )
         return value
 
+    def text(self, node: ast.expr | ast.keyword) -> str:
+        """The node's own text. ast.get_source_segment would split the whole file into lines every time."""
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        lines = self.lines[first : last + 1]
+        lines[-1] = lines[-1][: node.end_col_offset]
+        lines[0] = lines[0][node.col_offset :]
+        return b"".join(lines).decode()
+
     def as_cog_reads(self, node: ast.Constant) -> str:
         """The text between the outermost quotes: `cog build` knows neither escapes nor adjacent literals."""
-        text = ast.get_source_segment(self.source, node) or ""
+        text = self.text(node)
         quotes = 3 if text.startswith(('"""', "'''")) else 1
         return text[quotes:-quotes]
 

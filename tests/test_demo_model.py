@@ -9,7 +9,7 @@ import torch
 from lmtp import weights
 from lmtp.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runner import Reference, SlotRunner, UnsupportedModel, check
+from lmtp.runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.text import render_prompt
 from lmtp.weights import Loaded
 from tests.tiny import answers, own_greedy, own_logits
@@ -37,12 +37,12 @@ def test_the_self_check_passes_slots_and_refuses_a_wrong_mask(
     demo_weights: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = weights.load(demo_weights, dtype=dtype).model
-    reference = Reference.of(model)
-    check(model, reference)
+    layers, reference = layers_of(model), Reference.of(model)
+    check(model, layers, reference)
     right = SlotRunner._masks
     monkeypatch.setattr(SlotRunner, "_masks", lambda *arguments: [torch.zeros_like(m) for m in right(*arguments)])
     with pytest.raises(UnsupportedModel, match="positions differ from the model's own forward pass"):
-        check(model, reference)
+        check(model, layers, reference)
 
 
 def test_answers_equal_generate_alone_and_together(demo: Demo) -> None:

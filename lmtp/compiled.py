@@ -11,14 +11,17 @@ the self-check of runner.py tries it before it serves.
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest.mock
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,13 +55,29 @@ INDUCTOR = {
 }
 
 
+PROXY = b"aoti_torch_proxy_executor_call_function"
+"""What compiled code calls for an operation that has no C interface; only PyTorch's own loader provides it."""
+
+_pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+_capsule_of = ctypes.pythonapi.PyCapsule_New
+_capsule_of.restype, _capsule_of.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
 class CompiledStep:
-    """A compiled decode step, loaded."""
+    """A compiled step, loaded.
+
+    It is called through the C interface that the compiler gives it (torch/csrc/inductor/aoti_runtime/interface.h), and
+    not by PyTorch's own loader, which keeps Python's lock for as long as a step takes: tokens could not be sent and
+    requests not be read meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError where the file is no compiled step, RuntimeError where it does not load."""
         torch.cpu._init_amx()  # asks the system for the matrix unit, without which code made for it is killed
-        # The loader behind torch._inductor.aoti_load_package: importing that would take longer than loading.
-        self._run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).boxed_run
+        self._library = ctypes.CDLL(str(path))
+        self._container = ctypes.c_void_p()
+        self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
 
     def __call__(
         self,
@@ -73,8 +92,19 @@ class CompiledStep:
         """As runner.ModelStep.forward, with at least one mask."""
         # Compiled code divides by the number of wanted positions, so one is asked for where none is wanted.
         index = wanted if len(wanted) else wanted.new_zeros(1)
-        logits: list[Tensor] = self._run([ids, positions, writes, index, *masks, *keys, *values])
-        return logits[0][: len(wanted)]
+        tensors = [ids, positions, writes, index, *masks, *keys, *values]
+        # Handles are the callee's once it is called: it frees those it is given, and the caller those it gets.
+        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+        inputs = (ctypes.c_void_p * len(tensors))(*(_pointer_in(handle, None) for handle in handles))
+        outputs = (ctypes.c_void_p * 1)()
+        count, one = ctypes.c_size_t(len(tensors)), ctypes.c_size_t(1)
+        self._call("Run", self._container, inputs, count, outputs, one, None, None)
+        logits: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule_of(outputs[0], None, None))
+        return logits[: len(wanted)]
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        if getattr(self._library, f"AOTInductorModelContainer{function}")(*arguments):
+            raise RuntimeError(f"the compiled step fails at {function}; standard error says why")
 
 
 def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path:
@@ -93,7 +123,7 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
         torch.get_num_threads(),
         files,
     ]
-    return directory / f"decode-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.pt2"
+    return directory / f"decode-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
 
 
 def build(
@@ -138,15 +168,21 @@ def build(
         *[[{0: slots, 2: capacity}] * count] * 2,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial.pt2")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
+        package = Path(directory, "step.pt2")
         with torch.no_grad(), _grouped_attention():
             program = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=INDUCTOR)
-        check(CompiledStep(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(package), inductor_configs=dict(INDUCTOR)
+            )
+        library = Path(directory, path.name)
+        with zipfile.ZipFile(package) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+            library.write_bytes(archive.read(name))
+        if PROXY in library.read_bytes():
+            raise RuntimeError("the model uses an operation that compiled code cannot call")
+        check(CompiledStep(library))
+        library.replace(path)
 
 
 @contextlib.contextmanager

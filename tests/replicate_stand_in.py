@@ -198,9 +198,13 @@ class _Api:
         if request.path == "/v1/predictions" and body.get("version") not in (VERSION, f"{OWNER}/{MODEL}:{VERSION}"):
             return problem(422, "Invalid version or not permitted", "The specified version does not exist")
         prediction = Prediction(secrets.token_hex(13), body.get("input", {}))
-        response = await self.session.put(
-            f"/predictions/{prediction.id}", json={"input": prediction.input}, headers={"Accept": "text/event-stream"}
-        )
+        address, accept = f"/predictions/{prediction.id}", {"Accept": "text/event-stream"}
+        while (
+            response := await self.session.put(address, json={"input": prediction.input}, headers=accept)
+        ).status == 409:
+            # At capacity: Replicate's queue keeps the prediction. coglet 0.23.1 says so too where two come at once.
+            response.close()
+            await asyncio.sleep(0.002)
         if response.status != 200:
             errors = await response.text()
             if response.status == 422:

@@ -149,9 +149,10 @@ class Allowed:
     rows: list[int]
     bits: Tensor
 
-    def row(self, row: int) -> Allowed | None:
-        """The same for one row alone."""
-        return Allowed([0], self.bits[[self.rows.index(row)]]) if row in self.rows else None
+    def part(self, part: slice) -> Allowed | None:
+        """The same for some neighbouring rows alone; None where it is for none of them."""
+        places = [place for place, row in enumerate(self.rows) if part.start <= row < part.stop]
+        return Allowed([self.rows[place] - part.start for place in places], self.bits[places]) if places else None
 
     def apply(self, logits: Tensor) -> Tensor:
         """The float32 logits ``[all rows, vocabulary]`` with what is not allowed at negative infinity."""

@@ -414,7 +414,7 @@ def _sample(logits: Tensor, rows: Sequence[Generation], allowed: Allowed | None)
     return [
         choice
         for i, row in enumerate(rows)
-        for choice in _sample(logits[i : i + 1], [row], allowed.row(i) if allowed else None)
+        for choice in _sample(logits[i : i + 1], [row], allowed.part(slice(i, i + 1)) if allowed else None)
     ]
 
 

@@ -31,6 +31,10 @@ LOG2_E = math.log2(math.e)
 BLOCK = 256
 """Vocabulary ids that are searched together; see _blocks."""
 
+CACHED = 2**19
+"""Logits that are gone through together on a CPU: 2 MB in float32. Ten operations over 32 rows of 49,152 at once were
+measured three and a half times slower than over eight rows at a time."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -77,6 +81,28 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     ``allowed`` is what the grammars of some rows allow. A row that it leaves no token, or whose logits are not numbers,
     gets a Choice with an error.
     """
+    choices: list[Choice] = []
+    for part in _parts(logits):
+        choices += _sample(logits[part], rows[part], allowed.part(part) if allowed else None)
+    return choices
+
+
+def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
+    """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
+    choices: list[Choice] = []
+    for part in _parts(logits):
+        choices += _score(logits[part], targets[part], top[part])
+    return choices
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Rows to go through together: on a CPU as many as stay in its cache from one operation to the next."""
+    rows, vocabulary = logits.shape
+    size = max(CACHED // vocabulary, 1) if logits.device.type == "cpu" else max(rows, 1)
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
+def _sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None) -> list[Choice]:
     logits = _biased(logits.float(), rows)
     if allowed:
         logits = allowed.apply(logits)
@@ -107,8 +133,7 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     return choices
 
 
-def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
-    """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
+def _score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
     logits = logits.float()
     blocks = _blocks(logits, -math.inf)
     peaks = blocks.amax(-1)
@@ -188,7 +213,7 @@ def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=32)
 def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
     """The biases as ``[rows, vocabulary]``; the rows of one step are mostly those of the step before."""
     return torch.stack(biases).to(device)

@@ -31,7 +31,7 @@ lint: $(READY)  ## Check format, lint and types
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)
 
-build: $(READY) $(MODEL)  ## Compile the decode step for this machine, ahead of time
+build: $(READY) $(MODEL)  ## Compile the model's step for this machine, ahead of time
 	@script/build
 
 bench: $(READY) $(MODEL)  ## Measure against peers; writes benchmarks/results/

@@ -45,8 +45,9 @@ MESSAGES = (
 STEPS_STREAMS = 32
 STEPS_TOKENS = 64
 STEPS_PROMPT = 5
-FREE_REGEX = "[a-z ]{5000}"
-"""More characters than STEPS_TOKENS tokens can have: it forces no token and does not come to its end."""
+FREE_REGEX = "[a-z ]+"
+"""It forces no token and does not come to its end. It counts nothing either: a grammar that does, as `{5000}` would, is
+in another state after every token, and llguidance finds its mask anew, in 0.3 ms instead of 0.005."""
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:

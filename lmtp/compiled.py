@@ -1,9 +1,9 @@
-"""The decode step compiled ahead of time, for CPUs.
+"""The model's step compiled ahead of time, for CPUs.
 
-Most of a small batch's step is not arithmetic: it is Python, the launch of some 1,500 operations, and matrix kernels
-that read weights in an unsuitable layout. PyTorch's ahead-of-time compiler (torch.export, then AOTInductor with frozen
-weights) turns the model's own code for one token a row into one native library, whatever the number of rows and
-columns. Compiling takes minutes, so it is done by script/build or in the background; loading takes less than a second.
+Most of a small step is not arithmetic: it is Python, the launch of some 1,500 operations, and matrix kernels that read
+weights in an unsuitable layout. PyTorch's ahead-of-time compiler (torch.export, then AOTInductor with frozen weights)
+turns the model's own code into one native library for any number of rows, tokens a row and columns. Compiling takes
+minutes, so it is done by script/build or in the background; loading takes less than a second.
 
 A compiled step fits one model, one dtype, one kind of processor and one set of versions; its file name says which, and
 the self-check of runner.py tries it before it serves.
@@ -39,11 +39,10 @@ from lmtp.weights import Manifest
 FORMAT = 3
 """Part of a compiled step's name: to be raised when runner.ModelStep changes what it takes or returns."""
 
-EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30
+EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # 32 tokens: what matrix kernels are chosen for
 EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 11, 48, 96
 MOST_SLOTS = 4096
 MOST_TOKENS = 2**16
-
 
 INDUCTOR = {
     "freezing": True,
@@ -53,7 +52,6 @@ INDUCTOR = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
-
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
 """What compiled code calls for an operation that has no C interface; only PyTorch's own loader provides it."""
@@ -123,7 +121,7 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
         torch.get_num_threads(),
         files,
     ]
-    return directory / f"decode-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
+    return directory / f"step-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
 
 
 def build(
@@ -134,7 +132,7 @@ def build(
     path: Path,
     check: Callable[[CompiledStep], None],
 ) -> None:
-    """Compile a decode step (see runner.ModelStep) into ``path``; it appears there once ``check`` has passed it.
+    """Compile a step (see runner.ModelStep) into ``path``; it appears there once ``check`` has passed it.
 
     ``memory`` is resized. Raises what torch.export raises where the model's code cannot be traced.
     """
@@ -237,8 +235,8 @@ def build_in_background(adopt: Callable[[Path], None], path: Path, script: Path)
         atexit.unregister(process.terminate)
         if process.returncode == 0 and path.exists():
             adopt(path)
-            print("compiled decode step: ready, in use", flush=True)
+            print("compiled step: ready, in use", flush=True)
         else:
-            print(f"compiled decode step: {output.strip().splitlines()[-1:] or 'failed'}", flush=True)
+            print(f"compiled step: {output.strip().splitlines()[-1:] or 'failed'}", flush=True)
 
     threading.Thread(target=wait, name="build", daemon=True).start()

@@ -107,7 +107,7 @@ class Engine:
         graphs: bool = True,
     ) -> None:
         """``kv_budget``: bytes for keys and values; by default what is left on the GPU less a reserve, or a quarter of
-        the free memory on a CPU. ``compiled``: a file with the model's compiled decode step; see compiled.py.
+        the free memory on a CPU. ``compiled``: a file with the model's compiled step; see compiled.py.
         ``graphs``: decode by CUDA graphs on a GPU; see graphs.py."""
         self.tokenizer = tokenizer
         self.limits = limits_of(model)

@@ -1,0 +1,111 @@
+"""The compiled step: it answers as the model's own code does, and a server goes over to one made while it serves."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lmtp import compiled
+from lmtp.engine import Engine
+from lmtp.protocol import Generate, Score
+from lmtp.runner import ModelStep, Reference, UnsupportedModel, check, layers_of
+from lmtp.slots import Memory
+from tests.server import ROOT, serving
+from tests.tiny import answers, build, random_prompts, start
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="steps are compiled for CPUs"),
+]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def library(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "step.so"
+    layers, reference, step = layers_of(model), Reference.of(model), ModelStep(model)
+    memory = Memory(*layers, model.dtype)
+    compiled.build(step, model, len(step.rules), memory, path, lambda made: check(model, layers, reference, made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def engines(model: PreTrainedModel, library: Path) -> Iterator[tuple[Engine, Engine]]:
+    """One with the compiled step, one without."""
+    both = start(model, compiled=library), start(model)
+    assert [engine.runner_description for engine in both] == ["slots, compiled step", "slots"]
+    yield both
+    for engine in both:
+        engine.stop()
+
+
+def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Engine]) -> None:
+    """Alone and together, from prompts of one token to prompts of several chunks, reused or not."""
+    prompts = random_prompts(1, 3, 300, 41, 9, 260)
+    generate = [Generate(stream_id=i, prompt=prompt, max_tokens=30) for i, prompt in enumerate(prompts)]
+    longer = [Generate(stream_id=i, prompt=[*prompt, 7, 8, 9], max_tokens=5) for i, prompt in enumerate(prompts)]
+    score = [Score(stream_id=9, prompt=prompts[3], scored=prompts[4])]
+    batches: list[list[Generate | Score]] = [[generate[2]], [*generate], [*longer, *score]]
+    for operations in batches:
+        fast, slow = (answers(engine, *operations) for engine in engines)
+        for stream in [operation.stream_id for operation in operations]:
+            assert fast.ids(stream) == slow.ids(stream)
+            assert [token.logprob for token in fast.tokens(stream)] == pytest.approx(
+                [token.logprob for token in slow.tokens(stream)], abs=1e-4
+            )
+
+
+def test_a_step_for_another_model_is_not_used(library: Path, model: PreTrainedModel) -> None:
+    other = build(model.config.model_type, seed=1)
+    with pytest.raises(UnsupportedModel, match="positions differ from the model's own forward pass"):
+        check(other, layers_of(other), Reference.of(other), compiled.CompiledStep(library))
+    engine = start(other, compiled=library)
+    assert engine.runner_description.startswith("slots; not faster, since UnsupportedModel: ")
+    engine.stop()
+
+
+def test_a_file_that_is_no_compiled_step_is_not_used(model: PreTrainedModel, tmp_path: Path) -> None:
+    damaged = tmp_path / "step.so"
+    damaged.write_bytes(b"nothing")
+    engine = start(model, compiled=damaged)
+    assert engine.runner_description.startswith("slots; not faster, since OSError: ")
+    engine.stop()
+
+
+def test_a_server_compiles_while_it_serves_and_the_next_start_finds_the_step(
+    demo_weights: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_weights)
+    source, weights, library = tmp_path / "source", tmp_path / "weights", tmp_path / "compiled"
+    build("llama", vocab_size=len(tokenizer)).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    fetch = [sys.executable, str(ROOT / "script/download_weights"), str(source), "--to", str(weights)]
+    subprocess.run(fetch, check=True, capture_output=True)
+    environment = {"WEIGHTS_DIR": str(weights), "COMPILED_DIR": str(library), "DTYPE": "float32", "COMPILE": "on"}
+
+    def answer(url: str) -> str:
+        body = {"input": {"prompt": "One, two,", "prompt_template": "{prompt}", "max_tokens": 12}}
+        return "".join(httpx.post(f"{url}/predictions", json=body, timeout=60).json()["output"])
+
+    with serving(ROOT, **environment) as server:
+        before = answer(server.url)
+        assert not list(library.glob("*.so"))  # it did not wait for the compiler
+        deadline = time.monotonic() + 300
+        while not any("compiled step: ready, in use" in line for line in server.log):
+            assert time.monotonic() < deadline, "".join(server.log[-20:])
+            time.sleep(0.2)
+        assert answer(server.url) == before
+    with serving(ROOT, **environment) as server:
+        assert any("runner: slots, compiled step" in line for line in server.log)
+        assert answer(server.url) == before

@@ -32,6 +32,9 @@ class Graph:
 class GraphedStep:
     """Replays runner.ModelStep for one token a row, and calls it for more; takes and returns what it does."""
 
+    longest_beginning = 1
+    """A longer chunk at the beginning of texts is not replayed and needs no mask."""
+
     def __init__(self, step: nn.Module) -> None:
         self._step = step
         self._graphs: dict[tuple[int, int], Graph] = {}

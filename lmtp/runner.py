@@ -29,10 +29,6 @@ from lmtp.stream import Scoring, Stream
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
 
-CAUSAL_FROM = 512
-"""From so many tokens on, a text's first chunk is faster in the model's own code with causal attention than in a
-compiled step with a mask."""
-
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """How far the self-check lets a position's logits be from the model's own, relative to their spread. After random
 tokens a model in bfloat16 is this far from itself in float32 at one position of ten; a wrong mask or a lost cache moves
@@ -160,8 +156,9 @@ class SlotRunner:
         writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)
         masks: list[Tensor] = []
-        fast = self.fast if q < CAUSAL_FROM or computed.any() else None
-        if fast or computed.any() or q == 1:
+        begun = bool(computed.any())
+        fast = self.fast if self.fast and (begun or q <= self.fast.longest_beginning) else None
+        if fast or begun:
             columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
             masks = self._masks(position_ids, columns)
         return (fast or self.step)(

@@ -100,6 +100,8 @@ def start() -> Iterator[Start]:
     def start(script: Path, *arguments: str, **environment: str) -> Piped:
         command = [sys.executable, str(script), *arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # Where the tests run under nohup, SIGHUP is ignored, and would be by what they start.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
         started.append(Piped(command, env=os.environ | environment, **pipes))
         return started[-1]
 

@@ -81,9 +81,12 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     ``allowed`` is what the grammars of some rows allow. A row that it leaves no token, or whose logits are not numbers,
     gets a Choice with an error.
     """
+    biases = _stacked(tuple(row.bias for row in rows if row.bias is not None), logits.device)
     choices: list[Choice] = []
     for part in _parts(logits):
-        choices += _sample(logits[part], rows[part], allowed.part(part) if allowed else None)
+        count = sum(row.bias is not None for row in rows[part])
+        choices += _sample(logits[part], rows[part], biases[:count], allowed.part(part) if allowed else None)
+        biases = biases[count:]
     return choices
 
 
@@ -102,8 +105,8 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, rows, size)]
 
 
-def _sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None) -> list[Choice]:
-    logits = _biased(logits.float(), rows)
+def _sample(logits: Tensor, rows: Sequence[Row], biases: Tensor, allowed: Allowed | None) -> list[Choice]:
+    logits = _biased(logits.float(), rows, biases)
     if allowed:
         logits = allowed.apply(logits)
     blocks = _blocks(logits, -math.inf)
@@ -199,24 +202,23 @@ def _rounded(logprobs: Tensor) -> Tensor:
     return logprobs.double().round(decimals=6) + 0.0
 
 
-def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _biased(logits: Tensor, rows: Sequence[Row], biases: Tensor) -> Tensor:
     biased = [i for i, row in enumerate(rows) if row.bias is not None]
     if biased:
-        bias = _stacked(tuple(row.bias for row in rows if row.bias is not None), logits.device)
         if len(biased) == len(rows):
-            logits = logits + bias
+            logits = logits + biases
         else:
-            logits = logits.index_add(0, torch.tensor(biased, device=logits.device), bias)
+            logits = logits.index_add(0, torch.tensor(biased, device=logits.device), biases)
     for i, row in enumerate(rows):
         if row.forbidden_now:
             logits[i, list(row.forbidden_now)] = -math.inf
     return logits
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=2)
 def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
     """The biases as ``[rows, vocabulary]``; the rows of one step are mostly those of the step before."""
-    return torch.stack(biases).to(device)
+    return torch.stack(biases).to(device) if biases else torch.empty(0, device=device)
 
 
 def _needs_own_logits(operation: Generate) -> bool:

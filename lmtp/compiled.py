@@ -142,7 +142,7 @@ def build(
     """
     import torch._inductor
 
-    memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY)
+    memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY, held=0)
     rows = Dim("rows", min=1, max=MOST_SLOTS)
     q = Dim("q", min=1, max=MOST_TOKENS)
     wanted = Dim("wanted", min=1, max=MOST_TOKENS)
@@ -180,9 +180,10 @@ def build(
         library = Path(directory, path.name)
         with zipfile.ZipFile(package) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-            library.write_bytes(archive.read(name))
-        if PROXY in library.read_bytes():
+            code = archive.read(name)
+        if PROXY in code:
             raise RuntimeError("the model uses an operation that compiled code cannot call")
+        library.write_bytes(code)
         check(CompiledStep(library))
         library.replace(path)
 

@@ -58,10 +58,9 @@ class Memory:
         """Bytes that one token of one slot takes in all layers."""
         return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
 
-    def resize(self, slots: int, capacity: int, held: int | None = None) -> None:
-        """Room for ``slots`` slots of ``capacity`` tokens. What fits of the old contents is kept: each slot's first
-        ``held`` tokens, by default all."""
-        keep, columns = min(slots, self.slots), min(capacity, self.capacity if held is None else held)
+    def resize(self, slots: int, capacity: int, held: int) -> None:
+        """Room for ``slots`` slots of ``capacity`` tokens. What fits of each slot's first ``held`` tokens is kept."""
+        keep, columns = min(slots, self.slots), min(capacity, held)
         tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks import peers, prompts
-from benchmarks.decode import our_engine
+from benchmarks import decode, prompts
 from benchmarks.plan import Plan, say
 from benchmarks.report import Row, Skipped
-from benchmarks.side import Side, SideError
+from benchmarks.side import Side
 
 ROWS = ("json", "json-1", "json-vllm", "constrained")
 STREAMS = 8
@@ -54,7 +53,7 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
     """The rows json, json-1, json-vllm and constrained."""
     with ExitStack() as stack:
         # Not endless: tokens past an end of the sequence have little text. min_tokens keeps free streams from ending.
-        ours = our_engine(plan, stack, endless=False)
+        ours = decode.our_engine(plan, stack, endless=False)
         for name, streams in (("json", plan.size(STREAMS, 2)), ("json-1", 1)):
             if plan.wants(name):
                 yield _beside_free_text(plan, ours, name, streams)
@@ -141,18 +140,9 @@ def _beside_free_text(plan: Plan, ours: Side, name: str, streams: int) -> Row:
 
 
 def _beside_vllm(plan: Plan, stack: ExitStack, ours: Side) -> Row | Skipped:
-    python = peers.vllm_python()
-    if python is None:
-        return Skipped(["json-vllm"], peers.VLLM_HOW_TO)
-    say("  starting vLLM, which takes a minute or two")
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
-    try:
-        vllm = stack.enter_context(Side("benchmarks.vllm_side:VLLM", python=python, environment=environment))
-        vllm.make(weights=str(plan.weights), dtype=plan.dtype)
-    except (SideError, OSError) as error:
-        say(f"  {error}")
-        return Skipped(["json-vllm"], "vLLM is there and does not start.")
+    vllm = decode.vllm(plan, stack, ["json-vllm"])
+    if isinstance(vllm, Skipped):
+        return vllm
     streams = plan.size(STREAMS, 2)
     say(f"  JSON by a schema beside vLLM, {streams} at once")
 

@@ -33,6 +33,23 @@ def transformers(plan: Plan, stack: ExitStack) -> Side:
     return side
 
 
+def vllm(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
+    """vLLM, started; or why the rows that need it are left out."""
+    python = peers.vllm_python()
+    if python is None:
+        return Skipped(rows, peers.VLLM_HOW_TO)
+    say("  starting vLLM, which takes a minute or two")
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    try:
+        side = stack.enter_context(Side("benchmarks.vllm_side:VLLM", python=python, environment=environment))
+        side.make(weights=str(plan.weights), dtype=plan.dtype)
+    except (SideError, OSError) as error:
+        say(f"  {error}")
+        return Skipped(rows, "vLLM is there and does not start.")
+    return side
+
+
 def greedy(streams: list[list[int]], new_tokens: int, **options: Any) -> list[Any]:
     """GENERATE operations, a stream for each prompt."""
     return [
@@ -55,21 +72,12 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
     theirs: dict[str, Side] = {}
     if plan.wants(*ROWS[:3]):
         theirs["decode"] = transformers(plan, stack)
-    skipped: list[str] = [row for row in ROWS[3:6] if plan.wants(row)]
-    why = peers.VLLM_HOW_TO
-    if skipped and (python := peers.vllm_python()):
-        say("  starting vLLM, which takes a minute or two")
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
-        try:
-            vllm = stack.enter_context(Side("benchmarks.vllm_side:VLLM", python=python, environment=environment))
-            vllm.make(weights=str(plan.weights), dtype=plan.dtype)
-            theirs["vllm"] = vllm
-        except (SideError, OSError) as error:
-            say(f"  {error}")
-            why = "vLLM is there and does not start."
-    if skipped and "vllm" not in theirs:
-        yield Skipped(skipped, why)
+    if beside_vllm := [row for row in ROWS[3:6] if plan.wants(row)]:
+        started = vllm(plan, stack, beside_vllm)
+        if isinstance(started, Skipped):
+            yield started
+        else:
+            theirs["vllm"] = started
     new_tokens = plan.size(NEW_TOKENS, 8)
     for streams in STREAMS:
         families = [family for family in theirs if plan.wants(f"{family}-{streams}")]

@@ -66,6 +66,20 @@ def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Eng
             )
 
 
+def test_a_steps_memory_is_free_once_its_tensors_are(model: PreTrainedModel, library: Path) -> None:
+    step, memory = compiled.CompiledStep(library), Memory(*layers_of(model), model.dtype)
+    memory.resize(4, 64, held=0)
+    addresses: dict[str, set[int]] = {"given": set(), "taken": set()}
+    for _ in range(32):
+        ids, mask = torch.ones(4, 32, dtype=torch.long), torch.zeros(4, 1, 32, 16)
+        wanted = torch.arange(4 * 32)
+        logits = step(ids, ids, ids, wanted, [mask] * len(ModelStep(model).rules), memory.keys, memory.values)
+        addresses["given"].add(mask.data_ptr())
+        addresses["taken"].add(logits.data_ptr())
+        del ids, mask, wanted, logits
+    assert all(len(seen) < 32 for seen in addresses.values())
+
+
 def test_a_step_for_another_model_is_not_used(library: Path, model: PreTrainedModel) -> None:
     other = build(model.config.model_type, seed=1)
     with pytest.raises(UnsupportedModel, match="positions differ from the model's own forward pass"):

@@ -144,7 +144,7 @@ def build(
     """
     import torch._inductor
 
-    memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY, held=0)
+    memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY)
     rows = Dim("rows", min=1, max=MOST_SLOTS)
     q = Dim("q", min=1, max=MOST_TOKENS)
     wanted = Dim("wanted", min=1, max=MOST_TOKENS)

@@ -58,16 +58,17 @@ class Memory:
         """Bytes that one token of one slot takes in all layers."""
         return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
 
-    def resize(self, slots: int, capacity: int, held: int) -> None:
-        """Room for ``slots`` slots of ``capacity`` tokens. What fits of each slot's first ``held`` tokens is kept."""
-        keep, columns = min(slots, self.slots), min(capacity, held)
+    def resize(self, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
+        """Room for ``slots`` slots of ``capacity`` tokens. Of the first slots, what fits of their first ``held[slot]``
+        tokens is kept."""
         tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
             tensor = _zeros((count, slots, heads, capacity + 1, dim), self._dtype, device)
-            if keep and columns:
-                old = self._tensors[heads, dim, device]
-                tensor[:, :keep, :, :columns] = old[:, :keep, :, :columns]
+            for slot, length in enumerate(held[:slots]):
+                columns = min(length, capacity)
+                if columns:
+                    tensor[:, slot, :, :columns] = self._tensors[heads, dim, device][:, slot, :, :columns]
             tensors[heads, dim, device] = tensor
         self._tensors = tensors  # all or, where memory ran out on the way, none
         self.slots, self.capacity = slots, capacity
@@ -228,7 +229,7 @@ class Slots:
             idle = sorted(self._slots[running:], key=lambda slot: (bool(slot.tokens), slot.last_used), reverse=True)
             for place, slot in enumerate(idle[: slots - running], start=running):
                 self._swap(self._slots.index(slot), place)
-        self._memory.resize(slots, capacity, max((slot.held[1] for slot in self._slots), default=0))
+        self._memory.resize(slots, capacity, [slot.held[1] for slot in self._slots])
         del self._slots[slots:]
         self._slots += [Slot() for _ in range(slots - len(self._slots))]
         for slot in self._slots[running:]:

@@ -68,7 +68,7 @@ def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Eng
 
 def test_a_steps_memory_is_free_once_its_tensors_are(model: PreTrainedModel, library: Path) -> None:
     step, memory = compiled.CompiledStep(library), Memory(*layers_of(model), model.dtype)
-    memory.resize(4, 64, held=0)
+    memory.resize(4, 64)
     addresses: dict[str, set[int]] = {"given": set(), "taken": set()}
     for _ in range(32):
         ids, mask = torch.ones(4, 32, dtype=torch.long), torch.zeros(4, 1, 32, 16)

@@ -55,7 +55,12 @@ class Arrivals(asyncio.Protocol):
         body = b"".join(piece for _, piece in self.pieces)
         if b'"succeeded"' not in body:
             raise RuntimeError(f"a prediction failed: {body[-500:].decode(errors='replace')}")
-        return [when for when, piece in self.pieces for _ in range(piece.count(b"TOKEN {"))]
+        streamed = body.index(b"event: completed")  # the last event holds the whole output once more
+        times, received = [], 0
+        for when, piece in self.pieces:
+            times += [when] * piece[: max(streamed - received, 0)].count(b"TOKEN {")
+            received += len(piece)
+        return times
 
 
 def measure(plan: Plan) -> Iterator[Row]:

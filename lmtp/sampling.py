@@ -83,28 +83,19 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     logits = _biased(logits.float(), rows)
     if allowed:
         logits = allowed.apply(logits)
-    blocks = _blocks(logits, -math.inf)
-    peaks = blocks.amax(-1)
-    normalizer = _log_sum_exp(blocks, peaks)
-    errors: dict[int, str] = {}
-    if not torch.isfinite(normalizer).all():
-        best = peaks.amax(-1).tolist()
-        errors = {
-            i: NO_TOKEN if best[i] == -math.inf else NOT_NUMBERS
-            for i in (~torch.isfinite(normalizer)).nonzero()[:, 0].tolist()
-        }
-        logits[list(errors)] = 0.0  # numbers to go on with; what is drawn from them is dropped
-        blocks = _blocks(logits, -math.inf)
-        peaks = blocks.amax(-1)
-        normalizer = _log_sum_exp(blocks, peaks)
-    likely = _most_likely(blocks, peaks, max(1, *(row.operation.top_logprobs for row in rows)))
+    logprobs = torch.log_softmax(logits, -1)
+    wrong = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is no number makes the whole row so
+    errors = {i: NO_TOKEN if logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
+    if errors:
+        logits[wrong] = logprobs[wrong] = 0.0  # numbers to go on with; what is drawn from them is dropped
+    likely = _most_likely(logits, max(1, *(row.operation.top_logprobs for row in rows)))
     chosen = likely.indices[:, 0].clone()
     drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         some = logits if len(drawn) == len(rows) else logits[index]
         chosen[index] = _draw(_penalized(some, [rows[i] for i in drawn]), [rows[i] for i in drawn])
-    choices = _report(logits, normalizer, chosen, likely, [row.operation.top_logprobs for row in rows])
+    choices = _report(logprobs, chosen, likely, [row.operation.top_logprobs for row in rows])
     for i, error in errors.items():
         choices[i] = replace(choices[i], error=error)
     return choices
@@ -113,57 +104,48 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
 def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
     """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
     logits = logits.float()
-    blocks = _blocks(logits, -math.inf)
-    peaks = blocks.amax(-1)
-    likely = _most_likely(blocks, peaks, max(top)) if max(top) else None
-    chosen = torch.tensor(targets, device=logits.device)
-    return _report(logits, _log_sum_exp(blocks, peaks), chosen, likely, top)
+    logprobs = torch.log_softmax(logits, -1)
+    likely = _most_likely(logits, max(top)) if max(top) else None
+    return _report(logprobs, torch.tensor(targets, device=logits.device), likely, top)
 
 
 class Likely(NamedTuple):
-    """Each row's largest logits, largest first: ``[rows, k]`` values and their token ids."""
+    """Each row's largest values, largest first: ``[rows, k]`` of them and their token ids."""
 
     values: Tensor
     indices: Tensor
 
 
-def _blocks(values: Tensor, padding: float) -> Tensor:
+def _blocks(values: Tensor) -> Tensor:
     """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``. One number a block narrows a search down to a few of them,
     where a reduction over the whole vocabulary that also looks for places is many times slower on a CPU."""
     missing = -values.shape[-1] % BLOCK
     if missing:
-        values = functional.pad(values, (0, missing), value=padding)
+        values = functional.pad(values, (0, missing), value=-math.inf)
     return values.view(len(values), -1, BLOCK)
 
 
-def _log_sum_exp(blocks: Tensor, peaks: Tensor) -> Tensor:
-    """The logarithm ``[rows]`` of the sum of exponentials. With powers of two: exp is up to 80 times slower on a CPU
-    where its result is 0 or nearly so, as it is for every forbidden token."""
-    best = peaks.amax(-1)
-    weights = (blocks - best[:, None, None]).mul_(LOG2_E).exp2_()
-    return best + weights.sum(-1).sum(-1).log()
-
-
-def _most_likely(blocks: Tensor, peaks: Tensor, k: int) -> Likely:
-    """The ``k`` largest of each row: they lie in the ``k`` blocks with the largest peaks."""
+def _most_likely(values: Tensor, k: int) -> Likely:
+    """The ``k`` largest of each row ``[rows, vocabulary]``: they lie in the ``k`` blocks with the largest peaks."""
+    blocks = _blocks(values)
+    peaks = blocks.amax(-1)
     some = peaks.topk(min(k, peaks.shape[-1]), -1).indices
     inside = blocks.gather(1, some[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
     values, places = inside.topk(min(k, inside.shape[-1]), -1)
     return Likely(values, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK)
 
 
-def _report(
-    logits: Tensor, normalizer: Tensor, chosen: Tensor, likely: Likely | None, top: Sequence[int]
-) -> list[Choice]:
-    logprobs = _rounded(logits.gather(-1, chosen[:, None])[:, 0] - normalizer)
+def _report(logprobs: Tensor, chosen: Tensor, likely: Likely | None, top: Sequence[int]) -> list[Choice]:
+    of_chosen = _rounded(logprobs.gather(-1, chosen[:, None])[:, 0]).tolist()
     tokens: list[int] = chosen.tolist()
     if likely is None:
-        return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, logprobs.tolist(), strict=True)]
-    top_logprobs, top_ids = _rounded(likely.values - normalizer[:, None]), likely.indices.tolist()
-    possible = torch.isfinite(top_logprobs).sum(-1).tolist()  # impossible ones come last
+        return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, of_chosen, strict=True)]
+    possible = torch.isfinite(likely.values).sum(-1).tolist()  # impossible ones come last, and ids of padding
+    top_ids = likely.indices.tolist()
+    top_logprobs = _rounded(logprobs.gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1))).tolist()
     choices = []
     for token, logprob, ids, values, count, most in zip(
-        tokens, logprobs.tolist(), top_ids, top_logprobs.tolist(), possible, top, strict=True
+        tokens, of_chosen, top_ids, top_logprobs, possible, top, strict=True
     ):
         most = min(most, count)
         entries = dict(zip(ids[:most], values[:most], strict=True))
@@ -240,12 +222,10 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     temperatures = [row.operation.temperature for row in rows]
     greedy = [t < GREEDY_BELOW for t in temperatures]
     scale = torch.tensor([1.0 if g else t for g, t in zip(greedy, temperatures, strict=True)], device=device)
-    blocks = _blocks(logits, -math.inf)
-    peaks = blocks.amax(-1)
-    best, scale = peaks.amax(-1), LOG2_E / scale
-    blocks = (blocks - best[:, None, None]).mul_(scale[:, None, None])
+    blocks = _blocks(logits)
+    blocks = (blocks - logits.amax(-1)[:, None, None]).mul_((LOG2_E / scale)[:, None, None])
     weights = blocks.exp2()
-    threshold = _threshold(blocks, (peaks - best[:, None]) * scale[:, None], [row.operation for row in rows], greedy)
+    threshold = _threshold(blocks, [row.operation for row in rows], greedy)
     candidates = weights if threshold is None else weights * (blocks >= threshold[:, None, None])
     nucleus = [_nucleus(row.operation) for row in rows]
     most = weights.sum(-1).double().sum(-1) * torch.tensor(nucleus, dtype=torch.float64, device=device)
@@ -293,12 +273,11 @@ def _below(value: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
-def _threshold(blocks: Tensor, peaks: Tensor, operations: Sequence[Generate], greedy: Sequence[bool]) -> Tensor | None:
+def _threshold(blocks: Tensor, operations: Sequence[Generate], greedy: Sequence[bool]) -> Tensor | None:
     """The lowest logit ``[rows]`` that top-k (with top-p among those it keeps) and min-p keep, and the best one where
     the row is greedy; None where nothing is left out.
 
-    The logits ``[rows, blocks, BLOCK]``, with the blocks' ``peaks``, are at temperature already and to the base 2; each
-    row's best is 0.
+    The logits ``[rows, blocks, BLOCK]`` are at temperature already and to the base 2; each row's best is 0.
     """
     device = blocks.device
     limited = [i for i, operation in enumerate(operations) if operation.top_k]
@@ -311,7 +290,7 @@ def _threshold(blocks: Tensor, peaks: Tensor, operations: Sequence[Generate], gr
         some = [operations[i] for i in limited]
         k = torch.tensor([o.top_k for o in some], device=device)[:, None]
         p = torch.tensor([o.top_p or 1.0 for o in some], dtype=torch.float64, device=device)[:, None]
-        values = _most_likely(blocks[limited], peaks[limited], max(o.top_k or 0 for o in some)).values.double()
+        values = _most_likely(blocks[limited].flatten(1), max(o.top_k or 0 for o in some)).values.double()
         kept = torch.arange(values.shape[-1], device=device) < k
         probabilities = torch.where(kept, values.exp2(), 0.0)
         probabilities /= probabilities.sum(-1, keepdim=True)

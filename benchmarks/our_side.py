@@ -4,7 +4,10 @@ import asyncio
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from lmtp import protocol, text
 from lmtp.protocol import Failure, Token
@@ -81,12 +84,20 @@ class Engine:
         return list(streams.values())
 
     def _time_steps(self) -> None:
-        run = self._engine.runner.run
+        prepare = self._engine.runner.prepare
 
-        def timed(step: Step, *others: Any, **more: Any) -> Any:
+        def timed(step: Step) -> Callable[[], Tensor]:
             started = time.perf_counter()
-            result = run(step, *others, **more)
-            self._steps.append((len(step.streams), max(step.counts), started, time.perf_counter() - started))
-            return result
+            run = prepare(step)
+            preparing = time.perf_counter() - started
 
-        self._engine.runner.run = timed  # type: ignore[method-assign]
+            def timed_run() -> Tensor:
+                running = time.perf_counter()
+                logits = run()
+                spent = preparing + time.perf_counter() - running
+                self._steps.append((len(step.streams), max(step.counts), started, spent))
+                return logits
+
+            return timed_run
+
+        self._engine.runner.prepare = timed  # type: ignore[method-assign]

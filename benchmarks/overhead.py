@@ -94,7 +94,7 @@ def measure(plan: Plan) -> Iterator[Row]:
         at_least=1.1,
         goal=1.05,
         note="seen from outside: the time in which all predictions get one more token; against the time inside "
-        "runner.run in an engine without server and clients",
+        "the runner in an engine without server and clients",
     )
     yield Row(
         name="overhead-engine",

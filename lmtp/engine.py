@@ -47,10 +47,11 @@ GPU_RESERVE = 0.1
 
 
 class Runner(Protocol):
-    """Runs a step: runner.py through slots, fallback.py through the model's own caches."""
+    """Runs steps: runner.py through slots, fallback.py through the model's own caches."""
 
-    def run(self, step: Step) -> Tensor:
-        """The logits at the step's wanted positions, ``[wanted, vocabulary]``."""
+    def prepare(self, step: Step) -> Callable[[], Tensor]:
+        """What runs the model. It returns the logits at the step's wanted positions, ``[wanted, vocabulary]``, row by
+        row in order of position. What can be done before is done at once."""
 
 
 @dataclass
@@ -80,19 +81,10 @@ class Prediction:
     outbox: list[Reply] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
 
-    def deliver(self) -> None:
-        """Hand over the replies of this step and, where no stream is left, the end."""
+    def take(self) -> list[list[Reply] | None]:
+        """The replies that are not handed over yet and, where no stream is left, the end."""
         replies, self.outbox = self.outbox, []
-        batch: list[list[Reply] | None] = [replies] if replies else []
-        if not self.streams:
-            batch.append(None)
-        if batch:
-            with contextlib.suppress(RuntimeError):  # the prediction's event loop is closed: nobody listens
-                self.loop.call_soon_threadsafe(self._arrive, batch)
-
-    def _arrive(self, batch: list[list[Reply] | None]) -> None:
-        for replies in batch:
-            self.arrived.put_nowait(replies)
+        return [*([replies] if replies else []), *([] if self.streams else [None])]
 
 
 class Engine:
@@ -124,6 +116,8 @@ class Engine:
         self._mask_filler = MaskFiller(self.limits.vocabulary)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._owners: dict[Stream, Prediction] = {}
+        self._touched: set[Prediction] = set()
+        """Predictions with replies to hand over."""
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -200,9 +194,9 @@ class Engine:
             self._broken = f"the engine has stopped and has to be started again: {type(error).__name__}: {error}"
             for stream, prediction in self._owners.items():
                 prediction.outbox.append(_failure(stream.operation, self._broken))
-            for prediction in set(self._owners.values()):
+            self._touched |= set(self._owners.values())
+            for prediction in self._touched:
                 prediction.streams.clear()
-                prediction.deliver()
             self._owners.clear()
             while self._take_commands():
                 pass
@@ -221,19 +215,19 @@ class Engine:
                 # With nothing running, a stream that still was not admitted never will be.
                 self._fail_all(streams, "there is no memory for its keys and values; raise KV_CACHE_GB.")
                 continue
-            touched = {self._owners[stream] for stream in streams}
             try:
                 self._run(step)
             except Exception as error:
                 log.exception("step failed")
                 self._fail_all(streams, f"the model failed: {error}")
-            for prediction in touched:
-                prediction.deliver()
         self._fail_all(list(self._owners), "the server is stopping.")
+        self._deliver()
 
     def _take_commands(self) -> bool:
         """Do what predictions asked for; wait for it where no stream is under way. False once stopped."""
         while True:
+            if not self._owners:
+                self._deliver()
             try:
                 command = self._commands.get(block=not self._owners)
             except queue.Empty:
@@ -251,7 +245,7 @@ class Engine:
             except Exception as error:
                 log.exception("operation failed")
                 prediction.outbox.append(_failure(operation, f"internal error: {error}"))
-        prediction.deliver()
+        self._touched.add(prediction)
 
     def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
         if self._broken:
@@ -295,7 +289,21 @@ class Engine:
         for stream in list(streams):
             if prediction := self._owners.get(stream):  # else it had its terminal reply before the step failed
                 self._fail(stream, error)
-                prediction.deliver()
+                self._touched.add(prediction)
+
+    def _deliver(self) -> None:
+        """Hand over what there is.
+
+        Called when this thread is about to wait or to leave Python: other threads want Python's lock as soon as they
+        have something to do, and would take it in the middle of this one's work, for milliseconds.
+        """
+        arriving: dict[asyncio.AbstractEventLoop, list[tuple[Prediction, list[list[Reply] | None]]]] = {}
+        for prediction in self._touched:
+            arriving.setdefault(prediction.loop, []).append((prediction, prediction.take()))
+        self._touched.clear()
+        for loop, batch in arriving.items():
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
+                loop.call_soon_threadsafe(_arrive, batch)
 
     def _run(self, step: Step) -> None:
         for stream in step.streams:
@@ -307,12 +315,14 @@ class Engine:
             for stream, count in zip(step.streams, step.counts, strict=True)
             if isinstance(stream, Generation) and stream.grammar and stream.pending == count
         }
+        run = self.runner.prepare(step)
+        self._deliver()
         filling = self._mask_filler.start(list(constrained.values())) if constrained else None
         try:
-            logits = self.runner.run(step)
+            logits = run()
         finally:
             bits = filling.result() if filling else None
-        predictions = {self._owners[stream] for stream in step.streams}
+        self._touched |= (predictions := {self._owners[stream] for stream in step.streams})
         for counters in (self.counters, *(prediction.counters for prediction in predictions)):
             counters.steps += 1
             counters.rows += len(step.streams)
@@ -362,6 +372,12 @@ class Engine:
             counters.unfinished_constraints += unfinished
         if stream.finished:
             self._close(stream)
+
+
+def _arrive(batch: Sequence[tuple[Prediction, list[list[Reply] | None]]]) -> None:
+    for prediction, arrived in batch:
+        for replies in arrived:
+            prediction.arrived.put_nowait(replies)
 
 
 class Answer:

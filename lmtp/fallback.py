@@ -4,6 +4,8 @@ Each stream is stepped alone, with the cache that Transformers itself makes for 
 its tokens at once, later ones a token at a time. Slower than slots, never wrong.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,9 +92,13 @@ class FallbackRunner:
         self._caches = caches
         self._device = input_device(model)
 
+    def prepare(self, step: Step) -> Callable[[], Tensor]:
+        """What runs the model. It returns the logits at the step's wanted positions, ``[wanted, vocabulary]``, row by
+        row in order of position."""
+        return functools.partial(self._run, step)
+
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor:
-        """The logits at the step's wanted positions, ``[wanted, vocabulary]``: row after row, in order of position."""
+    def _run(self, step: Step) -> Tensor:
         wanted = []
         for stream, count in zip(step.streams, step.counts, strict=True):
             cache = self._caches.caches[stream.slot]

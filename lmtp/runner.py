@@ -6,6 +6,7 @@ masks are added as numbers by some attention code, which is silently wrong).
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -141,8 +142,9 @@ class SlotRunner:
         self._dtype = model.dtype
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor:
-        """The logits at the step's wanted positions, ``[wanted, vocabulary]``: row after row, in order of position."""
+    def prepare(self, step: Step) -> Callable[[], Tensor]:
+        """What runs the model. It returns the logits at the step's wanted positions, ``[wanted, vocabulary]``, row by
+        row in order of position."""
         counts = np.array(step.counts)
         rows, q = len(counts), int(counts.max())
         computed = np.array([stream.computed for stream in step.streams])
@@ -161,7 +163,8 @@ class SlotRunner:
         if fast or begun:
             columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
             masks = self._masks(position_ids, columns)
-        return (fast or self.step)(
+        return functools.partial(
+            fast or self.step,
             self._tensor(ids),
             position_ids,
             self._tensor(writes),
@@ -304,7 +307,7 @@ def check(
         first = min(first, len(slots.active) - 1)
         rows = slots.active[first:]
         step = Step(first, rows, [min(stream.pending, most) for stream in rows])
-        logits = runner.run(step)
+        logits = runner.prepare(step)()
         for stream, count in zip(step.streams, step.counts, strict=True):
             wanted = max(stream.computed + count - max(stream.first_wanted, stream.computed), 0)
             got[int(stream.operation.stream_id)] += logits[:wanted].unbind()

@@ -243,7 +243,7 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         weight = weights.flatten(1).gather(1, drawn[searching][:, None]).clamp_(min=LEAST_WEIGHT)[:, :, None]
         # As multiples of the drawn token's weight, the weights of those more likely, by an operation that is many times
         # faster on a CPU than comparing and selecting.
-        likelier = functional.threshold_(weights / weight, 1.0, 0.0)
+        likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True)
         outside = (likelier.sum(-1).double().sum(-1) * weight[:, 0, 0] >= most).nonzero()[:, 0]
         undrawn = [undrawn[searching[place]] for place in outside.tolist()]
         if not undrawn:

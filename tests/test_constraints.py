@@ -13,7 +13,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -271,13 +271,13 @@ def test_a_forced_run_is_computed_at_once_alone_and_rides_along_in_a_crowd(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[int]] = []
-    run = engine.runner.run
+    prepare = engine.runner.prepare
 
-    def recording(step: Step) -> torch.Tensor:
+    def recording(step: Step) -> Callable[[], torch.Tensor]:
         steps.append(step.counts)
-        return run(step)
+        return prepare(step)
 
-    monkeypatch.setattr(engine.runner, "run", recording)
+    monkeypatch.setattr(engine.runner, "prepare", recording)
     with_run = Generate(stream_id="run", prompt="x", regex="[ab]: one two three four [ab]", seed=1)
     length = len(answers(engine, with_run).ids("run"))
     assert len(steps) < length / 2

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -303,7 +303,7 @@ def test_a_step_that_fails_ends_its_streams_with_an_error_and_the_engine_goes_on
     engine = start(model)
     (prompt,) = prompts(7)
     with monkeypatch.context() as patched:
-        patched.setattr(engine.runner, "run", lambda step: 1 / 0)
+        patched.setattr(engine.runner, "prepare", lambda step: lambda: 1 / 0)
         batch = answers(engine, Generate(stream_id=0, prompt=prompt), Score(stream_id=1, prompt=prompt, scored=[3]))
     assert "division by zero" in batch.error(0)
     assert "division by zero" in batch.error(1)
@@ -315,19 +315,19 @@ def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch
     """As after an illegal access on a GPU, where every later call fails, too."""
     engine = start(build("llama"))
     several = [Generate(stream_id=i, prompt=p, max_tokens=50, min_tokens=50) for i, p in enumerate(prompts(5, 6, 7))]
-    run = engine.runner.run
+    prepare = engine.runner.prepare
 
     def fail(*_: object) -> None:
         raise RuntimeError("illegal memory access")
 
-    def run_some(step: Step) -> torch.Tensor:
+    def run_some(step: Step) -> Callable[[], torch.Tensor]:
         if engine.counters.steps > 5:
             monkeypatch.setattr(Memory, "clear", fail)
             monkeypatch.setattr(Memory, "swap", fail)
             fail()
-        return run(step)
+        return prepare(step)
 
-    monkeypatch.setattr(engine.runner, "run", run_some)
+    monkeypatch.setattr(engine.runner, "prepare", run_some)
     batch = answers(engine, *several)
     for i in range(3):
         assert isinstance(batch.replies[i][-1], Failure)

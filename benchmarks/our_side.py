@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from lmtp import protocol, text
 from lmtp.protocol import Failure, Token
 from lmtp.scheduler import Step
@@ -86,12 +84,12 @@ class Engine:
     def _time_steps(self) -> None:
         prepare = self._engine.runner.prepare
 
-        def timed(step: Step) -> Callable[[], Tensor]:
+        def timed(step: Step) -> Callable[[], Any]:
             started = time.perf_counter()
             run = prepare(step)
             preparing = time.perf_counter() - started
 
-            def timed_run() -> Tensor:
+            def timed_run() -> Any:
                 running = time.perf_counter()
                 logits = run()
                 spent = preparing + time.perf_counter() - running

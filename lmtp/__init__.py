@@ -5,9 +5,9 @@ import ctypes
 import os
 
 # Read when torch loads libgomp. By default its threads spin for milliseconds at every barrier, and a compiled step has
-# hundreds of them: where anything else wants the processor, a step was measured 180 times slower. Spinning this long and
-# then sleeping takes as little time as that when the processor is free, and half of what ten times as long takes beside
-# a process that never rests.
+# hundreds of them: where anything else wants the processor, a step was measured 180 times slower. Spinning this long
+# and then sleeping costs nothing when the processor is free; ten times as long doubles a step beside a process that
+# never rests.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

@@ -2,8 +2,8 @@
 
 A step as a client sees it is timed through the real server: 32 predictions at once over HTTP, each streamed as
 server-sent events; from the moment all of them have their first token to the moment the first one has its last, divided
-by the tokens that came in between. The model's time is what the same 32 streams take inside the runner in an engine of
-their own, with no server and no client on the machine's cores.
+by the tokens that came in between. The model's time is what 32 such streams take inside the runner in an engine of
+their own, as one prediction: one listener wakes up once a step, and no server and no client is on the machine's cores.
 """
 
 import asyncio
@@ -68,9 +68,9 @@ def measure(plan: Plan) -> Iterator[Row]:
     streams = plan.size(STREAMS, 4)
     new_tokens = plan.size(NEW_TOKENS, 16)
 
-    def operations(run: int) -> list[list[Any]]:
+    def operations(run: int, side: str) -> list[list[Any]]:
         return [
-            ["GENERATE", {"stream_id": i, "prompt": prompts.story("overhead", run, i), "max_tokens": new_tokens}]
+            ["GENERATE", {"stream_id": i, "prompt": prompts.story("overhead", side, run, i), "max_tokens": new_tokens}]
             for i in range(streams)
         ]
 
@@ -78,11 +78,11 @@ def measure(plan: Plan) -> Iterator[Row]:
         engine = our_engine(plan, stack)
         server = stack.enter_context(our_server(plan))
         say(f"  {streams} predictions over HTTP and within an engine")
-        through_http, inside = plan.in_turns(
-            lambda run: asyncio.run(_through_http(server.url, operations(run))),
-            lambda run: _inside(engine, operations(run)),
+        through_http, within, forward = plan.alternate(
+            lambda run: asyncio.run(_through_http(server.url, operations(run, "http"))),
+            lambda run: _within(engine, operations(run, "engine")),
+            lambda run: _forward(engine, operations(run, "model")),
         )
-    forward = [seconds for seconds, _ in inside]
     yield Row(
         name="overhead",
         work=f"a decoding step of {streams} predictions through Cog's server, as its clients see it",
@@ -94,14 +94,14 @@ def measure(plan: Plan) -> Iterator[Row]:
         at_least=1.1,
         goal=1.05,
         note="seen from outside: the time in which all predictions get one more token; against the time inside "
-        "the runner in an engine without server and clients",
+        "the runner in an engine without server and clients, the streams being one prediction",
     )
     yield Row(
         name="overhead-engine",
         work="the same step in an engine without Cog and HTTP, from its start to the next one's",
         against="the runner's time in that step",
         unit="s",
-        ours=[step for _, step in inside],
+        ours=within,
         peer=forward,
         kind="cost",
         at_least=1.1,
@@ -138,12 +138,21 @@ def step_seconds(arrivals: list[list[float]]) -> float:
     return (last - first) / counted
 
 
-def _inside(engine: Side, operations: list[list[Any]]) -> tuple[float, float]:
-    """Seconds inside the runner and seconds from step to step, for steps in which all streams decode."""
-    predictions = [{"operations": [operation]} for operation in operations]
-    steps = engine.call("run", predictions=predictions)["steps"]
-    full = [(start, spent) for rows, most, start, spent in steps if rows == len(operations) and most == 1]
-    return mean(spent for _, spent in full), (full[-1][0] - full[0][0]) / (len(full) - 1)
+def _within(engine: Side, operations: list[list[Any]]) -> float:
+    """Seconds from step to step, every operation being a prediction."""
+    full = _full_steps(engine, [[operation] for operation in operations], len(operations))
+    return (full[-1][0] - full[0][0]) / (len(full) - 1)
+
+
+def _forward(engine: Side, operations: list[list[Any]]) -> float:
+    """Seconds inside the runner in a step."""
+    return mean(spent for _, spent in _full_steps(engine, [operations], len(operations)))
+
+
+def _full_steps(engine: Side, batches: list[list[list[Any]]], streams: int) -> list[tuple[float, float]]:
+    """Start and seconds inside the runner of the steps in which all streams decode."""
+    steps = engine.call("run", predictions=[{"operations": batch} for batch in batches])["steps"]
+    return [(start, spent) for rows, most, start, spent in steps if rows == streams and most == 1]
 
 
 def _request(host: str, body: dict[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,11 +33,6 @@ class Plan:
     def size(self, full: int, quick: int) -> int:
         """The size of something: as the table says, or tiny."""
         return quick if self.quick else full
-
-    def in_turns(self, one: Callable[[int], T], other: Callable[[int], U]) -> tuple[list[T], list[U]]:
-        """As `alternate`, for two sides whose samples are of different kinds."""
-        samples = self.alternate(one, other)
-        return samples[0], samples[1]  # type: ignore[return-value]
 
     def alternate(self, *sides: Callable[[int], T]) -> list[list[T]]:
         """Each side's samples, taken in turns: A B A B.

@@ -101,9 +101,8 @@ class CompiledStep:
         outputs = (ctypes.c_void_p * 1)()
         count, one = ctypes.c_size_t(len(tensors)), ctypes.c_size_t(1)
         self._call("Run", self._container, inputs, count, outputs, one, None, None)
-        logits: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule_of(outputs[0], None, None))
-        # In spite of its name, that took a reference of its own and left the handle to us.
-        self._library.aoti_torch_delete_tensor_object(ctypes.c_void_p(outputs[0]))
+        # The function for a single one does not take the handle over, in spite of its name.
+        (logits,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule_of(outputs[0], None, None)])
         return logits[: len(wanted)]
 
     def _call(self, function: str, *arguments: Any) -> None:

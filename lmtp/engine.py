@@ -207,6 +207,8 @@ class Engine:
     @torch.inference_mode()
     def _loop(self) -> None:
         while self._take_commands():
+            if self.scheduler.waiting:  # memory may grow for them
+                self._deliver()
             try:
                 step = self.scheduler.next_step()
                 streams = step.streams if step else self.scheduler.waiting
@@ -229,7 +231,7 @@ class Engine:
     def _take_commands(self) -> bool:
         """Do what predictions asked for; wait for it where no stream is under way. False once stopped."""
         while True:
-            if not self._owners:
+            if not self._owners or not self._commands.empty():
                 self._deliver()
             try:
                 command = self._commands.get(block=not self._owners)
@@ -285,8 +287,9 @@ class Engine:
         self._owners.pop(stream).streams.remove(stream)
 
     def _fail(self, stream: Stream, error: str) -> None:
-        self._owners[stream].outbox.append(_failure(stream.operation, error))
-        self._close(stream, keep=False)
+        prediction = self._owners[stream]
+        self._close(stream, keep=False)  # should that fail, it is answered with all the others
+        prediction.outbox.append(_failure(stream.operation, error))
 
     def _fail_all(self, streams: Sequence[Stream], error: str) -> None:
         for stream in list(streams):
@@ -297,8 +300,9 @@ class Engine:
     def _deliver(self) -> None:
         """Hand over what there is.
 
-        Called when this thread is about to wait or to leave Python: other threads want Python's lock as soon as they
-        have something to do, and would take it in the middle of this one's work, for milliseconds.
+        Called when this thread is about to wait, to do what may take long, or to run the model: other threads want
+        Python's lock as soon as they have something to do, and would take it in the middle of this one's work, for
+        milliseconds.
         """
         arriving: dict[asyncio.AbstractEventLoop, list[tuple[Prediction, list[list[Reply] | None]]]] = {}
         for prediction in self._touched:
@@ -368,13 +372,13 @@ class Engine:
 
     def _deliver_tokens(self, stream: Stream, replies: list[Token]) -> None:
         prediction = self._owners[stream]
+        if stream.finished:
+            self._close(stream)  # should that fail, the failure is its answer
         prediction.outbox += replies
         unfinished = stream.finished and isinstance(stream, Generation) and stream.inside_grammar
         for counters in (self.counters, prediction.counters):
             counters.output_tokens += len(replies)
             counters.unfinished_constraints += unfinished
-        if stream.finished:
-            self._close(stream)
 
 
 def _arrive(batch: Sequence[tuple[Prediction, list[list[Reply] | None]]]) -> None:

@@ -86,8 +86,9 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     logprobs = torch.log_softmax(logits, -1)
     wrong = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is no number makes the whole row so
     errors = {i: NO_TOKEN if logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
-    if errors:
-        logits[wrong] = logprobs[wrong] = 0.0  # numbers to go on with; what is drawn from them is dropped
+    if errors:  # numbers to go on with; what is drawn from them is dropped
+        index = torch.tensor(wrong, device=logits.device)
+        logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
     likely = _most_likely(logits, max(1, *(row.operation.top_logprobs for row in rows)))
     chosen = likely.indices[:, 0].clone()
     drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
@@ -140,12 +141,12 @@ def _report(logprobs: Tensor, chosen: Tensor, likely: Likely | None, top: Sequen
     tokens: list[int] = chosen.tolist()
     if likely is None:
         return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, of_chosen, strict=True)]
-    possible = torch.isfinite(likely.values).sum(-1).tolist()  # impossible ones come last, and ids of padding
-    top_ids = likely.indices.tolist()
-    top_logprobs = _rounded(logprobs.gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1))).tolist()
+    top_logprobs = _rounded(logprobs.gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1)))
+    # Impossible ones come last, ids of padding among them.
+    possible = (torch.isfinite(likely.values) & torch.isfinite(top_logprobs)).sum(-1).tolist()
     choices = []
     for token, logprob, ids, values, count, most in zip(
-        tokens, of_chosen, top_ids, top_logprobs, possible, top, strict=True
+        tokens, of_chosen, likely.indices.tolist(), top_logprobs.tolist(), possible, top, strict=True
     ):
         most = min(most, count)
         entries = dict(zip(ids[:most], values[:most], strict=True))

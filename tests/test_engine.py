@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,19 @@ from lmtp.protocol import Failure, Generate, ModelInfo, Reply, Score
 from lmtp.scheduler import Step
 from lmtp.slots import Memory
 from lmtp.stream import Generation
-from tests.tiny import ARCHITECTURES, END, FALLBACKS, VOCABULARY, answers, ask, build, own_greedy, own_logits, start
+from tests.tiny import (
+    ARCHITECTURES,
+    END,
+    FALLBACKS,
+    VOCABULARY,
+    Answers,
+    answers,
+    ask,
+    build,
+    own_greedy,
+    own_logits,
+    start,
+)
 from tests.tiny import random_prompts as prompts
 
 Pair = tuple[PreTrainedModel, Engine]
@@ -159,6 +172,35 @@ def test_only_tokens_that_a_mask_allows_are_generated_and_their_logprobs_sum_to_
         assert isinstance(token.top_logprobs, dict)
         assert set(token.top_logprobs) == allowed
         assert np.exp(list(token.top_logprobs.values())).sum() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_finished_prediction_ends_before_the_others_have_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(build("llama"))
+    ended, seen = threading.Event(), set[object]()
+    prepare = engine.runner.prepare
+
+    def prepare_waiting(step: Step) -> Callable[[], torch.Tensor]:
+        active = {stream.operation.stream_id for stream in step.streams}
+        finished = "short" in seen - active
+        seen.update(active)
+        run = prepare(step)
+
+        def run_waiting() -> torch.Tensor:
+            assert not finished or ended.wait(30)
+            return run()
+
+        return run_waiting
+
+    async def both() -> Answers:
+        monkeypatch.setattr(engine.runner, "prepare", prepare_waiting)
+        long = Generate(stream_id="long", prompt=prompts(6)[0], max_tokens=40, min_tokens=40)
+        task = asyncio.create_task(ask(engine, long))
+        await ask(engine, Generate(stream_id="short", prompt=prompts(5)[0], max_tokens=3))
+        ended.set()
+        return await task
+
+    assert len(asyncio.run(both()).ids("long")) == 40
+    engine.stop()
 
 
 def test_what_one_prediction_leaves_changes_no_other(llama: Pair) -> None:
@@ -330,6 +372,7 @@ def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch
     monkeypatch.setattr(engine.runner, "prepare", run_some)
     batch = answers(engine, *several)
     for i in range(3):
+        assert [isinstance(reply, Failure) for reply in batch.replies[i]].count(True) == 1
         assert isinstance(batch.replies[i][-1], Failure)
     assert "has to be started again" in answers(engine, several[0]).error()
 

@@ -1,5 +1,6 @@
 """Sampling against Transformers' own logits processors, and draws that no neighbour changes."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,7 @@ def logits_of(rows: int, seed: int = 0) -> Tensor:
         {"temperature": 1.0, "top_p": 0.6},
         {"temperature": 2.5, "top_p": 0.99},
         {"temperature": 0.7, "min_p": 0.1},
+        {"temperature": 1.2, "top_p": 0.7, "min_p": 0.02},
         {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.05},
         {"temperature": 1.0, "top_k": 2000, "top_p": 0.9},
         {"temperature": 1.0, "repetition_penalty": 1.7, "top_k": 20},
@@ -150,3 +152,11 @@ def test_scores_are_log_softmax_at_the_targets() -> None:
         [expected[i, t].item() for i, t in enumerate((4, 5, 6))], abs=1e-5
     )
     assert len(choices[1].top) == 3
+
+
+def test_a_score_without_numbers_reports_none() -> None:
+    logits = logits_of(2)
+    logits[1, 7] = torch.nan
+    fine, broken = score(logits, [4, 5], [2, 2])
+    assert fine == score(logits[:1], [4], [2])[0]
+    assert all(math.isfinite(value) for value in (broken.logprob, *broken.top.values()))

@@ -115,6 +115,7 @@ def query(plan: Plan, clients: Clients, api: StandIn, name: str, run: int) -> tu
 
     text = QUERIES[name].replace("{run}", str(100 + run)).replace("{model}", model_clause(plan))
     before = len(api.predictions)
+    clients.wait_until_idle()
     started = time.perf_counter()
     clients.run(api, lambda: lmql.run(text))
     seconds = time.perf_counter() - started

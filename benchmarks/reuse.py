@@ -131,6 +131,7 @@ def _score(plan: Plan, clients: Clients) -> Iterator[Row]:
 def _timed(clients: Clients, api: StandIn, work: Any) -> tuple[float, list[dict[str, Any]]]:
     """Seconds that the work took, and the metrics of its predictions."""
     before = len(api.predictions)
+    clients.wait_until_idle()
     started = time.perf_counter()
     clients.run(api, work)
     seconds = time.perf_counter() - started

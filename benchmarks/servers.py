@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from benchmarks.plan import ROOT, Plan
 from tests.replicate_stand_in import MODEL, OWNER, TOKEN, StandIn, stand_in
@@ -21,6 +24,7 @@ T = TypeVar("T")
 
 START_SECONDS = 300.0
 STOP_SECONDS = 15.0
+IDLE_INTERVAL, IDLE_CHECKS = 0.2, 100
 WORK_SECONDS = 600.0
 REPLICATE = "https://api.replicate.com"
 
@@ -37,6 +41,19 @@ class Server:
     """Without a path."""
     log: Path
     """What it has written to standard error."""
+    process: psutil.Process
+
+    def wait_until_idle(self) -> None:
+        """LMQL's server goes on for a while with what its client no longer waits for."""
+        for _ in range(IDLE_CHECKS):
+            before = self._processor_seconds()
+            time.sleep(IDLE_INTERVAL)
+            if self._processor_seconds() - before < IDLE_INTERVAL / 10:
+                return
+
+    def _processor_seconds(self) -> float:
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in family)
 
 
 @contextmanager
@@ -71,7 +88,8 @@ def started(command: list[str], environment: dict[str, str]) -> Iterator[Server]
             if not line:
                 tail = "".join(Path(log.name).read_text(errors="replace").splitlines(keepends=True)[-20:])
                 raise ServerError(f"{' '.join(command)} did not become ready:\n{tail}")
-            yield Server(line.removeprefix("Ready: ").strip().removesuffix("/predictions"), Path(log.name))
+            url = line.removeprefix("Ready: ").strip().removesuffix("/predictions")
+            yield Server(url, Path(log.name), psutil.Process(process.pid))
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -97,7 +115,8 @@ def lmql_server(plan: Plan) -> Any:
 class Clients:
     """LMQL's own clients on one event loop, sent to whichever stand-in is their turn."""
 
-    def __init__(self, ours: StandIn, lmqls: StandIn) -> None:
+    def __init__(self, ours: StandIn, lmqls: StandIn, servers: Sequence[Server]) -> None:
+        self._servers = servers
         self.ours = ours
         self.lmqls = lmqls
         self._base = ours.url
@@ -110,6 +129,11 @@ class Clients:
         """
         self._base = api.url
         return self._loop.run_until_complete(asyncio.wait_for(work(), WORK_SECONDS))
+
+    def wait_until_idle(self) -> None:
+        """Wait until neither side computes any more, so that the next to be timed has the machine to itself."""
+        for server in self._servers:
+            server.wait_until_idle()
 
     def close(self) -> None:
         """Close the event loop."""
@@ -133,7 +157,8 @@ def both(plan: Plan) -> Iterator[Clients]:
     with ExitStack() as stack:
         ours = stack.enter_context(our_server(plan))
         lmqls = stack.enter_context(lmql_server(plan))
-        clients = Clients(stack.enter_context(stand_in(ours.url)), stack.enter_context(stand_in(lmqls.url)))
+        ours_behind, lmqls_behind = (stack.enter_context(stand_in(server.url)) for server in (ours, lmqls))
+        clients = Clients(ours_behind, lmqls_behind, (ours, lmqls))
         stack.callback(clients.close)
         request = aiohttp.ClientSession._request
 

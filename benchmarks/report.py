@@ -215,7 +215,8 @@ def draw(report: Report, path: Path) -> bool:
     right.set_xticks(range(len(queries)), [row.name.removeprefix("queries-") for row in queries])
     right.set(title="LMQL queries", xlabel="query", ylabel="seconds (less is better)")
     if queries:
-        right.legend(frameon=False)
+        right.set_ylim(top=1.15 * right.get_ylim()[1])  # room for the legend
+        right.legend(frameon=False, loc="upper right", ncols=2)
     for panel in (left, right):
         panel.grid(axis="y", linewidth=0.5, alpha=0.5)
         panel.set_axisbelow(True)

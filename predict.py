@@ -8,19 +8,19 @@ import gc
 gc.disable()  # until setup is done: looking for garbage while modules are loaded takes a tenth of the start
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Optional
 
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import compiled, live, protocol, settings, text, weights
+from lmtp import cancellation, compiled, protocol, settings, text, weights
 from lmtp.completions import Completions
-from lmtp.engine import Answer, Engine
+from lmtp.engine import Engine, Prediction
 from lmtp.protocol import Failure, Generate, Operation, RequestError
 
-live.install()
+cancellation.install()
 
 
 class Predictor(BasePredictor):
@@ -155,33 +155,35 @@ class Predictor(BasePredictor):
             )
             completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, best_of_choices)
             operations = completions.operations
-        return live.stream(self._run(operations, completions, started))
+        prediction = await self.engine.predict(operations)
+        cancellation.when_cancelled(prediction.cancel)
+        # Cog's runtime 0.23 sends what comes, as it comes, from a plain generator, which it runs on a thread of the
+        # prediction's own; what an async generator yields it collects and sends at the end.
+        return self._chunks(prediction, completions, started)
 
-    async def _run(
-        self, operations: Sequence[Operation | Failure], completions: Completions | None, started: float
-    ) -> AsyncIterator[str]:
-        """The chunks of the output, one at most for every step."""
+    def _chunks(self, prediction: Prediction, completions: Completions | None, started: float) -> Iterator[str]:
+        """The output, one piece at most for every step."""
         first_token: float | None = None
-        async with self.engine.predict(operations) as answer:
-            async for replies in answer:
+        with prediction:
+            for replies in prediction:
                 if first_token is None:
                     first_token = time.monotonic() - started
                 if chunk := completions.add(replies) if completions else protocol.encode(replies):
                     yield chunk
         if completions:
-            if chunk := completions.end(answer.counters.reused_tokens, answer.counters.computed_tokens):
+            if chunk := completions.end(prediction.counters.reused_tokens, prediction.counters.computed_tokens):
                 yield chunk
             if completions.constraint:
-                self._record_constraint(answer.counters.unfinished_constraints)
-        self._record(answer, first_token or 0.0, time.monotonic() - started)
+                self._record_constraint(prediction.counters.unfinished_constraints)
+        self._record(prediction, first_token or 0.0, time.monotonic() - started)
 
     def _record_constraint(self, unfinished: int) -> None:
         self.record_metric("constraint_finished", unfinished == 0)
         if unfinished:
             print(f"{unfinished} ended inside the constraint, at max_tokens or a stop sequence: not valid text.")
 
-    def _record(self, answer: Answer, first_token: float, seconds: float) -> None:
-        counters = answer.counters
+    def _record(self, prediction: Prediction, first_token: float, seconds: float) -> None:
+        counters = prediction.counters
         self.record_metric("input_token_count", counters.input_tokens)
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmtp import protocol, text
@@ -44,15 +45,16 @@ class Engine:
         came, ``texts``: each stream's text where it asked for it, ``steps``: rows, most tokens of a row, start and
         seconds inside the runner, and the tokens ``computed``. Times are in seconds from the start.
         """
-        return asyncio.run(self._run(predictions))
-
-    async def _run(self, predictions: list[dict[str, Any]]) -> dict[str, Any]:
         self._steps.clear()
         before = self._engine.counters.computed_tokens
         started = time.perf_counter()
-        predicted = await asyncio.gather(
-            *(self._predict(json.dumps(each["operations"]), each.get("after", 0.0), started) for each in predictions)
-        )
+        with ThreadPoolExecutor(len(predictions)) as pool:
+            predicted = list(
+                pool.map(
+                    lambda each: self._predict(json.dumps(each["operations"]), each.get("after", 0.0), started),
+                    predictions,
+                )
+            )
         seconds = time.perf_counter() - started
         streams = [stream for prediction in predicted for stream in prediction]
         return {
@@ -64,21 +66,20 @@ class Engine:
             "computed": self._engine.counters.computed_tokens - before,
         }
 
-    async def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, str]]]:
+    def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, str]]]:
         """For each stream its tokens: when each came, and its text."""
         if after:
-            await asyncio.sleep(max(started + after - time.perf_counter(), 0))
+            time.sleep(max(started + after - time.perf_counter(), 0))
         batch = protocol.parse_batch(operations)
         streams: dict[Any, list[tuple[float, str]]] = {operation.stream_id: [] for operation in batch}
-        async with self._engine.predict(batch) as answer:
-            async for replies in answer:
-                protocol.encode(replies)
-                now = time.perf_counter() - started
-                for reply in replies:
-                    if isinstance(reply, Failure):
-                        raise RuntimeError(reply.error)
-                    if isinstance(reply, Token):
-                        streams[reply.stream_id].append((now, reply.text or ""))
+        for replies in asyncio.run(self._engine.predict(batch)):
+            protocol.encode(replies)
+            now = time.perf_counter() - started
+            for reply in replies:
+                if isinstance(reply, Failure):
+                    raise RuntimeError(reply.error)
+                if isinstance(reply, Token):
+                    streams[reply.stream_id].append((now, reply.text or ""))
         return list(streams.values())
 
     def _time_steps(self) -> None:

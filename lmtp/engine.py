@@ -1,7 +1,7 @@
 """The loop: admit, step, deliver. The engine owns the one thread that touches the model.
 
-Predictions hand operations over through a queue and get replies on their own event loop, once a step for all streams of
-a prediction.
+Predictions hand operations over through a queue and get replies through another, once a step for all streams of a
+prediction.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ import ctypes
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 import psutil
@@ -74,23 +74,46 @@ class Counters:
 
 @dataclass(eq=False)
 class Prediction:
-    """Some operations under way together, and the way back to the event loop that waits for their replies."""
+    """Some operations under way together. Iterate over it, on any one thread, for the replies of one step after the
+    other; every operation has its terminal reply when they end. As a context it ends what is still running."""
 
     operations: Sequence[tuple[Operation | Failure, Grammar | None]]
-    loop: asyncio.AbstractEventLoop
-    arrived: asyncio.Queue[list[Reply] | None] = field(default_factory=asyncio.Queue)
+    end: Callable[["Prediction"], None]
+    """Ends its streams, whose slots are then free; on any thread."""
     streams: list[Stream] = field(default_factory=list)
     outbox: list[Reply] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
+    """What it took so far."""
+    arrived: queue.SimpleQueue[list[Reply] | asyncio.CancelledError | None] = field(default_factory=queue.SimpleQueue)
 
-    def take(self) -> list[list[Reply] | None]:
-        """The replies that are not handed over yet and, where no stream is left, the end."""
-        replies, self.outbox = self.outbox, []
-        return [*([replies] if replies else []), *([] if self.streams else [None])]
+    def cancel(self) -> None:
+        """End it; whoever waits for its replies gets asyncio.CancelledError. On any thread."""
+        self.end(self)
+        self.arrived.put(asyncio.CancelledError())
+
+    def deliver(self) -> None:
+        """Hand over the replies of a step and, where no stream is left, the end."""
+        if self.outbox:
+            self.arrived.put(self.outbox)
+            self.outbox = []
+        if not self.streams:
+            self.arrived.put(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(self)
+
+    def __iter__(self) -> Iterator[list[Reply]]:
+        while (replies := self.arrived.get()) is not None:
+            if isinstance(replies, asyncio.CancelledError):
+                raise replies
+            yield replies
 
 
 class Engine:
-    """Serves one model. Start it, then run predictions on any event loop, several at a time."""
+    """Serves one model. Start it, then run predictions, several at a time."""
 
     def __init__(
         self,
@@ -140,16 +163,12 @@ class Engine:
 
         self._commands.put(swap)
 
-    @contextlib.asynccontextmanager
-    async def predict(self, operations: Sequence[Operation | Failure]) -> AsyncIterator["Answer"]:
-        """Run operations together; leaving the context ends those still running, whose slots are then free."""
+    async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
+        """Begin operations together. What this waits for is their text turned into tokens, and their grammars."""
         prepared = await asyncio.gather(*map(self._prepare, operations))
-        prediction = Prediction(prepared, asyncio.get_running_loop())
+        prediction = Prediction(prepared, lambda ended: self._commands.put(lambda: self._end(ended)))
         self._commands.put(lambda: self._begin(prediction))
-        try:
-            yield Answer(prediction)
-        finally:
-            self._commands.put(lambda: self._end(prediction))
+        return prediction
 
     async def tokenize(self, function: Callable[..., list[int]], *arguments: Any) -> list[int]:
         """Call what uses the tokenizer on a thread of its own: a long text takes seconds, which no other prediction
@@ -304,13 +323,9 @@ class Engine:
         Python's lock as soon as they have something to do, and would take it in the middle of this one's work, for
         milliseconds.
         """
-        arriving: dict[asyncio.AbstractEventLoop, list[tuple[Prediction, list[list[Reply] | None]]]] = {}
         for prediction in self._touched:
-            arriving.setdefault(prediction.loop, []).append((prediction, prediction.take()))
+            prediction.deliver()
         self._touched.clear()
-        for loop, batch in arriving.items():
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
-                loop.call_soon_threadsafe(_arrive, batch)
 
     def _run(self, step: Step) -> None:
         for stream in step.streams:
@@ -379,29 +394,6 @@ class Engine:
         for counters in (self.counters, prediction.counters):
             counters.output_tokens += len(replies)
             counters.unfinished_constraints += unfinished
-
-
-def _arrive(batch: Sequence[tuple[Prediction, list[list[Reply] | None]]]) -> None:
-    for prediction, arrived in batch:
-        for replies in arrived:
-            prediction.arrived.put_nowait(replies)
-
-
-class Answer:
-    """A prediction's replies as they come, and its counters."""
-
-    def __init__(self, prediction: Prediction) -> None:
-        self._prediction = prediction
-
-    @property
-    def counters(self) -> Counters:
-        """What the prediction took so far."""
-        return self._prediction.counters
-
-    async def __aiter__(self) -> AsyncIterator[list[Reply]]:
-        """The replies of one step after the other; every operation has its terminal reply when it ends."""
-        while (replies := await self._prediction.arrived.get()) is not None:
-            yield replies
 
 
 EXTENSIONS = {

@@ -1,6 +1,5 @@
 """One prompt's completions, read as text, as lines and as a document."""
 
-import asyncio
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from lmtp.engine import Counters, Engine
 from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
 from lmtp.text import encode, render_prompt
 from lmtp.weights import Loaded
-from tests.tiny import answers, own_logits
+from tests.tiny import answers, begin, own_logits
 
 Demo = tuple[Loaded, Engine]
 
@@ -42,15 +41,10 @@ def read(demo: Demo, output: str, **settings: Any) -> tuple[str, Counters]:
     """What predict.py would send, and the counters."""
     asked = completions(demo, output, **settings)
 
-    async def run() -> tuple[str, Counters]:
-        sent = ""
-        async with demo[1].predict(asked.operations) as answer:
-            async for replies in answer:
-                sent += asked.add(replies)
-        counters = answer.counters
-        return sent + asked.end(counters.reused_tokens, counters.computed_tokens), counters
-
-    return asyncio.run(run())
+    prediction = begin(demo[1], *asked.operations)
+    sent = "".join(map(asked.add, prediction))
+    counters = prediction.counters
+    return sent + asked.end(counters.reused_tokens, counters.computed_tokens), counters
 
 
 def test_several_completions_are_those_of_their_seeds_and_their_prompt_is_computed_once(demo: Demo) -> None:

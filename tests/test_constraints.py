@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lmtp.engine import Engine
 from lmtp.protocol import Failure, Generate, ModelInfo, Token
 from lmtp.scheduler import Step
 from lmtp.text import render_prompt
-from tests.tiny import Answers, answers, ask, build, own_greedy, own_logits
+from tests.tiny import Answers, answers, begin, build, own_greedy, own_logits
 
 GENERATIONS = 20_000 if os.environ.get("NIGHTLY") else 1_000
 TOGETHER = 64
@@ -424,18 +424,16 @@ def test_a_slow_schema_stalls_no_other_stream_and_gives_up_in_time(engine: Engin
     names = [f"property_{i}" for i in range(14_000)]
     slow = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
 
-    async def both() -> tuple[float, float]:
+    with ThreadPoolExecutor(1) as pool:
         started = time.monotonic()
-        waiting = asyncio.create_task(ask(engine, Generate(stream_id=0, prompt="x", json_schema=slow)))
-        await asyncio.sleep(0.05)
+        waiting = pool.submit(answers, engine, Generate(stream_id=0, prompt="x", json_schema=slow))
+        time.sleep(0.05)
         began = time.monotonic()
-        await ask(engine, *(Generate(stream_id=i, prompt="x", max_tokens=2) for i in range(4)))
+        answers(engine, *(Generate(stream_id=i, prompt="x", max_tokens=2) for i in range(4)))
         beside = time.monotonic() - began
         assert not waiting.done()
-        assert "json_schema: not compiled within 0.8 s" in (await waiting).error()
-        return beside, time.monotonic() - started
-
-    beside, whole = asyncio.run(both())
+        assert "json_schema: not compiled within 0.8 s" in waiting.result().error()
+        whole = time.monotonic() - started
     assert beside < 0.5
     assert whole < 1.5
 
@@ -473,15 +471,10 @@ def test_a_grammar_is_compiled_once_for_all_who_use_it(
 
 
 def test_a_cancelled_constrained_prediction_holds_no_slot(engine: Engine) -> None:
-    async def cancel_one() -> None:
-        operation = Generate(stream_id=0, prompt="x", regex="[ab]{400}", max_tokens=400)
-        async with engine.predict([operation]) as answer:
-            async for _ in answer:
-                break
-        await ask(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
-        assert engine.scheduler.memory.active == []
-
-    asyncio.run(cancel_one())
+    with begin(engine, Generate(stream_id=0, prompt="x", regex="[ab]{400}", max_tokens=400)) as abandoned:
+        next(iter(abandoned))
+    answers(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
+    assert engine.scheduler.memory.active == []
     assert text_of(one(engine, choices=["still here"]).tokens()) == "still here"
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lmtp import sampling
 from lmtp.constraints import Allowed
 from lmtp.engine import Engine
-from lmtp.protocol import Failure, Generate, ModelInfo, Reply, Score
+from lmtp.protocol import Failure, Generate, ModelInfo, Score
 from lmtp.scheduler import Step
 from lmtp.slots import Memory
 from lmtp.stream import Generation
@@ -22,10 +22,10 @@ from tests.tiny import (
     END,
     FALLBACKS,
     VOCABULARY,
-    Answers,
     answers,
-    ask,
+    begin,
     build,
+    collect,
     own_greedy,
     own_logits,
     start,
@@ -125,17 +125,23 @@ def test_a_cancelled_prediction_holds_no_slot_and_harms_no_other(any_model: Pair
     model, engine = any_model
     long, short = prompts(10, 12, seed=4)
 
-    async def cancel_one() -> list[int]:
-        async with engine.predict([Generate(stream_id=0, prompt=long, max_tokens=400, min_tokens=400)]) as answer:
-            other = asyncio.create_task(ask(engine, Generate(stream_id=0, prompt=short, max_tokens=20)))
-            async for _ in answer:
-                break
-        ids = (await other).ids()
-        await ask(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
-        assert engine.scheduler.memory.active == []
-        return ids
+    with begin(engine, Generate(stream_id=0, prompt=long, max_tokens=400, min_tokens=400)) as abandoned:
+        other = begin(engine, Generate(stream_id=0, prompt=short, max_tokens=20))
+        next(iter(abandoned))
+    ids = collect(other).ids()
+    answers(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
+    assert engine.scheduler.memory.active == []
+    assert ids == own_greedy(model, short, 20)
 
-    assert asyncio.run(cancel_one()) == own_greedy(model, short, 20)
+
+def test_who_waits_for_a_cancelled_prediction_is_told(any_model: Pair) -> None:
+    _, engine = any_model
+    prediction = begin(engine, Generate(stream_id=0, prompt=prompts(10)[0], max_tokens=400, min_tokens=400))
+    prediction.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        collect(prediction)
+    answers(engine, ModelInfo(stream_id=0))
+    assert engine.scheduler.memory.active == []
 
 
 def test_only_tokens_that_a_mask_allows_are_generated_and_their_logprobs_sum_to_one(any_model: Pair) -> None:
@@ -191,15 +197,11 @@ def test_a_finished_prediction_ends_before_the_others_have_another_step(monkeypa
 
         return run_waiting
 
-    async def both() -> Answers:
-        monkeypatch.setattr(engine.runner, "prepare", prepare_waiting)
-        long = Generate(stream_id="long", prompt=prompts(6)[0], max_tokens=40, min_tokens=40)
-        task = asyncio.create_task(ask(engine, long))
-        await ask(engine, Generate(stream_id="short", prompt=prompts(5)[0], max_tokens=3))
-        ended.set()
-        return await task
-
-    assert len(asyncio.run(both()).ids("long")) == 40
+    monkeypatch.setattr(engine.runner, "prepare", prepare_waiting)
+    long = begin(engine, Generate(stream_id="long", prompt=prompts(6)[0], max_tokens=40, min_tokens=40))
+    answers(engine, Generate(stream_id="short", prompt=prompts(5)[0], max_tokens=3))
+    ended.set()
+    assert len(collect(long).ids("long")) == 40
     engine.stop()
 
 
@@ -240,30 +242,30 @@ def test_streams_of_one_moment_share_their_steps(llama: Pair) -> None:
     engine.stop()
 
 
-def test_a_long_prompt_is_computed_in_turns_with_the_streams_that_decode(llama: Pair) -> None:
+def test_a_long_prompt_is_computed_in_turns_with_the_streams_that_decode(
+    llama: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = llama
     engine = start(model)
     engine.scheduler._busy_chunk = 50
     short, long = prompts(5, 400, seed=12)
 
-    async def arrive_late() -> tuple[list[int], list[int]]:
-        """Which tokens of the short stream were there before the long one's first."""
-        order: list[int] = []
-        async with engine.predict([Generate(stream_id=0, prompt=short, max_tokens=40, min_tokens=40)]) as first:
-            replies = aiter(first)
-            await anext(replies)
-            async with engine.predict([Generate(stream_id=1, prompt=long, max_tokens=1)]) as second:
+    prepare = engine.runner.prepare
+    steps: list[list[int]] = []
 
-                async def note(stream: int, answer: AsyncIterator[list[Reply]]) -> None:
-                    async for _ in answer:
-                        order.append(stream)  # noqa: PERF401 - both streams append in turn
+    def noting(step: Step) -> Callable[[], torch.Tensor]:
+        steps.append(step.counts)
+        return prepare(step)
 
-                await asyncio.gather(note(0, replies), note(1, aiter(second)))
-        return order[: order.index(1)], order
-
-    before, order = asyncio.run(arrive_late())
-    assert 6 <= len(before) <= 12  # eight chunks, a decode step between each and the next
-    assert order.count(0) == 39
+    monkeypatch.setattr(engine.runner, "prepare", noting)
+    first = begin(engine, Generate(stream_id=0, prompt=short, max_tokens=40, min_tokens=40))
+    next(iter(first))
+    answers(engine, Generate(stream_id=1, prompt=long, max_tokens=1))
+    collect(first)
+    chunks = [i for i, counts in enumerate(steps) if max(counts) > 1][1:]  # the first one is the short prompt
+    assert len(chunks) == 8
+    assert all(steps[i] in ([50], [42]) for i in chunks)
+    assert all(steps[i - 1] == [1, 1] for i in chunks)  # a decode step before each, where the long one rides along
     engine.stop()
 
 
@@ -272,13 +274,8 @@ def test_options_scored_at_once_compute_their_prompt_once(llama: Pair) -> None:
     engine = start(model)
     prompt, *options = prompts(200, *[3] * 16, seed=8)
 
-    async def at_once() -> list[int]:
-        predictions = await asyncio.gather(
-            *(ask(engine, Score(stream_id=0, prompt=prompt, scored=option)) for option in options)
-        )
-        return [prediction.counters.computed_tokens for prediction in predictions]
-
-    computed = asyncio.run(at_once())
+    predictions = [begin(engine, Score(stream_id=0, prompt=prompt, scored=option)) for option in options]
+    computed = [collect(prediction).counters.computed_tokens for prediction in predictions]
     assert computed[0] == 202
     assert sum(computed[1:]) <= 15 * 3
     engine.stop()
@@ -411,15 +408,13 @@ def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_me
     lengths = [3, 40, 100, 7, 64, 200, 12, 33] * 4
     several = prompts(*lengths, seed=10)
 
-    async def all_at_once() -> None:
-        results = await asyncio.gather(
-            *(ask(engine, Generate(stream_id=0, prompt=p, max_tokens=10 + i)) for i, p in enumerate(several))
-        )
-        for i, (prompt, result) in enumerate(zip(several, results, strict=True)):
-            assert result.ids() == own_greedy(model, prompt, 10 + i)
-            assert [t.finish_reason is not None for t in result.tokens()].count(True) == 1
-
-    asyncio.run(all_at_once())
+    predictions = [
+        begin(engine, Generate(stream_id=0, prompt=prompt, max_tokens=10 + i)) for i, prompt in enumerate(several)
+    ]
+    results = [collect(prediction) for prediction in predictions]
+    for i, (prompt, result) in enumerate(zip(several, results, strict=True)):
+        assert result.ids() == own_greedy(model, prompt, 10 + i)
+        assert [t.finish_reason is not None for t in result.tokens()].count(True) == 1
     assert engine.scheduler.memory.active == []
     too_long = answers(start(model, kv_budget=per_token * 50), Generate(stream_id=0, prompt=several[2]))
     assert "memory for keys and values (KV_CACHE_GB) holds 50" in too_long.error()

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmtp.engine import Counters, Engine
+from lmtp.engine import Counters, Engine, Prediction
 from lmtp.protocol import Failure, Operation, Reply, StreamId, Token
 
 VOCABULARY = 128
@@ -97,18 +97,19 @@ class Answers:
         return reply.error
 
 
-async def ask(engine: Engine, *operations: Operation | Failure) -> Answers:
-    """Run operations as one prediction."""
-    replies: list[Reply] = []
-    async with engine.predict(operations) as answer:
-        async for some in answer:
-            replies += some
-    return Answers(replies, answer.counters)
+def begin(engine: Engine, *operations: Operation | Failure) -> Prediction:
+    """Begin operations as one prediction."""
+    return asyncio.run(engine.predict(operations))
+
+
+def collect(prediction: Prediction) -> Answers:
+    """Wait for all replies of a prediction."""
+    return Answers([reply for replies in prediction for reply in replies], prediction.counters)
 
 
 def answers(engine: Engine, *operations: Operation | Failure) -> Answers:
-    """ask(), outside an event loop."""
-    return asyncio.run(ask(engine, *operations))
+    """Run operations as one prediction."""
+    return collect(begin(engine, *operations))
 
 
 def own_greedy(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> list[int]:

@@ -1,0 +1,97 @@
+"""Cancelling what Cog's runtime is just starting: by an exception in the thread that does, wherever that is."""
+
+import asyncio
+import ctypes
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from functools import partial
+from typing import Any
+
+import pytest
+from cog import CancelationException
+
+from lmtp import cancellation
+
+SECONDS = 10
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on a thread of its own, as the runtime has one for all predictions."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class Prediction:
+    """A prediction that notes when it is told to end."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    async def run(self) -> str:
+        """The coroutine that the runtime starts."""
+        cancellation.when_cancelled(self.told.set)
+        return "output"
+
+
+def cancelling() -> Callable[[], Any]:
+    """Cancels as the runtime does until it has the future: by an exception with this thread's next Python code."""
+    return partial(
+        ctypes.pythonapi.PyThreadState_SetAsyncExc,
+        ctypes.c_ulong(threading.get_ident()),
+        ctypes.py_object(CancelationException),
+    )
+
+
+def test_a_prediction_that_is_not_cancelled_has_its_result(loop: asyncio.AbstractEventLoop) -> None:
+    prediction = Prediction()
+    assert cancellation._submit_cancellable(prediction.run(), loop).result() == "output"
+    assert not prediction.told.is_set()
+
+
+def test_a_prediction_whose_coroutine_has_ended_is_told(loop: asyncio.AbstractEventLoop) -> None:
+    prediction = Prediction()
+    future = cancellation._submit_cancellable(prediction.run(), loop)
+    assert future.result() == "output"
+    future.cancel()
+    assert prediction.told.is_set()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_prediction_cancelled_while_it_is_submitted_is_cancelled_and_told(
+    loop: asyncio.AbstractEventLoop, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = loop.call_soon_threadsafe
+
+    def interrupted(*arguments: Any) -> None:
+        if when == "after":
+            submit(*arguments)
+        cancelling()()
+        raise AssertionError("the exception comes first")
+
+    prediction = Prediction()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_soon_threadsafe", interrupted)
+        future = cancellation._submit_cancellable(prediction.run(), loop)
+    with pytest.raises(CancelledError):
+        future.result()
+    if when == "after":  # else it has not begun
+        assert prediction.told.wait(SECONDS)
+
+
+def test_a_prediction_cancelled_before_its_result_is_asked_for_is_cancelled_and_told(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    prediction = Prediction()
+    future = cancellation._submit_cancellable(prediction.run(), loop)
+    with pytest.raises(CancelledError):
+        list(map(operator.call, [cancelling(), future.result]))  # without Python code between, as in the runtime
+    assert prediction.told.wait(SECONDS)

@@ -188,6 +188,8 @@ class Predictor(BasePredictor):
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)
         self.record_metric("computed_token_count", counters.computed_tokens)
+        self.record_metric("drafted_token_count", counters.drafted_tokens)
+        self.record_metric("accepted_token_count", counters.accepted_tokens)
         self.record_metric("step_count", counters.steps)
         self.record_metric("rows_per_step", round(counters.rows / max(counters.steps, 1), 2))
         self.record_metric("time_to_first_token", round(first_token, 4))

@@ -7,6 +7,7 @@ prediction.
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import logging
 import queue
 import threading
@@ -64,6 +65,11 @@ class Counters:
     output_tokens: int = 0
     reused_tokens: int = 0
     computed_tokens: int = 0
+    """Without those of a draft that were wrong."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed, and computed along with others; see drafts.py."""
+    accepted_tokens: int = 0
+    """Those of them that were right."""
     steps: int = 0
     """Steps in which one of its streams took part; with slots, each is one forward pass of the model."""
     rows: int = 0
@@ -349,41 +355,53 @@ class Engine:
             counters.steps += 1
             counters.rows += len(step.streams)
         first = 0
-        generations: list[tuple[Generation, int]] = []
+        generations: list[tuple[Generation, int, int]] = []
         scorings: list[tuple[Scoring, int, list[int]]] = []
+        chosen: list[tuple[Stream, list[sampling.Choice]]] = []
         for stream, count in zip(step.streams, step.counts, strict=True):
             before = stream.computed
-            stream.computed += count
+            drafted = max(count - stream.pending, 0)
+            stream.computed += count - drafted
             for counters in (self.counters, self._owners[stream].counters):
-                counters.computed_tokens += count
+                counters.computed_tokens += count - drafted
+                counters.drafted_tokens += drafted
             if isinstance(stream, Scoring):
                 targets = stream.targets(before, stream.computed)
                 if targets:
                     scorings.append((stream, first, targets))
                 first += len(targets)
             elif isinstance(stream, Generation) and stream.pending == 0:
-                generations.append((stream, first))
-                first += 1
+                generations.append((stream, first, 1 + drafted))
+                first += 1 + drafted
         if generations:
-            rows = [stream for stream, _ in generations]
+            rows = [stream for stream, _, wanted in generations for _ in range(wanted)]
+            places = [place for _, first, wanted in generations for place in range(first, first + wanted)]
             allowed = (
                 Allowed([i for i, row in enumerate(rows) if row in constrained], bits) if bits is not None else None
             )
-            choices = _sample(_rows(logits, [index for _, index in generations]), rows, allowed)
-            for stream, choice in zip(rows, choices, strict=True):
-                if choice.error:
-                    self._fail(stream, choice.error)
-                else:
-                    self._reply(stream, [choice])
+            choices = iter(_sample(_rows(logits, places), rows, allowed))
+            chosen += [(stream, list(itertools.islice(choices, wanted))) for stream, _, wanted in generations]
         for scoring, index, targets in scorings:
             top = [scoring.operation.top_logprobs] * len(targets)
-            self._reply(scoring, sampling.score(logits[index : index + len(targets)], targets, top))
+            chosen.append((scoring, sampling.score(logits[index : index + len(targets)], targets, top)))
+        received = [(stream, self._receive(stream, choices)) for stream, choices in chosen]
+        # Where a stream ends another's keys and values are moved to its slot: all that is computed has to count by now.
+        for stream, replies in received:
+            if isinstance(replies, RequestError):
+                self._fail(stream, str(replies))
+            else:
+                self._deliver_tokens(stream, replies)
 
-    def _reply(self, stream: Stream, choices: list[sampling.Choice]) -> None:
+    def _receive(self, stream: Stream, choices: list[sampling.Choice]) -> list[Token] | RequestError:
+        before = stream.computed
         try:
-            self._deliver_tokens(stream, stream.receive(choices))
+            replies = stream.receive(choices)
         except RequestError as error:
-            self._fail(stream, str(error))
+            return error
+        for counters in (self.counters, self._owners[stream].counters):
+            counters.computed_tokens += stream.computed - before
+            counters.accepted_tokens += stream.computed - before
+        return replies
 
     def _deliver_tokens(self, stream: Stream, replies: list[Token]) -> None:
         prediction = self._owners[stream]
@@ -467,7 +485,9 @@ def _choose_runner(
             runner.fast, description = graphed, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"
-    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits), description
+    # On a GPU a step of single tokens is the fast one; see graphs.py.
+    drafts = model.device.type == "cpu"
+    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits, drafts), description
 
 
 def _end_openmp_threads() -> None:

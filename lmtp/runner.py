@@ -153,7 +153,7 @@ class SlotRunner:
         ids = np.zeros((rows, q), dtype=np.int64)
         wanted = np.zeros((rows, q), dtype=bool)
         for row, (stream, count) in enumerate(zip(step.streams, step.counts, strict=True)):
-            ids[row, :count] = stream.tokens[stream.computed : stream.computed + count]
+            ids[row, :count] = stream.upcoming(count)
             wanted[row, max(stream.first_wanted - stream.computed, 0) : count] = True
         writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)

@@ -91,7 +91,7 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
         logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
     likely = _most_likely(logits, max(1, *(row.operation.top_logprobs for row in rows)))
     chosen = likely.indices[:, 0].clone()
-    drawn = [i for i, row in enumerate(rows) if _needs_own_logits(row.operation)]
+    drawn = [i for i, row in enumerate(rows) if needs_own_logits(row.operation)]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         some = logits if len(drawn) == len(rows) else logits[index]
@@ -180,7 +180,7 @@ def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
     return torch.stack(biases).to(device)
 
 
-def _needs_own_logits(operation: Generate) -> bool:
+def needs_own_logits(operation: Generate) -> bool:
     """Whether the token is not simply the most likely one."""
     return operation.temperature >= GREEDY_BELOW or _is_penalized(operation)
 

@@ -18,6 +18,11 @@ FORCED_RUN = 16
 longer run is computed like a prompt."""
 
 
+DRAFTED_STEP = 16
+"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU a step of so many takes hardly longer
+than one of a single token, since reading the model's weights is what takes its time."""
+
+
 class StreamMemory(Protocol):
     """Where running streams keep what is computed: slots.py, or the fallback runner's own caches."""
 
@@ -49,16 +54,19 @@ class Step:
 class Scheduler:
     """First come, first served; prompts are computed in chunks, taking turns with the streams that decode."""
 
-    def __init__(self, memory: StreamMemory, chunk: int, busy_chunk: int, most_logits: int) -> None:
+    def __init__(
+        self, memory: StreamMemory, chunk: int, busy_chunk: int, most_logits: int, drafts: bool = False
+    ) -> None:
         """``chunk``: tokens of a prefill step; ``busy_chunk``: the same while other streams decode, so that these do
         not stall, or 0 where a prompt has to be computed in one step; ``most_logits``: positions of one step at which
-        logits may be wanted."""
+        logits may be wanted; ``drafts``: whether tokens guessed right save steps."""
         self.memory = memory
         self.waiting: list[Stream] = []
         self._chunk = chunk
         self._busy_chunk = busy_chunk
         self._most_logits = most_logits
         self._prefilled_last = False
+        self._drafts = drafts
 
     def add(self, stream: Stream) -> None:
         """Put a stream at the end of the queue."""
@@ -79,7 +87,7 @@ class Scheduler:
             return None
         prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
-            return self._step(active, _width(active))
+            return self._step(active, max(_width(active), self._draft(active)))
         decoding = not all(prefilling)
         self._prefilled_last = not (decoding and self._prefilled_last and self._busy_chunk)
         if not self._prefilled_last:
@@ -88,6 +96,15 @@ class Scheduler:
         last = prefilling.index(False, first) if False in prefilling[first:] else len(active)
         budget = self._busy_chunk if decoding and self._busy_chunk else self._chunk
         return self._prefill(active[first:last], budget)
+
+    def _draft(self, streams: Sequence[Stream]) -> int:
+        """Have the streams guess what follows; how many tokens of a stream are to be computed for it."""
+        most = DRAFTED_STEP // len(streams) - 1 if self._drafts else 0
+        if most < 1:
+            return 1
+        for stream in streams:
+            stream.guess(most)
+        return 1 + max(len(stream.draft) for stream in streams)
 
     def _prefill(self, streams: Sequence[Stream], budget: int) -> Step:
         """As many of the streams as fill the budget without padding most of it; at least the first."""
@@ -106,7 +123,7 @@ class Scheduler:
         counts = []
         logits_left = self._most_logits
         for stream in streams:
-            count = min(stream.pending, most)
+            count = min(stream.pending + len(stream.draft), most)
             wanted = stream.computed + count - max(stream.first_wanted, stream.computed)
             if wanted > logits_left:  # the first row always makes progress: there is room for one position at least
                 count -= wanted - logits_left

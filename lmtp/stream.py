@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from lmtp import text
 from lmtp.constraints import Grammar, bias_of
+from lmtp.drafts import Drafter
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
-from lmtp.sampling import Choice
+from lmtp.sampling import Choice, needs_own_logits
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Stream:
         """How many tokens, from the first, have their keys and values in its slot."""
         self.reused = 0
         """How many of those were computed for another stream."""
+        self.draft: list[int] = []
+        """Tokens guessed to follow, to be computed along in the next step."""
         self.slot = -1
         self.finished = False
 
@@ -64,6 +67,14 @@ class Stream:
     def decoding(self) -> bool:
         """Whether what it needs computed are tokens that it generated: one, or more where a grammar forced them."""
         return False
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next tokens to compute; past the known ones, those of the draft."""
+        known = self.tokens[self.computed : self.computed + count]
+        return known + self.draft[: count - len(known)]
+
+    def guess(self, most: int) -> None:
+        """Make a draft of up to so many tokens for the next step, where the stream is one that can use it."""
 
     def begin(self) -> list[Token]:
         """The replies that are certain before anything is computed."""
@@ -94,6 +105,8 @@ class Generation(Stream):
         self.grammar = grammar
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
+        # A guess can only be compared with a choice that depends on nothing but the tokens before it.
+        self._drafter = None if grammar or needs_own_logits(operation) else Drafter()
         # Random takes a number without its sign, and a string whole; None is a seed of the system's.
         self._random = random.Random(None if operation.seed is None else str(operation.seed))
 
@@ -136,10 +149,27 @@ class Generation(Stream):
         return self._take_forced()
 
     @override
+    def guess(self, most: int) -> None:
+        usable = self._drafter and self.pending == 1 and not self.forbidden_now
+        room = self.most_tokens - len(self.tokens) - 1  # the model's own word after a draft wants a place, too
+        self.draft = self._drafter.draft(self.tokens, min(most, room)) if self._drafter and usable else []
+
+    @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
-        """Raises RequestError where the grammar cannot be followed any further."""
-        (choice,) = choices
-        return [self._take(choice), *self._take_forced()]
+        """The first choice follows the tokens, each further one a token of the draft: it counts if that was right.
+
+        Raises RequestError where there is no such token, or the grammar cannot be followed any further.
+        """
+        if choices[0].error:
+            raise RequestError(choices[0].error)
+        draft, self.draft = self.draft, []
+        replies = [self._take(choices[0])]
+        for guess, choice in zip(draft, choices[1:], strict=False):  # no more of it than was computed
+            if self.finished or guess != self.tokens[-1] or choice.error:
+                break
+            self.computed += 1
+            replies.append(self._take(choice))
+        return [*replies, *self._take_forced()]
 
     def _take_forced(self) -> list[Token]:
         """Append what the grammar forces: nothing has to be computed to know it."""

@@ -7,6 +7,7 @@ import gc
 
 gc.disable()  # until setup is done: looking for garbage while modules are loaded takes a tenth of the start
 
+import contextvars
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -159,10 +160,13 @@ class Predictor(BasePredictor):
         cancellation.when_cancelled(prediction.cancel)
         # Cog's runtime 0.23 sends what comes, as it comes, from a plain generator, which it runs on a thread of the
         # prediction's own; what an async generator yields it collects and sends at the end.
-        return self._chunks(prediction, completions, started)
+        return self._chunks(prediction, completions, started, contextvars.copy_context())
 
-    def _chunks(self, prediction: Prediction, completions: Completions | None, started: float) -> Iterator[str]:
-        """The output, one piece at most for every step."""
+    def _chunks(
+        self, prediction: Prediction, completions: Completions | None, started: float, context: contextvars.Context
+    ) -> Iterator[str]:
+        """The output, one piece at most for every step. By the context the runtime knows whose logs and metrics they
+        are."""
         first_token: float | None = None
         with prediction:
             for replies in prediction:
@@ -170,20 +174,24 @@ class Predictor(BasePredictor):
                     first_token = time.monotonic() - started
                 if chunk := completions.add(replies) if completions else protocol.encode(replies):
                     yield chunk
-        if completions:
-            if chunk := completions.end(prediction.counters.reused_tokens, prediction.counters.computed_tokens):
-                yield chunk
-            if completions.constraint:
-                self._record_constraint(prediction.counters.unfinished_constraints)
-        self._record(prediction, first_token or 0.0, time.monotonic() - started)
+        end = (
+            completions.end(prediction.counters.reused_tokens, prediction.counters.computed_tokens)
+            if completions
+            else ""
+        )
+        if end:
+            yield end
+        context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 
-    def _record_constraint(self, unfinished: int) -> None:
-        self.record_metric("constraint_finished", unfinished == 0)
-        if unfinished:
-            print(f"{unfinished} ended inside the constraint, at max_tokens or a stop sequence: not valid text.")
-
-    def _record(self, prediction: Prediction, first_token: float, seconds: float) -> None:
+    def _record(
+        self, prediction: Prediction, completions: Completions | None, first_token: float, seconds: float
+    ) -> None:
         counters = prediction.counters
+        if completions and completions.constraint:
+            unfinished = counters.unfinished_constraints
+            self.record_metric("constraint_finished", unfinished == 0)
+            if unfinished:
+                print(f"{unfinished} ended inside the constraint, at max_tokens or a stop sequence: not valid text.")
         self.record_metric("input_token_count", counters.input_tokens)
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)

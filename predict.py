@@ -16,6 +16,10 @@ from typing import Optional
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
+from lmtp import imports
+
+imports.lighten()
+
 from lmtp import cancellation, compiled, protocol, settings, text, weights
 from lmtp.completions import Completions
 from lmtp.engine import Engine, Prediction

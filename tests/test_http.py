@@ -195,8 +195,9 @@ class TestCancelling:
             assert client.post("/predictions/to-cancel/cancel").status_code == 200
             name, data = list(received)[-1]
         assert (name, data["status"]) == ("completed", "canceled")
+        assert time.monotonic() - asked < 5
         while client.post("/predictions/to-cancel/cancel").status_code != 404:  # the runtime forgets it a moment later
-            assert time.monotonic() - asked < 5
+            assert time.monotonic() - asked < 10
         assert serves(client)
 
     def test_a_synchronous_prediction_can_be_cancelled(self, client: httpx.Client) -> None:

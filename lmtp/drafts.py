@@ -9,6 +9,10 @@ chooses anyway has saved a step. What the stream says is not changed by it. The 
 MATCHED = 2
 """How many tokens have to be the same. One is right too seldom, and three find little."""
 
+FIRST = 8
+"""Tokens of the first draft. Each further one has room for twice what was right of the last, and two: a text that
+repeats itself soon fills its steps, and one that only seems to costs little."""
+
 
 class Drafter:
     """Guesses what follows a growing list of tokens."""
@@ -17,6 +21,7 @@ class Drafter:
         self._followed: dict[tuple[int, ...], int] = {}
         """Where in the list the last occurrence of some tokens ended, all but the last ones'."""
         self._seen = MATCHED
+        self._length = FIRST
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
         """Up to ``most`` tokens; none where nothing like the end of the list came before.
@@ -30,4 +35,8 @@ class Drafter:
         if place is None or most < 1:
             return []
         repeated = tokens[place:]  # as far as it goes on, and then as if it went on repeating itself
-        return [repeated[i % len(repeated)] for i in range(most)]
+        return [repeated[i % len(repeated)] for i in range(min(most, self._length))]
+
+    def learn(self, right: int) -> None:
+        """How many tokens of the last draft were right."""
+        self._length = 2 * right + 2

@@ -169,6 +169,8 @@ class Generation(Stream):
                 break
             self.computed += 1
             replies.append(self._take(choice))
+        if self._drafter and draft:
+            self._drafter.learn(right=len(replies) - 1)
         return [*replies, *self._take_forced()]
 
     def _take_forced(self) -> list[Token]:

@@ -57,6 +57,14 @@ class TestDrafter:
     def test_a_repetition_is_guessed_to_go_on(self) -> None:
         assert Drafter().draft([7, 8, 9, 8, 9], 5) == [8, 9, 8, 9, 8]
 
+    def test_a_draft_is_as_long_as_the_last_one_was_right(self) -> None:
+        drafter = Drafter()
+        lengths = []
+        for right in (8, 18, 0, 1, 4):
+            lengths.append(len(drafter.draft([7, 7, 7], 100)))
+            drafter.learn(right)
+        assert lengths == [8, 18, 38, 2, 4]
+
     @pytest.mark.parametrize("tokens", [[], [1], [1, 1], [1, 2, 3], [1, 2, 3, 2]])
     def test_nothing_is_guessed_where_nothing_like_it_came_before(self, tokens: list[int]) -> None:
         assert Drafter().draft(tokens, 4) == []

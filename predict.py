@@ -164,15 +164,18 @@ class Predictor(BasePredictor):
         cancellation.when_cancelled(prediction.cancel)
         # Cog's runtime 0.23 sends what comes, as it comes, from a plain generator, which it runs on a thread of the
         # prediction's own; what an async generator yields it collects and sends at the end.
-        return self._chunks(prediction, completions, started, contextvars.copy_context())
+        chunks = self._chunks(prediction, completions, started, contextvars.copy_context())
+        next(chunks)  # from here on whatever ends it ends the prediction
+        return chunks
 
     def _chunks(
         self, prediction: Prediction, completions: Completions | None, started: float, context: contextvars.Context
     ) -> Iterator[str]:
-        """The output, one piece at most for every step. By the context the runtime knows whose logs and metrics they
-        are."""
+        """The output, after one empty piece; one at most for every step. By the context the runtime knows whose logs
+        and metrics they are."""
         first_token: float | None = None
         with prediction:
+            yield ""
             for replies in prediction:
                 if first_token is None:
                     first_token = time.monotonic() - started

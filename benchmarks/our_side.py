@@ -72,14 +72,15 @@ class Engine:
             time.sleep(max(started + after - time.perf_counter(), 0))
         batch = protocol.parse_batch(operations)
         streams: dict[Any, list[tuple[float, str]]] = {operation.stream_id: [] for operation in batch}
-        for replies in asyncio.run(self._engine.predict(batch)):
-            protocol.encode(replies)
-            now = time.perf_counter() - started
-            for reply in replies:
-                if isinstance(reply, Failure):
-                    raise RuntimeError(reply.error)
-                if isinstance(reply, Token):
-                    streams[reply.stream_id].append((now, reply.text or ""))
+        with asyncio.run(self._engine.predict(batch)) as prediction:
+            for replies in prediction:
+                protocol.encode(replies)
+                now = time.perf_counter() - started
+                for reply in replies:
+                    if isinstance(reply, Failure):
+                        raise RuntimeError(reply.error)
+                    if isinstance(reply, Token):
+                        streams[reply.stream_id].append((now, reply.text or ""))
         return list(streams.values())
 
     def _time_steps(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from benchmarks import peers, prompts
@@ -46,10 +47,12 @@ def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
             raise RuntimeError(f"{len(text) - length} tokens came, not {chunks * CHUNK}")
 
     computed: list[float] = []
+    steps: list[float] = []
 
     def ours(run: int) -> float:
         seconds, metrics = _timed(clients, clients.ours, lambda: work(run))
         computed.append(sum(metric["computed_token_count"] for metric in metrics))
+        steps.append(sum(metric["step_count"] for metric in metrics))
         return seconds
 
     our_seconds, their_seconds = plan.alternate(ours, lambda run: _timed(clients, clients.lmqls, lambda: work(run))[0])
@@ -64,6 +67,7 @@ def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
         peer=their_seconds,
         at_least=4,
         goal=6,
+        note=f"{chunks * CHUNK} tokens in {median(steps[1:]):.0f} steps, the others guessed rightly",
     )
     yield Row(
         name="continuation-tokens",

@@ -1,4 +1,4 @@
-"""Cancellation that arrives whenever it is asked for: a bridge over two gaps in Cog's runtime 0.23.
+"""Cancellation while output is sent, and while a prediction starts: a bridge over two gaps in Cog's runtime 0.23.
 
 The runtime cancels the coroutine of an async `predict`. Ours ends when it returns the generator of its output, and
 nothing would be cancelled from then on. So the cancellation is taken where the runtime asks for it: at the future of
@@ -6,6 +6,7 @@ the coroutine, that asyncio.run_coroutine_threadsafe makes.
 
 Until the runtime has that future, it raises CancelationException in the thread that starts the prediction instead,
 calls the prediction failed, and leaves the coroutine running. So the exception is caught where the thread runs Python.
+What comes in the moments in which it does not is lost; who asks again is heard.
 """
 
 import asyncio
@@ -43,11 +44,16 @@ class _Cancellation:
             action()
 
 
+RUNTIMES_OWN = "_ctx_wrapper"
+"""The coroutine by which the runtime runs predictions; others, of health checks and of libraries, are none of ours."""
+
 _current: ContextVar[_Cancellation | None] = ContextVar("cancellation", default=None)
 _submit = asyncio.run_coroutine_threadsafe
 
 
 def _submit_cancellable(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Future[Any]:
+    if coroutine.__name__ != RUNTIMES_OWN:
+        return _submit(coroutine, loop)
     cancellation = _Cancellation()
 
     async def run() -> Any:

@@ -2,8 +2,8 @@
 
 Where the last tokens stood before, what followed them there is likely to follow again: in code, in lists, in answers
 that quote their prompt. A step computes such guesses along with the last token, and each that is the token the model
-chooses anyway has saved a step. What the stream says is not changed by it. The method is prompt lookup decoding
-(Apoorv Saxena, 2023), a kind of speculative decoding (Leviathan et al., 2023).
+chooses anyway has saved a step. What the stream says does not depend on it, but for rounding. The method is prompt
+lookup decoding (Apoorv Saxena, 2023), a kind of speculative decoding (Leviathan et al., 2023).
 """
 
 MATCHED = 2
@@ -12,6 +12,10 @@ MATCHED = 2
 FIRST = 8
 """Tokens of the first draft. Each further one has room for twice what was right of the last, and two: a text that
 repeats itself soon fills its steps, and one that only seems to costs little."""
+
+
+REMEMBERED = 8192
+"""Tokens of a prompt, from its end, that are looked at, so that a long one does not hold up other streams."""
 
 
 class Drafter:
@@ -28,14 +32,15 @@ class Drafter:
 
         The list must be that of the call before, or have grown. Each of its tokens is looked at once.
         """
-        for end in range(self._seen, len(tokens)):
+        for end in range(max(self._seen, len(tokens) - REMEMBERED), len(tokens)):
             self._followed[tuple(tokens[end - MATCHED : end])] = end
         self._seen = max(self._seen, len(tokens))
         place = self._followed.get(tuple(tokens[-MATCHED:])) if len(tokens) >= MATCHED else None
         if place is None or most < 1:
             return []
-        repeated = tokens[place:]  # as far as it goes on, and then as if it went on repeating itself
-        return [repeated[i % len(repeated)] for i in range(min(most, self._length))]
+        length = min(most, self._length)
+        repeated = tokens[place : place + length]  # as far as it goes on, and then as if it went on repeating itself
+        return [repeated[i % len(repeated)] for i in range(length)]
 
     def learn(self, right: int) -> None:
         """How many tokens of the last draft were right."""

@@ -94,8 +94,8 @@ class Prediction:
 
     def cancel(self) -> None:
         """End it; whoever waits for its replies gets asyncio.CancelledError. On any thread."""
+        self.arrived.put(asyncio.CancelledError())  # first, or it might end as if nothing had happened
         self.end(self)
-        self.arrived.put(asyncio.CancelledError())
 
     def deliver(self) -> None:
         """Hand over the replies of a step and, where no stream is left, the end."""
@@ -485,8 +485,10 @@ def _choose_runner(
             runner.fast, description = graphed, "slots, decode steps as CUDA graphs"
     except Exception as error:  # the model's own code is there to go on with
         description = f"slots; not faster, since {type(error).__name__}: {error}"
-    # On a GPU a step of single tokens is the fast one; see graphs.py.
-    drafts = model.device.type == "cpu"
+    # On a GPU a step of single tokens is the fast one; see graphs.py. More tokens take more experts' weights to read.
+    config = model.config.get_text_config(decoder=True)
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    drafts = model.device.type == "cpu" and not experts
     return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits, drafts), description
 
 

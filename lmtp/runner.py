@@ -119,9 +119,8 @@ class ModelStep(nn.Module):
         """
         rows, q = ids.shape
         columns = masks[0].shape[3] if masks else q
-        if torch.compiler.is_exporting():  # to the compiler these are promises
-            torch._check(rows <= keys[0].shape[0])
-            torch._check(columns < keys[0].shape[2])
+        torch._check(rows <= keys[0].shape[0])
+        torch._check(columns < keys[0].shape[2])
         cache = SlotCache(keys, values, writes, columns)
         inputs: dict[str, Any] = {"position_ids": positions} if self._accepts_positions else {}
         mask = dict(zip(self.rules, masks, strict=True)) if len(masks) > 1 else masks[0] if masks else None

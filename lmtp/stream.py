@@ -19,6 +19,9 @@ from lmtp.drafts import Drafter
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
 from lmtp.sampling import Choice, needs_own_logits
 
+MOST_GUESSED_TOP = 32
+"""A stream with more top_logprobs makes no drafts."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -105,8 +108,10 @@ class Generation(Stream):
         self.grammar = grammar
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
-        # A guess can only be compared with a choice that depends on nothing but the tokens before it.
-        self._drafter = None if grammar or needs_own_logits(operation) else Drafter()
+        # A guess can only be compared with a choice that depends on nothing but the tokens before it. And many likely
+        # tokens would have to be looked up for every guess.
+        guessable = not grammar and not needs_own_logits(operation) and operation.top_logprobs <= MOST_GUESSED_TOP
+        self._drafter = Drafter() if guessable else None
         # Random takes a number without its sign, and a string whole; None is a seed of the system's.
         self._random = random.Random(None if operation.seed is None else str(operation.seed))
 
@@ -150,9 +155,10 @@ class Generation(Stream):
 
     @override
     def guess(self, most: int) -> None:
-        usable = self._drafter and self.pending == 1 and not self.forbidden_now
-        room = self.most_tokens - len(self.tokens) - 1  # the model's own word after a draft wants a place, too
-        self.draft = self._drafter.draft(self.tokens, min(most, room)) if self._drafter and usable else []
+        self.draft = []
+        if self._drafter and self.pending == 1 and not self.forbidden_now:
+            room = self.most_tokens - len(self.tokens) - 1  # the model's own word after a draft wants a place, too
+            self.draft = self._drafter.draft(self.tokens, min(most, room))
 
     @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:

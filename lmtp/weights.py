@@ -6,7 +6,6 @@ transformers; `load` does.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import time
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-
-from lmtp.imports import without_initial_values
 
 if TYPE_CHECKING:
     import torch
@@ -137,16 +134,15 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     number = _auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     trusted = manifest.model_args.get("trust_remote_code", False)
     try:
-        with without_initial_values() if place.type == "cpu" else contextlib.nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=number,
-                device_map=_device_map(place, device is not None, number, manifest),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trusted,
-                output_loading_info=True,
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=number,
+            device_map=_device_map(place, device is not None, number, manifest),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+        )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:

@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from cog import CancelationException
 
 from lmtp import cancellation
+from lmtp.protocol import Generate, ModelInfo
+from predict import Predictor
+from tests.tiny import answers, begin, build, start
 
 SECONDS = 10
 
@@ -35,8 +39,7 @@ class Prediction:
     def __init__(self) -> None:
         self.told = threading.Event()
 
-    async def run(self) -> str:
-        """The coroutine that the runtime starts."""
+    async def _ctx_wrapper(self) -> str:  # named as the runtime names what it starts
         cancellation.when_cancelled(self.told.set)
         return "output"
 
@@ -52,13 +55,21 @@ def cancelling() -> Callable[[], Any]:
 
 def test_a_prediction_that_is_not_cancelled_has_its_result(loop: asyncio.AbstractEventLoop) -> None:
     prediction = Prediction()
-    assert cancellation._submit_cancellable(prediction.run(), loop).result() == "output"
+    assert cancellation._submit_cancellable(prediction._ctx_wrapper(), loop).result() == "output"
     assert not prediction.told.is_set()
+
+
+def test_what_others_submit_is_left_alone(loop: asyncio.AbstractEventLoop) -> None:
+    async def of_a_library() -> int:
+        return 5
+
+    future = cancellation._submit_cancellable(of_a_library(), loop)
+    assert future.result(timeout=SECONDS) == future.result() == 5
 
 
 def test_a_prediction_whose_coroutine_has_ended_is_told(loop: asyncio.AbstractEventLoop) -> None:
     prediction = Prediction()
-    future = cancellation._submit_cancellable(prediction.run(), loop)
+    future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
     assert future.result() == "output"
     future.cancel()
     assert prediction.told.is_set()
@@ -80,7 +91,7 @@ def test_a_prediction_cancelled_while_it_is_submitted_is_cancelled_and_told(
     prediction = Prediction()
     with monkeypatch.context() as patch:
         patch.setattr(loop, "call_soon_threadsafe", interrupted)
-        future = cancellation._submit_cancellable(prediction.run(), loop)
+        future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
     with pytest.raises(CancelledError):
         future.result()
     if when == "after":  # else it has not begun
@@ -91,7 +102,18 @@ def test_a_prediction_cancelled_before_its_result_is_asked_for_is_cancelled_and_
     loop: asyncio.AbstractEventLoop,
 ) -> None:
     prediction = Prediction()
-    future = cancellation._submit_cancellable(prediction.run(), loop)
+    future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
     with pytest.raises(CancelledError):
         list(map(operator.call, [cancelling(), future.result]))  # without Python code between, as in the runtime
     assert prediction.told.wait(SECONDS)
+
+
+def test_output_that_nobody_reads_ends_the_prediction() -> None:
+    engine = start(build("llama"))
+    prediction = begin(engine, Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=400, min_tokens=400))
+    chunks = Predictor()._chunks(prediction, None, 0.0, copy_context())
+    assert next(chunks) == ""
+    chunks.close()
+    answers(engine, ModelInfo(stream_id=0))  # the engine has taken the end once it answers this
+    assert engine.scheduler.memory.active == []
+    engine.stop()

@@ -4,12 +4,23 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from lmtp.drafts import Drafter
 from lmtp.engine import Engine
-from lmtp.protocol import Generate
-from tests.tiny import ARCHITECTURES, VOCABULARY, answers, build, own_logits, random_prompts, start
+from lmtp.protocol import Generate, Score
+from tests.tiny import (
+    ARCHITECTURES,
+    VOCABULARY,
+    answers,
+    begin,
+    build,
+    collect,
+    own_logits,
+    random_prompts,
+    start,
+)
 
 Pair = tuple[PreTrainedModel, Engine]
 FEW = [11, 23, 35]
@@ -17,7 +28,10 @@ FEW = [11, 23, 35]
 ONLY_FEW = dict.fromkeys(FEW, 100.0)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+EXPERTS = {"qwen3_moe", "gpt_oss", "llama4"}
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES.keys() - EXPERTS))
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
     model = build(request.param)
     engine = start(model)
@@ -134,18 +148,26 @@ def test_a_text_that_ends_within_a_draft_ends_there() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": 1.0, "seed": 1}, {"repetition_penalty": 1.2}, {"presence_penalty": 0.5}, {"min_tokens": 30}],
+    [
+        {"temperature": 1.0, "seed": 1},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5},
+        {"min_tokens": 30},
+        {"top_logprobs": 100},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_depends_on_more_than_the_logits_is_not_guessed(llama: Pair, settings: dict[str, float]) -> None:
     _, engine = llama
     (prompt,) = random_prompts(20, seed=4)
-    operation = Generate(stream_id=0, prompt=prompt, max_tokens=30, logit_bias=ONLY_FEW, **settings)  # type: ignore[arg-type]
-    assert answers(engine, operation).counters.drafted_tokens == 0
+    operation = Generate(stream_id=0, prompt=prompt, max_tokens=30, logit_bias=ONLY_FEW)
+    assert answers(engine, operation).counters.drafted_tokens > 0
+    assert answers(engine, replace(operation, **settings)).counters.drafted_tokens == 0
 
 
-def test_a_model_that_slots_cannot_serve_is_not_guessed_for() -> None:
-    engine = start(build("mamba"))
+@pytest.mark.parametrize("name", ["mamba", *sorted(EXPERTS)])
+def test_a_model_of_experts_or_without_slots_is_not_guessed_for(name: str) -> None:
+    engine = start(build(name))
     (prompt,) = random_prompts(20, seed=4)
     one = answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=30, logit_bias=ONLY_FEW))
     assert len(one.ids()) == 30
@@ -155,9 +177,62 @@ def test_a_model_that_slots_cannot_serve_is_not_guessed_for() -> None:
 
 def test_many_streams_at_once_leave_no_room_for_guesses(llama: Pair) -> None:
     _, engine = llama
-    several = random_prompts(*[8] * 16, seed=6)
-    batch = answers(
+    several = [
+        Generate(stream_id=i, prompt=prompt, max_tokens=20, logit_bias=ONLY_FEW)
+        for i, prompt in enumerate(random_prompts(*[8] * 9, seed=6))
+    ]
+    assert answers(engine, *several).counters.drafted_tokens == 0
+    assert answers(engine, *several[:8]).counters.drafted_tokens > 0
+
+
+def test_guesses_beside_scores_draws_and_a_long_prompt_in_chunks_change_none_of_them() -> None:
+    model = build("llama")
+    engine = start(model)
+    engine.scheduler._busy_chunk = 40
+    few, drawn, long, scored = random_prompts(20, 20, 300, 12, seed=8)
+    alone = answers(engine, Generate(stream_id=0, prompt=drawn, max_tokens=30, temperature=1.0, seed=3)).ids()
+    first = begin(
         engine,
-        *(Generate(stream_id=i, prompt=p, max_tokens=20, logit_bias=ONLY_FEW) for i, p in enumerate(several)),
+        Generate(stream_id="few", prompt=few, max_tokens=60, logit_bias=ONLY_FEW),
+        Generate(stream_id="drawn", prompt=drawn, max_tokens=30, temperature=1.0, seed=3),
     )
-    assert batch.counters.drafted_tokens == 0
+    next(iter(first))
+    late = answers(
+        engine,
+        Generate(stream_id="long", prompt=long, max_tokens=20, logit_bias=ONLY_FEW),
+        Score(stream_id="scored", prompt=few, scored=scored),
+    )
+    beside = collect(first)
+    assert beside.ids("few") == own_choice_of_few(model, few, 60)[-len(beside.ids("few")) :]
+    assert beside.ids("drawn") == alone[-len(beside.ids("drawn")) :]
+    assert late.ids("long") == own_choice_of_few(model, long, 20)
+    logprobs = torch.log_softmax(own_logits(model, few + scored), -1)[len(few) - 1 :]
+    expected = [row[token].item() for row, token in zip(logprobs, scored, strict=False)]
+    assert [token.logprob for token in late.tokens("scored")] == pytest.approx(expected, abs=1e-4)
+    assert engine.counters.accepted_tokens > 0
+    engine.stop()
+
+
+def test_a_prediction_cancelled_amid_its_drafts_leaves_what_others_can_use(llama: Pair) -> None:
+    model, engine = llama
+    (prompt,) = random_prompts(20, seed=9)
+    operation = Generate(stream_id=0, prompt=prompt, max_tokens=300, logit_bias=ONLY_FEW)
+    with begin(engine, operation) as abandoned:
+        replies = iter(abandoned)
+        for _ in range(4):
+            next(replies)
+    again = answers(engine, replace(operation, max_tokens=40))
+    assert again.ids() == own_choice_of_few(model, prompt, 40)
+    assert again.counters.reused_tokens == 19
+
+
+def test_a_context_or_memory_that_ends_ends_a_draft() -> None:
+    model = build("llama")
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, bytes
+    engine = start(model, kv_budget=per_token * 50)
+    (prompt,) = random_prompts(20, seed=10)
+    tokens = answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=100, logit_bias=ONLY_FEW)).tokens()
+    assert [token.token for token in tokens] == own_choice_of_few(model, prompt, 30)
+    assert tokens[-1].finish_reason == "length"
+    assert engine.counters.accepted_tokens > 0
+    engine.stop()

@@ -6,11 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
-
-from lmtp.imports import without_initial_values
-from tests.tiny import ARCHITECTURES, build, own_logits
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +24,7 @@ def run(program: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_server_starts_and_generates_without_compiler_distributed_tensors_and_sympy(demo_weights: Path) -> None:
+def test_a_server_starts_and_generates_without_compiler_and_distributed_tensors(demo_weights: Path) -> None:
     program = """
 import asyncio, sys
 from predict import Predictor
@@ -39,7 +34,7 @@ predictor = Predictor()
 predictor.setup()
 prediction = asyncio.run(predictor.engine.predict([Generate(stream_id=0, prompt=[504], max_tokens=4, regex="[a-z ]+")]))
 assert sum(len(replies) for replies in prediction) == 4
-print(*(name for name in ("torch._dynamo.eval_frame", "torch.distributed.tensor", "sympy") if name in sys.modules))
+print(*(name for name in ("torch._dynamo.eval_frame", "torch.distributed.tensor") if name in sys.modules))
 """
     printed = run(program, WEIGHTS_DIR=str(demo_weights), HF_HUB_OFFLINE="1").splitlines()
     assert printed[-1] == ""
@@ -90,20 +85,12 @@ assert torch._dynamo.utils.__spec__.origin == torch._dynamo.utils.__file__
 assert torch._dynamo.trace_rules.is_callable_allowed(allowed)
 assert constant._dynamo_marked_constant
 assert torch.compile(twice, backend="eager", fullgraph=True)(torch.ones(1)).item() == 4
+
+@torch.compiler.disable
+class Kept:
+    pass
+
+assert isinstance(Kept(), Kept)
 both = torch.compile(lambda: (torch.compiler.is_compiling(), kept_from_it()), backend="eager")
 assert both() == (True, False)
 """)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_loaded_without_initial_values_is_the_same(architecture: str, tmp_path: Path) -> None:
-    build(architecture).save_pretrained(tmp_path)
-    with without_initial_values():
-        ours = AutoModelForCausalLM.from_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for kind in ("named_parameters", "named_buffers"):
-        mine, others = dict(getattr(ours, kind)()), dict(getattr(theirs, kind)())
-        assert mine.keys() == others.keys()
-        for name, tensor in others.items():
-            assert torch.equal(mine[name], tensor), name
-    assert torch.equal(own_logits(ours, range(3, 40)), own_logits(theirs, range(3, 40)))

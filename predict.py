@@ -9,7 +9,7 @@ gc.disable()  # until setup is done: looking for garbage while modules are loade
 
 import contextvars
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from typing import Optional
 
@@ -170,7 +170,7 @@ class Predictor(BasePredictor):
 
     def _chunks(
         self, prediction: Prediction, completions: Completions | None, started: float, context: contextvars.Context
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The output, after one empty piece; one at most for every step. By the context the runtime knows whose logs
         and metrics they are."""
         first_token: float | None = None

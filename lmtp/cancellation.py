@@ -52,7 +52,7 @@ _submit = asyncio.run_coroutine_threadsafe
 
 
 def _submit_cancellable(coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> Future[Any]:
-    if coroutine.__name__ != RUNTIMES_OWN:
+    if getattr(coroutine, "__name__", "") != RUNTIMES_OWN:
         return _submit(coroutine, loop)
     cancellation = _Cancellation()
 

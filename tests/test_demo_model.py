@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from lmtp import weights
 from lmtp.engine import Engine
@@ -91,3 +92,17 @@ def test_the_text_ends_before_a_stop_sequence_and_generation_ends_with_it(demo: 
     assert "".join(str(t.text) for t in stopped) == "The capital "
     assert stopped[-1].finish_reason == "stop"
     assert len(stopped) < len(whole)
+
+
+def test_a_text_that_repeats_itself_takes_few_steps_and_a_stop_sequence_within_a_draft_ends_it(demo: Demo) -> None:
+    loaded, engine = demo
+    prompt = loaded.tokenizer.encode("one two three four five six " * 5)
+    operation = Generate(stream_id=0, prompt=prompt, max_tokens=48, text=True)
+    whole = answers(engine, operation)
+    assert whole.ids() == own_greedy(loaded.model, prompt, 48)
+    assert whole.counters.steps < 24
+    stopped = answers(engine, replace(operation, stop=["five six one two three"]))
+    text = "".join(str(token.text) for token in whole.tokens())
+    assert "".join(str(token.text) for token in stopped.tokens()) == text[: text.index("five six one two three")]
+    assert stopped.tokens()[-1].finish_reason == "stop"
+    assert stopped.counters.accepted_tokens > 0

@@ -181,12 +181,8 @@ class Predictor(BasePredictor):
                     first_token = time.monotonic() - started
                 if chunk := completions.add(replies) if completions else protocol.encode(replies):
                     yield chunk
-        end = (
-            completions.end(prediction.counters.reused_tokens, prediction.counters.computed_tokens)
-            if completions
-            else ""
-        )
-        if end:
+        counters = prediction.counters
+        if completions and (end := completions.end(counters.reused_tokens, counters.computed_tokens)):
             yield end
         context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 

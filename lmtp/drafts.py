@@ -13,7 +13,6 @@ FIRST = 8
 """Tokens of the first draft. Each further one has room for twice what was right of the last, and two: a text that
 repeats itself soon fills its steps, and one that only seems to costs little."""
 
-
 REMEMBERED = 8192
 """Tokens of a prompt, from its end, that are looked at, so that a long one does not hold up other streams."""
 

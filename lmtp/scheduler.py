@@ -17,7 +17,6 @@ FORCED_RUN = 16
 """Up to so many tokens that a grammar forced on a decoding stream are computed along with the others' single ones; a
 longer run is computed like a prompt."""
 
-
 DRAFTED_STEP = 16
 """Tokens of a step, padding included, that drafts may fill it up to. On a CPU a step of so many takes hardly longer
 than one of a single token, since reading the model's weights is what takes its time."""

@@ -19,6 +19,7 @@ from tests.tiny import (
     collect,
     own_logits,
     random_prompts,
+    running,
     start,
 )
 
@@ -26,25 +27,17 @@ Pair = tuple[PreTrainedModel, Engine]
 FEW = [11, 23, 35]
 """With only these tokens to choose from, a text repeats itself soon, but not always in the same way."""
 ONLY_FEW = dict.fromkeys(FEW, 100.0)
-
-
 EXPERTS = {"qwen3_moe", "gpt_oss", "llama4"}
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES.keys() - EXPERTS))
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    model = build(request.param)
-    engine = start(model)
-    yield model, engine
-    engine.stop()
+    yield from running(request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[Pair]:
-    model = build("llama")
-    engine = start(model)
-    yield model, engine
-    engine.stop()
+    yield from running("llama")
 
 
 def masked_logprobs(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:

@@ -28,6 +28,7 @@ from tests.tiny import (
     collect,
     own_greedy,
     own_logits,
+    running,
     start,
 )
 from tests.tiny import random_prompts as prompts
@@ -37,19 +38,14 @@ Pair = tuple[PreTrainedModel, Engine]
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, *FALLBACKS])
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    model = build(request.param)
-    engine = start(model)
-    assert engine.runner_description.startswith("fallback" if request.param in FALLBACKS else "slots")
-    yield model, engine
-    engine.stop()
+    for model, engine in running(request.param):
+        assert engine.runner_description.startswith("fallback" if request.param in FALLBACKS else "slots")
+        yield model, engine
 
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[Pair]:
-    model = build("llama")
-    engine = start(model)
-    yield model, engine
-    engine.stop()
+    yield from running("llama")
 
 
 def test_greedy_streams_equal_generate_alone_and_in_a_batch_of_uneven_prompts(any_model: Pair) -> None:

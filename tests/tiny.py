@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, and an engine's answers gathered in one call."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,14 @@ def start(model: PreTrainedModel, **arguments: Any) -> Engine:
     """An engine for a model without a tokenizer: these tests speak in token ids."""
     tokenizer: Any = None
     return Engine(model, tokenizer, **arguments)
+
+
+def running(name: str) -> Iterator[tuple[PreTrainedModel, Engine]]:
+    """A model of an architecture and its engine, for a fixture to yield from; the engine is stopped after that."""
+    model = build(name)
+    engine = start(model)
+    yield model, engine
+    engine.stop()
 
 
 class Answers:

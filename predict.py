@@ -20,10 +20,12 @@ from lmtp import imports
 
 imports.lighten()
 
-from lmtp import cancellation, compiled, protocol, settings, text, weights
+from lmtp import cancellation, protocol, settings, text
 from lmtp.completions import Completions
-from lmtp.engine import Engine, Prediction
+from lmtp.engine.engine import Engine, Prediction
 from lmtp.protocol import Failure, Generate, Operation, RequestError
+from lmtp.runners import compiled
+from lmtp.weights import load as weights
 
 cancellation.install()
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmtp import protocol, text
+from lmtp.engine.scheduler import Step
 from lmtp.protocol import Failure, Token
-from lmtp.scheduler import Step
 from predict import Predictor
 
 

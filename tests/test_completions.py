@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from lmtp import weights
 from lmtp.completions import Completions
-from lmtp.engine import Counters, Engine
+from lmtp.engine.engine import Counters, Engine
 from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
 from lmtp.text import encode, render_prompt
-from lmtp.weights import Loaded
+from lmtp.weights import load as weights
+from lmtp.weights.load import Loaded
 from tests.tiny import answers, begin, own_logits
 
 Demo = tuple[Loaded, Engine]

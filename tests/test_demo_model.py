@@ -7,12 +7,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lmtp import weights
-from lmtp.engine import Engine
+from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runners.slot_runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
 from lmtp.text import render_prompt
-from lmtp.weights import Loaded
+from lmtp.weights import load as weights
+from lmtp.weights.load import Loaded
 from tests.tiny import answers, own_greedy, own_logits
 
 Demo = tuple[Loaded, Engine]

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmtp.engine import Counters, Engine, Prediction
+from lmtp.engine.engine import Counters, Engine, Prediction
 from lmtp.protocol import Failure, Operation, Reply, StreamId, Token
 
 VOCABULARY = 128

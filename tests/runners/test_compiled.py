@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lmtp import compiled
-from lmtp.engine import Engine
+from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runner import ModelStep, Reference, UnsupportedModel, check, layers_of
-from lmtp.slots import Memory
+from lmtp.runners import compiled
+from lmtp.runners.slot_runner import ModelStep, Reference, UnsupportedModel, check, layers_of
+from lmtp.runners.slots import Memory
 from tests.server import ROOT, serving
 from tests.tiny import answers, build, random_prompts, start
 

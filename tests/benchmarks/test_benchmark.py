@@ -12,7 +12,7 @@ from benchmarks.overhead import step_seconds
 from benchmarks.plan import Plan
 from benchmarks.report import Report, Row, Skipped
 from benchmarks.side import Side, SideError
-from lmtp import constraints
+from lmtp.engine import grammar as constraints
 from lmtp.protocol import Generate
 
 MACHINE = {"CPU": "Some(R) Processor 9 @ 2GHz", "cores": "2", "RAM": "24 GiB", "dtype": "bfloat16"}

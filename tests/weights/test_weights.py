@@ -22,10 +22,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmtp.weights import File, Manifest, WeightsError, load, read_manifest, verify_sizes, write_manifest
+from lmtp.weights.load import File, Manifest, WeightsError, load, read_manifest, verify_sizes, write_manifest
 from tests.hub import TOKEN, Hub, Repository, serving
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "script" / "download_weights"
 NEEDED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

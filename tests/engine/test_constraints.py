@@ -26,11 +26,12 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp import constraints, weights
-from lmtp.engine import Engine
+from lmtp.engine import grammar as constraints
+from lmtp.engine.engine import Engine
+from lmtp.engine.scheduler import Step
 from lmtp.protocol import Failure, Generate, ModelInfo, Token
-from lmtp.scheduler import Step
 from lmtp.text import render_prompt
+from lmtp.weights import load as weights
 from tests.tiny import Answers, answers, begin, build, own_greedy, own_logits
 
 GENERATIONS = 20_000 if os.environ.get("NIGHTLY") else 1_000
@@ -520,7 +521,7 @@ def test_a_long_chain_of_rules_is_compiled_or_refused_but_ends_no_process(demo_w
     program = f"""
 import asyncio
 from transformers import AutoTokenizer
-from lmtp.constraints import Compiler
+from lmtp.engine.grammar import Compiler
 from lmtp.protocol import Generate, RequestError
 
 tokenizer = AutoTokenizer.from_pretrained({str(demo_weights)!r})
@@ -533,7 +534,11 @@ for count in (2_500, 20_000):
         print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert "grammar has" in done.stdout

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp import sampling, text
-from lmtp.compiled import CompiledStep
-from lmtp.constraints import Allowed, Compiler, Grammar, MaskFiller
-from lmtp.fallback import FallbackRunner, ModelCaches
-from lmtp.graphs import GraphedStep
+from lmtp import text
+from lmtp.engine import sampling
+from lmtp.engine.grammar import Allowed, Compiler, Grammar, MaskFiller
+from lmtp.engine.scheduler import Scheduler, Step
+from lmtp.engine.stream import Generation, Limits, Scoring, Stream, open_stream
 from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Score, Token
-from lmtp.runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
-from lmtp.scheduler import Scheduler, Step
-from lmtp.slots import Memory, Slots
-from lmtp.stream import Generation, Limits, Scoring, Stream, open_stream
+from lmtp.runners.cache_runner import FallbackRunner, ModelCaches
+from lmtp.runners.compiled import CompiledStep
+from lmtp.runners.graphs import GraphedStep
+from lmtp.runners.slot_runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runners.slots import Memory, Slots
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from torch.export import Dim
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lmtp.slots import Memory
-from lmtp.weights import Manifest
+from lmtp.runners.slots import Memory
+from lmtp.weights.load import Manifest
 
 FORMAT = 3
 """Part of a compiled step's name: to be raised when runner.ModelStep changes what it takes or returns."""

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from lmtp.engine.stream import Generation, Limits
 from lmtp.protocol import Generate
-from lmtp.slots import LayerShape, Memory, Slots, common_prefix
-from lmtp.stream import Generation, Limits
+from lmtp.runners.slots import LayerShape, Memory, Slots, common_prefix
 
 LIMITS = Limits(vocabulary=1000, context=1024, end_of_sequence=())
 SHAPES = [LayerShape(heads=1, key_dim=2, value_dim=2), LayerShape(heads=1, key_dim=2, value_dim=4)]

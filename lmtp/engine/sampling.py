@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmtp.constraints import Allowed
+from lmtp.engine.grammar import Allowed
 from lmtp.protocol import Generate, finite
 
 GREEDY_BELOW = 1e-5

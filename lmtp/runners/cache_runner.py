@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lmtp.runner import input_device, only_wanted
-from lmtp.scheduler import Step
-from lmtp.slots import common_prefix
-from lmtp.stream import Stream
+from lmtp.engine.scheduler import Step
+from lmtp.engine.stream import Stream
+from lmtp.runners.slot_runner import input_device, only_wanted
+from lmtp.runners.slots import common_prefix
 
 IDLE_CACHES = 8
 """How many finished streams' caches are kept for prompts that go on from them."""

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp import text
-from lmtp.constraints import Grammar, bias_of
-from lmtp.drafts import Drafter
+from lmtp.engine.drafts import Drafter
+from lmtp.engine.grammar import Grammar, bias_of
+from lmtp.engine.sampling import Choice, needs_own_logits
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
-from lmtp.sampling import Choice, needs_own_logits
 
 MOST_GUESSED_TOP = 32
 """A stream with more top_logprobs makes no drafts."""

@@ -20,12 +20,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
-from lmtp.compiled import CompiledStep
-from lmtp.graphs import GraphedStep
+from lmtp.engine.scheduler import Step
+from lmtp.engine.stream import Scoring, Stream
 from lmtp.protocol import Score
-from lmtp.scheduler import Step
-from lmtp.slots import LayerShape, Memory, Slots
-from lmtp.stream import Scoring, Stream
+from lmtp.runners.compiled import CompiledStep
+from lmtp.runners.graphs import GraphedStep
+from lmtp.runners.slots import LayerShape, Memory, Slots
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""

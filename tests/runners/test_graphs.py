@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lmtp.graphs import GraphedStep
 from lmtp.protocol import Generate
-from lmtp.runner import SlotRunner
+from lmtp.runners.graphs import GraphedStep
+from lmtp.runners.slot_runner import SlotRunner
 from tests.tiny import answers, build, random_prompts, start
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lmtp.stream import Stream
+from lmtp.engine.stream import Stream
 
 FIRST_SLOTS = 4
 FIRST_CAPACITY = 256

@@ -18,8 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lmtp.engine.sampling import sample, score
 from lmtp.protocol import Generate
-from lmtp.sampling import sample, score
 
 VOCABULARY = 3000
 

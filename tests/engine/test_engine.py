@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lmtp import sampling
-from lmtp.constraints import Allowed
-from lmtp.engine import Engine
+from lmtp.engine import sampling
+from lmtp.engine.engine import Engine
+from lmtp.engine.grammar import Allowed
+from lmtp.engine.scheduler import Step
+from lmtp.engine.stream import Generation
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
-from lmtp.scheduler import Step
-from lmtp.slots import Memory
-from lmtp.stream import Generation
+from lmtp.runners.slots import Memory
 from tests.tiny import (
     ARCHITECTURES,
     END,

@@ -7,8 +7,8 @@ import torch
 from msgspec.structs import replace
 from transformers import PreTrainedModel
 
-from lmtp.drafts import Drafter
-from lmtp.engine import Engine
+from lmtp.engine.drafts import Drafter
+from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from tests.tiny import (
     ARCHITECTURES,

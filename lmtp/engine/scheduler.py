@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lmtp.stream import Stream
+from lmtp.engine.stream import Stream
 
 WORTH_WAITING = 16
 """A new stream waits for another to compute at least this many tokens that both begin with."""

@@ -1,0 +1,1 @@
+"""A runner keeps the streams' state and runs steps."""

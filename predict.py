@@ -16,15 +16,13 @@ from typing import Optional
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import imports
-
-imports.lighten()
-
 from lmtp import cancellation, protocol, settings, text
 from lmtp.completions import Completions
-from lmtp.engine.engine import Engine, Prediction
+from lmtp.engine.engine import Engine, OpenModel
+from lmtp.prediction import Prediction
 from lmtp.protocol import Failure, Generate, Operation, RequestError
 from lmtp.runners import compiled
+from lmtp.runners.runner import open_runner
 from lmtp.weights import load as weights
 
 cancellation.install()
@@ -36,22 +34,24 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the weights and start the engine."""
         chosen = settings.read()
-        loaded = weights.load(chosen.weights, dtype=chosen.dtype)
-        dtype = str(loaded.dtype).removeprefix("torch.")
-        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-        print(
-            f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
-            flush=True,
-        )
-        started = time.monotonic()
-        step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest)
-        cpu, fast = loaded.device.type == "cpu", chosen.compile != "off"
-        use = step if cpu and fast and step.exists() else None
-        self.engine = Engine(loaded.model, loaded.tokenizer, chosen.kv_budget, use, graphs=fast)
-        print(f"runner: {self.engine.runner_description}; checked in {time.monotonic() - started:.1f} s", flush=True)
-        if chosen.compile == "on" and use is None and cpu:
-            compiled.build_in_background(self.engine.adopt, step, settings.ROOT / "script" / "build")
-        gc.freeze()  # what is there now stays, so no collection during a step need look at it
+
+        def open_model() -> OpenModel:
+            loaded = weights.load(chosen.weights, dtype=chosen.dtype)
+            dtype = str(loaded.dtype).removeprefix("torch.")
+            versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+            print(
+                f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
+                flush=True,
+            )
+            started = time.monotonic()
+            step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest) if chosen.compile else None
+            runner = open_runner(loaded.model, chosen.kv_budget, step, graphs=chosen.compile)
+            reason = f" ({runner.reason})" if runner.reason else ""
+            print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
+            return OpenModel(loaded.model, loaded.tokenizer, runner)
+
+        self.engine = Engine(open_model)
+        gc.freeze()  # what exists now stays, so no collection during a step has to look at it
         gc.enable()
 
     @cog.streaming

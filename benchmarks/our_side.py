@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmtp import protocol, text
-from lmtp.engine.scheduler import Step
 from lmtp.protocol import Failure, Token
+from lmtp.runners.step import Step, Stream
 from predict import Predictor
 
 
@@ -32,7 +32,7 @@ class Engine:
 
     def describe(self) -> str:
         """Which runner serves the model."""
-        return self._engine.runner_description
+        return self._engine.runner.description
 
     def chat(self, prompts: list[str]) -> list[list[int]]:
         """The prompts' tokens, each in the model's own chat template."""
@@ -86,7 +86,7 @@ class Engine:
     def _time_steps(self) -> None:
         prepare = self._engine.runner.prepare
 
-        def timed(step: Step) -> Callable[[], Any]:
+        def timed(step: Step[Stream]) -> Callable[[], Any]:
             started = time.perf_counter()
             run = prepare(step)
             preparing = time.perf_counter() - started

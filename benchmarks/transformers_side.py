@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from lmtp import protocol
-from lmtp.engine.grammar import bias_of
+from lmtp.engine.masks import bias_of
 from lmtp.protocol import Generate
 
 

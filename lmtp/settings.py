@@ -3,10 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILE_CHOICES = ("auto", "on", "off")
+COMPILE_CHOICES = ("auto", "off")
 
 
 class SettingsError(ValueError):
@@ -23,8 +22,8 @@ class Settings:
     """As weights.load takes it."""
     kv_budget: int | None
     """Bytes for keys and values; None for a part of the free memory."""
-    compile: Literal["auto", "on", "off"]
-    """auto uses a compiled step that script/build made; on also makes it in the background; off uses none."""
+    compile: bool
+    """Whether to use a compiled step that script/build made, or CUDA graphs."""
     compiled: Path
     """The directory of compiled steps."""
 
@@ -38,7 +37,7 @@ def read() -> Settings:
         weights=Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights"),
         dtype=os.environ.get("DTYPE") or "auto",
         kv_budget=_gigabytes("KV_CACHE_GB"),
-        compile=cast(Literal["auto", "on", "off"], compile_),
+        compile=compile_ == "auto",
         compiled=Path(os.environ.get("COMPILED_DIR") or ROOT / "compiled"),
     )
 

@@ -115,5 +115,5 @@ def test_output_that_nobody_reads_ends_the_prediction() -> None:
     assert next(chunks) == ""
     chunks.close()
     answers(engine, ModelInfo(stream_id=0))  # the engine has taken the end once it answers this
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
     engine.stop()

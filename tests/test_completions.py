@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from lmtp.completions import Completions
-from lmtp.engine.engine import Counters, Engine
+from lmtp.engine.engine import Engine
+from lmtp.prediction import Counters
 from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
 from lmtp.text import encode, render_prompt
 from lmtp.weights import load as weights
 from lmtp.weights.load import Loaded
-from tests.tiny import answers, begin, own_logits
+from tests.tiny import answers, begin, own_logits, start
 
 Demo = tuple[Loaded, Engine]
 
@@ -24,7 +25,7 @@ Demo = tuple[Loaded, Engine]
 @pytest.fixture(scope="module")
 def demo(demo_weights: Path) -> Iterator[Demo]:
     loaded = weights.load(demo_weights, dtype="float32")
-    engine = Engine(loaded.model, loaded.tokenizer)
+    engine = start(loaded.model, loaded.tokenizer)
     yield loaded, engine
     engine.stop()
 

@@ -9,11 +9,12 @@ from msgspec.structs import replace
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runners.slot_runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
+from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, UnsupportedModel, layers_of
 from lmtp.text import render_prompt
 from lmtp.weights import load as weights
 from lmtp.weights.load import Loaded
-from tests.tiny import answers, own_greedy, own_logits
+from tests.tiny import answers, own_greedy, own_logits, start
 
 Demo = tuple[Loaded, Engine]
 QUESTIONS = [
@@ -27,8 +28,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def demo(demo_weights: Path) -> Iterator[Demo]:
     loaded = weights.load(demo_weights, dtype="float32")
-    engine = Engine(loaded.model, loaded.tokenizer)
-    assert engine.runner_description == "slots"
+    engine = start(loaded.model, loaded.tokenizer)
+    assert engine.runner.description == "slots"
     yield loaded, engine
     engine.stop()
 
@@ -38,12 +39,12 @@ def test_the_self_check_passes_slots_and_refuses_a_wrong_mask(
     demo_weights: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = weights.load(demo_weights, dtype=dtype).model
-    layers, reference = layers_of(model), Reference.of(model)
-    check(model, layers, reference)
+    step, layers, reference = SlotStep(model), layers_of(model), Reference.of(model)
+    check_slots(step, layers, reference)
     right = SlotRunner._masks
     monkeypatch.setattr(SlotRunner, "_masks", lambda *arguments: [torch.zeros_like(m) for m in right(*arguments)])
     with pytest.raises(UnsupportedModel, match="positions differ from the model's own forward pass"):
-        check(model, layers, reference)
+        check_slots(step, layers, reference)
 
 
 def test_answers_equal_generate_alone_and_together(demo: Demo) -> None:

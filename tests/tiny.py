@@ -8,8 +8,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmtp.engine.engine import Counters, Engine, Prediction
+from lmtp.engine.engine import Engine, OpenModel
+from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import Failure, Operation, Reply, StreamId, Token
+from lmtp.runners.runner import open_runner
 
 VOCABULARY = 128
 END = 2
@@ -38,7 +40,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("MptConfig", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512, "eos_token_id": END}),
     "llama4": ("Llama4TextConfig", {**BASE, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64}),
 }  # fmt: skip
-FALLBACKS: dict[str, tuple[str, dict[str, Any]]] = {
+CACHE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("RwkvConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 512, "eos_token_id": END}),
     "mamba": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": END}),
     "phi3_longrope": ("Phi3Config", {**BASE, "original_max_position_embeddings": 48, "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 48}}),
@@ -49,7 +51,7 @@ FALLBACKS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model with random weights large enough that its choices differ from each other; ``changes`` to its
     configuration."""
-    kind, arguments = (ARCHITECTURES | FALLBACKS)[name]
+    kind, arguments = (ARCHITECTURES | CACHE_MODELS)[name]
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments | changes)).eval()
     for parameter in model.parameters():
@@ -65,10 +67,9 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def start(model: PreTrainedModel, **arguments: Any) -> Engine:
-    """An engine for a model without a tokenizer: these tests speak in token ids."""
-    tokenizer: Any = None
-    return Engine(model, tokenizer, **arguments)
+def start(model: PreTrainedModel, tokenizer: Any = None, **arguments: Any) -> Engine:
+    """An engine for a model. Tests that speak in token ids need no tokenizer; ``arguments`` are open_runner's."""
+    return Engine(lambda: OpenModel(model, tokenizer, open_runner(model, **arguments)))
 
 
 def running(name: str) -> Iterator[tuple[PreTrainedModel, Engine]]:

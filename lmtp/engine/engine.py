@@ -1,189 +1,119 @@
-"""The loop: admit, step, deliver. The engine owns the one thread that touches the model.
+"""The loop: admit, step, deliver. The engine owns the one thread that touches the model, from loading on.
 
-Predictions hand operations over through a queue and get replies through another, once a step for all streams of a
-prediction.
+Predictions hand operations over through a queue of commands. They get replies through a queue of their own, once a step
+for all of their streams.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import msgspec
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp import text
 from lmtp.engine import sampling
-from lmtp.engine.grammar import Allowed, Compiler, Grammar, MaskFiller
-from lmtp.engine.scheduler import Scheduler, Step
-from lmtp.engine.stream import Generation, Limits, Scoring, Stream, open_stream
-from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, Reply, RequestError, Score, Token
-from lmtp.runners.cache_runner import FallbackRunner, ModelCaches
-from lmtp.runners.compiled import CompiledStep
-from lmtp.runners.graphs import GraphedStep
-from lmtp.runners.slot_runner import Reference, SlotRunner, UnsupportedModel, check, layers_of
-from lmtp.runners.slots import Memory, Slots
+from lmtp.engine.grammar import Compiler, Grammar, MaskFiller
+from lmtp.engine.masks import Allowed
+from lmtp.engine.scheduler import Scheduler
+from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
+from lmtp.prediction import Counters, Prediction
+from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, RequestError, Score, Token
+from lmtp.runners.limits import limits_of
+from lmtp.runners.runner import Runner
+from lmtp.runners.step import Step
 
 log = logging.getLogger(__name__)
 
-OMP_PAUSE_SOFT = 1
-MOST_STREAMS = 256
-FALLBACK_STREAMS = 16
-"""Streams at once where each has a cache of its own, which nothing bounds but the context."""
-CHUNK = 2048
-BUSY_CHUNK = 256
-LOGITS_ELEMENTS = 2**24
-"""Logits of one step at most, so that a long scored prompt with a large vocabulary fits: 64 MB in float32."""
-
-GPU_RESERVE = 0.1
-"""The part of GPU memory left for activations when the KV budget is chosen."""
+EXTENSIONS = {
+    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS],
+    "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
+}
 
 
-class Runner(Protocol):
-    """Runs steps: runner.py through slots, fallback.py through the model's own caches."""
+class OpenModel(NamedTuple):
+    """A loaded model and the runner that serves it."""
 
-    def prepare(self, step: Step) -> Callable[[], Tensor]:
-        """What runs the model. It returns the logits at the step's wanted positions, ``[wanted, vocabulary]``, row by
-        row in order of position. What can be done before is done at once."""
-
-
-@dataclass
-class Counters:
-    """What a prediction's streams took; figures without a clock."""
-
-    input_tokens: int = 0
-    output_tokens: int = 0
-    reused_tokens: int = 0
-    computed_tokens: int = 0
-    """Without those of a draft that were wrong."""
-    drafted_tokens: int = 0
-    """Tokens that were guessed, and computed along with others; see drafts.py."""
-    accepted_tokens: int = 0
-    """Those of them that were right."""
-    steps: int = 0
-    """Steps in which one of its streams took part; with slots, each is one forward pass of the model."""
-    rows: int = 0
-    """Rows of those steps, other predictions' included."""
-    unfinished_constraints: int = 0
-    """Streams that ended where their grammar may not: at max_tokens or a stop sequence."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    runner: Runner
 
 
-@dataclass(eq=False)
-class Prediction:
-    """Some operations under way together. Iterate over it, on any one thread, for the replies of one step after the
-    other; every operation has its terminal reply when they end. As a context it ends what is still running."""
+Prepared = tuple[Operation | Failure, Grammar | None]
+"""An operation with token ids in place of text, and its grammar."""
 
-    operations: Sequence[tuple[Operation | Failure, Grammar | None]]
-    end: Callable[["Prediction"], None]
-    """Ends its streams, whose slots are then free; on any thread."""
-    streams: list[Stream] = field(default_factory=list)
-    outbox: list[Reply] = field(default_factory=list)
-    counters: Counters = field(default_factory=Counters)
-    """What it took so far."""
-    arrived: queue.SimpleQueue[list[Reply] | asyncio.CancelledError | None] = field(default_factory=queue.SimpleQueue)
 
-    def cancel(self) -> None:
-        """End it; whoever waits for its replies gets asyncio.CancelledError. On any thread."""
-        self.arrived.put(asyncio.CancelledError())  # first, or it might end as if nothing had happened
-        self.end(self)
+@dataclass(frozen=True)
+class Begin:
+    """Open a prediction's streams."""
 
-    def deliver(self) -> None:
-        """Hand over the replies of a step and, where no stream is left, the end."""
-        if self.outbox:
-            self.arrived.put(self.outbox)
-            self.outbox = []
-        if not self.streams:
-            self.arrived.put(None)
+    prediction: Prediction
+    operations: Sequence[Prepared]
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end(self)
+@dataclass(frozen=True)
+class End:
+    """End what still runs of a prediction."""
 
-    def __iter__(self) -> Iterator[list[Reply]]:
-        while (replies := self.arrived.get()) is not None:
-            if isinstance(replies, asyncio.CancelledError):
-                raise replies
-            yield replies
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the thread after the step it is in."""
 
 
 class Engine:
-    """Serves one model. Start it, then run predictions, several at a time."""
+    """Serves one model: runs predictions, several at a time."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        kv_budget: int | None = None,
-        compiled: Path | None = None,
-        graphs: bool = True,
-    ) -> None:
-        """``kv_budget``: bytes for keys and values; by default what is left on the GPU less a reserve, or a quarter of
-        the free memory on a CPU. ``compiled``: a file with the model's compiled step; see compiled.py.
-        ``graphs``: decode by CUDA graphs on a GPU; see graphs.py."""
-        self.tokenizer = tokenizer
-        self.limits = limits_of(model)
+    def __init__(self, open_model: Callable[[], OpenModel]) -> None:
+        """``open_model`` loads the model and opens its runner. It is called on the engine's thread, so that its OpenMP
+        threads are the only ones that compute: with a second team of them libgomp counts more threads than cores and
+        lets all of them sleep at every barrier. Raises what it raises."""
         self.counters = Counters()
         """Totals since the start."""
-        self._model = model
-        self.runner, self.scheduler, self.runner_description = _choose_runner(
-            model, self.limits, kv_budget, compiled, graphs
-        )
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        self._broken = ""
-        """Why the thread has ended though nobody stopped it."""
-        self._compiler = Compiler(tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
-        self._mask_filler = MaskFiller(self.limits.vocabulary)
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._owners: dict[Stream, Prediction] = {}
+        self._commands: queue.SimpleQueue[Begin | End | Stop] = queue.SimpleQueue()
+        self._running: dict[Prediction, list[OperationStream]] = {}
+        """The streams of each prediction that still await their terminal reply."""
         self._touched: set[Prediction] = set()
         """Predictions with replies to hand over."""
-        _end_openmp_threads()
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._broken = ""
+        """Why the thread has ended though nobody stopped it."""
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        opened: Future[OpenModel] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
+        self._model, self.tokenizer, self.runner = opened.result()
+        self.limits = limits_of(self._model)
+        self._compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
     def stop(self) -> None:
-        """End the thread after the step it is in; streams still running are told."""
-        self._commands.put(None)
+        """End the thread after the step it is in; streams that still run are told."""
+        self._commands.put(Stop())
         self._thread.join()
 
-    def adopt(self, compiled: Path) -> None:
-        """From the next step on, decode with this compiled step, which script/build has checked."""
-        step = CompiledStep(compiled)
-
-        def swap() -> None:
-            if isinstance(self.runner, SlotRunner):
-                self.runner.fast = step
-                self.runner_description = "slots, compiled step"
-
-        self._commands.put(swap)
-
     async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
-        """Begin operations together. What this waits for is their text turned into tokens, and their grammars."""
+        """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
         prepared = await asyncio.gather(*map(self._prepare, operations))
-        prediction = Prediction(prepared, lambda ended: self._commands.put(lambda: self._end(ended)))
-        self._commands.put(lambda: self._begin(prediction))
+        prediction = Prediction(lambda ended: self._commands.put(End(ended)))
+        self._commands.put(Begin(prediction, prepared))
         return prediction
 
     async def tokenize(self, function: Callable[..., list[int]], *arguments: Any) -> list[int]:
-        """Call what uses the tokenizer on a thread of its own: a long text takes seconds, which no other prediction
-        should wait for. One thread, since tokenizers are not made for several."""
+        """Call what uses the tokenizer, on a thread of its own: a long text takes seconds, and no other prediction may
+        wait for it. There is one such thread, since tokenizers are not thread-safe."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
-    async def _prepare(self, operation: Operation | Failure) -> tuple[Operation | Failure, Grammar | None]:
-        """The operation with token ids in place of text, and its grammar: what the engine's thread never waits for."""
+    async def _prepare(self, operation: Operation | Failure) -> Prepared:
+        """Do what the engine's thread should never wait for."""
         try:
             if isinstance(operation, Generate | Score) and isinstance(operation.prompt, str):
                 ids = await self.tokenize(text.encode, self.tokenizer, operation.prompt)
@@ -205,70 +135,126 @@ class Engine:
             "device": str(self._model.device),
             "vocabulary": self.limits.vocabulary,
             "context": self.limits.context,
-            "longest_stream": self.scheduler.memory.longest,
+            "longest_stream": self.runner.longest,
             "end_of_sequence": list(self.limits.end_of_sequence),
-            "runner": self.runner_description,
-            "extensions": {"GENERATE": EXTENSIONS["GENERATE"], "SCORE": EXTENSIONS["SCORE"]},
+            "runner": self.runner.description,
+            "extensions": EXTENSIONS,
         }
 
-    # What follows runs on the engine's thread.
+    # The engine's thread runs what follows.
 
-    def _serve(self) -> None:
+    def _serve(self, open_model: Callable[[], OpenModel], opened: "Future[OpenModel]") -> None:
+        try:
+            made = open_model()
+            self._scheduler = Scheduler(made.runner)
+            self._mask_filler = MaskFiller(limits_of(made.model).vocabulary)
+            opened.set_result(made)
+        except BaseException as error:
+            opened.set_exception(error)
+            return
         try:
             self._loop()
         except BaseException as error:
-            # A step's own errors are dealt with in the loop. Here not even the memory can be tidied up: a GPU that
-            # has failed answers every call with an error. So nobody is left waiting, now or later.
+            # The loop handles the errors of a step. Here not even the memory can be tidied up: after a GPU fault every
+            # call fails. So everybody is told, now and later.
             log.exception("the engine has stopped")
             self._broken = f"the engine has stopped and has to be started again: {type(error).__name__}: {error}"
-            for stream, prediction in self._owners.items():
-                prediction.outbox.append(_failure(stream.operation, self._broken))
-            self._touched |= set(self._owners.values())
-            for prediction in self._touched:
-                prediction.streams.clear()
-            self._owners.clear()
-            while self._take_commands():
+            running, self._running = self._running, {}
+            for prediction, streams in running.items():
+                prediction.outbox += [_failure(stream.operation, self._broken) for stream in streams]
+            self._touched |= running.keys()
+            while self._obey():
                 pass
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        while self._take_commands():
-            if self.scheduler.waiting:  # memory may grow for them
-                self._deliver()
-            try:
-                step = self.scheduler.next_step()
-                streams = step.streams if step else self.scheduler.waiting
-            except Exception as error:
-                log.exception("scheduling failed")
-                self._fail_all(list(self._owners), f"internal error: {error}")
-                continue
-            if step is None:
-                # With nothing running, a stream that still was not admitted never will be.
-                self._fail_all(streams, "there is no memory for its keys and values; raise KV_CACHE_GB.")
-                continue
-            try:
-                self._run(step)
-            except Exception as error:
-                log.exception("step failed")
-                self._fail_all(streams, f"the model failed: {error}")
-        self._fail_all(list(self._owners), "the server is stopping.")
+        while self._obey():
+            if step := self._admit():
+                self._step(step)
+        self._fail(self._all_streams(), "the server is stopping.")
         self._deliver()
 
-    def _take_commands(self) -> bool:
-        """Do what predictions asked for; wait for it where no stream is under way. False once stopped."""
+    def _obey(self) -> bool:
+        """Carry out commands; wait for one while no stream runs. False once stopped."""
         while True:
-            if not self._owners or not self._commands.empty():
+            if not self._running or not self._commands.empty():
                 self._deliver()
             try:
-                command = self._commands.get(block=not self._owners)
+                command = self._commands.get(block=not self._running)
             except queue.Empty:
                 return True
-            if command is None:
+            if isinstance(command, Stop):
                 return False
-            command()
+            if isinstance(command, Begin):
+                self._begin(command.prediction, command.operations)
+            else:
+                for stream in list(self._running.get(command.prediction, ())):
+                    self._close(stream)
 
-    def _begin(self, prediction: Prediction) -> None:
-        for operation, grammar in prediction.operations:
+    def _admit(self) -> Step[OperationStream] | None:
+        """Admit waiting streams and choose the next step."""
+        if self._scheduler.waiting:  # memory may grow for them, which takes time
+            self._deliver()
+        try:
+            step = self._scheduler.next_step()
+        except Exception as error:
+            log.exception("scheduling failed")
+            self._fail(self._all_streams(), f"internal error: {error}")
+            return None
+        if step is None:
+            # With nothing running, a stream that was not admitted now never will be.
+            self._fail(self._scheduler.waiting, "there is no memory for its keys and values; raise KV_CACHE_GB.")
+        return step
+
+    def _step(self, step: Step[OperationStream]) -> None:
+        """Run one step and take in what comes of it."""
+        rows = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
+        try:
+            choices = iter(self._choose(step, list(itertools.chain(*rows))))
+            self._take(step, [list(itertools.islice(choices, len(wanted))) for wanted in rows])
+        except Exception as error:
+            log.exception("step failed")
+            self._fail(step.streams, f"the model failed: {error}")
+
+    def _choose(self, step: Step[OperationStream], rows: Sequence[sampling.Row]) -> list[sampling.Choice]:
+        """Run the model, and meanwhile find out what grammars allow; one choice for each row of the logits."""
+        constrained = {i: row.grammar for i, row in enumerate(rows) if isinstance(row, Generation) and row.grammar}
+        run = self.runner.prepare(step)
+        self._deliver()
+        filling = self._mask_filler.start(list(constrained.values())) if constrained else None
+        try:
+            logits = run()
+        finally:
+            bits = filling.result() if filling else None
+        return _sample(logits, rows, Allowed(list(constrained), bits) if bits is not None else None) if rows else []
+
+    def _take(self, step: Step[OperationStream], choices: Sequence[Sequence[sampling.Choice]]) -> None:
+        """Give each stream its choices, count, and answer."""
+        for prediction in {stream.prediction for stream in step.streams}:
+            self._count(prediction, steps=1, rows=len(step.streams))
+            self._touched.add(prediction)
+        received = []
+        for stream, count, its_choices in zip(step.streams, step.counts, choices, strict=True):
+            before = stream.computed
+            stream.advance(count)
+            known = stream.computed
+            received.append((stream, _receive(stream, its_choices) if its_choices else []))
+            self._count(
+                stream.prediction,
+                reused_tokens=before if before == stream.reused else 0,
+                computed_tokens=stream.computed - before,
+                drafted_tokens=count - (known - before),
+                accepted_tokens=stream.computed - known,
+            )
+        # The end of a stream moves the slots of others, so all that was computed has to count by now.
+        for stream, replies in received:
+            if isinstance(replies, RequestError):
+                self._fail([stream], str(replies))
+            else:
+                self._answer(stream, replies)
+
+    def _begin(self, prediction: Prediction, operations: Sequence[Prepared]) -> None:
+        for operation, grammar in operations:
             try:
                 self._open(prediction, operation, grammar)
             except RequestError as error:
@@ -287,158 +273,70 @@ class Engine:
         if isinstance(operation, ModelInfo):
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
-        stream = open_stream(operation, self.limits, self.tokenizer, grammar)
-        longest = self.scheduler.memory.longest
-        if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.most_tokens > longest):
+        stream = open_stream(prediction, operation, self.limits, self.tokenizer, grammar)
+        longest = self.runner.longest
+        if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.max_length > longest):
             raise RequestError(
                 f"prompt is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
-        stream.most_tokens = min(stream.most_tokens, longest)
-        prediction.counters.input_tokens += len(stream.tokens)
+        stream.max_length = min(stream.max_length, longest)
+        self._count(prediction, input_tokens=len(stream.tokens))
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return
         begun = stream.begin()
-        prediction.streams.append(stream)
-        self._owners[stream] = prediction
-        self.scheduler.add(stream)
-        self._deliver_tokens(stream, begun)
+        self._running.setdefault(prediction, []).append(stream)
+        self._scheduler.add(stream)
+        self._answer(stream, begun)
 
-    def _end(self, prediction: Prediction) -> None:
-        for stream in list(prediction.streams):
-            self._close(stream)
+    def _answer(self, stream: OperationStream, replies: list[Token]) -> None:
+        if stream.finished:
+            self._close(stream)  # should that fail, the failure is the answer
+        stream.prediction.outbox += replies
+        unfinished = stream.finished and isinstance(stream, Generation) and stream.inside_grammar
+        self._count(stream.prediction, output_tokens=len(replies), unfinished_constraints=int(unfinished))
 
-    def _close(self, stream: Stream, keep: bool = True) -> None:
-        self.scheduler.remove(stream, keep)
-        self._owners.pop(stream).streams.remove(stream)
+    def _close(self, stream: OperationStream, keep: bool = True) -> None:
+        self._scheduler.remove(stream, keep)
+        streams = self._running[stream.prediction]
+        streams.remove(stream)
+        if not streams:
+            del self._running[stream.prediction]
 
-    def _fail(self, stream: Stream, error: str) -> None:
-        prediction = self._owners[stream]
-        self._close(stream, keep=False)  # should that fail, it is answered with all the others
-        prediction.outbox.append(_failure(stream.operation, error))
-
-    def _fail_all(self, streams: Sequence[Stream], error: str) -> None:
+    def _fail(self, streams: Iterable[OperationStream], error: str) -> None:
         for stream in list(streams):
-            if prediction := self._owners.get(stream):  # else it had its terminal reply before the step failed
-                self._fail(stream, error)
-                self._touched.add(prediction)
+            if stream in self._running.get(stream.prediction, ()):  # else it has had its terminal reply
+                self._close(stream, keep=False)
+                stream.prediction.outbox.append(_failure(stream.operation, error))
+                self._touched.add(stream.prediction)
+
+    def _all_streams(self) -> Iterable[OperationStream]:
+        return itertools.chain(*self._running.values())
+
+    def _count(self, prediction: Prediction, **counts: int) -> None:
+        prediction.counters.add(**counts)
+        self.counters.add(**counts)
 
     def _deliver(self) -> None:
-        """Hand over what there is.
+        """Hand over the replies there are.
 
-        Called when this thread is about to wait, to do what may take long, or to run the model: other threads want
-        Python's lock as soon as they have something to do, and would take it in the middle of this one's work, for
-        milliseconds.
+        Called when this thread is about to wait, to do something slow, or to run the model. Other threads want the GIL
+        as soon as they have something to do; in the middle of this thread's work they would hold it for milliseconds.
         """
         for prediction in self._touched:
-            prediction.deliver()
+            prediction.deliver(last=prediction not in self._running)
         self._touched.clear()
 
-    def _run(self, step: Step) -> None:
-        for stream in step.streams:
-            if stream.computed == stream.reused and stream.reused:
-                self._owners[stream].counters.reused_tokens += stream.reused
-                self.counters.reused_tokens += stream.reused
-        constrained = {
-            stream: stream.grammar
-            for stream, count in zip(step.streams, step.counts, strict=True)
-            if isinstance(stream, Generation) and stream.grammar and stream.pending == count
-        }
-        run = self.runner.prepare(step)
-        self._deliver()
-        filling = self._mask_filler.start(list(constrained.values())) if constrained else None
-        try:
-            logits = run()
-        finally:
-            bits = filling.result() if filling else None
-        self._touched |= (predictions := {self._owners[stream] for stream in step.streams})
-        for counters in (self.counters, *(prediction.counters for prediction in predictions)):
-            counters.steps += 1
-            counters.rows += len(step.streams)
-        first = 0
-        generations: list[tuple[Generation, int, int]] = []
-        scorings: list[tuple[Scoring, int, list[int]]] = []
-        chosen: list[tuple[Stream, list[sampling.Choice]]] = []
-        for stream, count in zip(step.streams, step.counts, strict=True):
-            before = stream.computed
-            drafted = max(count - stream.pending, 0)
-            stream.computed += count - drafted
-            for counters in (self.counters, self._owners[stream].counters):
-                counters.computed_tokens += count - drafted
-                counters.drafted_tokens += drafted
-            if isinstance(stream, Scoring):
-                targets = stream.targets(before, stream.computed)
-                if targets:
-                    scorings.append((stream, first, targets))
-                first += len(targets)
-            elif isinstance(stream, Generation) and stream.pending == 0:
-                generations.append((stream, first, 1 + drafted))
-                first += 1 + drafted
-        if generations:
-            rows = [stream for stream, _, wanted in generations for _ in range(wanted)]
-            places = [place for _, first, wanted in generations for place in range(first, first + wanted)]
-            allowed = (
-                Allowed([i for i, row in enumerate(rows) if row in constrained], bits) if bits is not None else None
-            )
-            choices = iter(_sample(_rows(logits, places), rows, allowed))
-            chosen += [(stream, list(itertools.islice(choices, wanted))) for stream, _, wanted in generations]
-        for scoring, index, targets in scorings:
-            top = [scoring.operation.top_logprobs] * len(targets)
-            chosen.append((scoring, sampling.score(logits[index : index + len(targets)], targets, top)))
-        received = [(stream, self._receive(stream, choices)) for stream, choices in chosen]
-        # Where a stream ends another's keys and values are moved to its slot: all that is computed has to count by now.
-        for stream, replies in received:
-            if isinstance(replies, RequestError):
-                self._fail(stream, str(replies))
-            else:
-                self._deliver_tokens(stream, replies)
 
-    def _receive(self, stream: Stream, choices: list[sampling.Choice]) -> list[Token] | RequestError:
-        before = stream.computed
-        try:
-            replies = stream.receive(choices)
-        except RequestError as error:
-            return error
-        for counters in (self.counters, self._owners[stream].counters):
-            counters.computed_tokens += stream.computed - before
-            counters.accepted_tokens += stream.computed - before
-        return replies
-
-    def _deliver_tokens(self, stream: Stream, replies: list[Token]) -> None:
-        prediction = self._owners[stream]
-        if stream.finished:
-            self._close(stream)  # should that fail, the failure is its answer
-        prediction.outbox += replies
-        unfinished = stream.finished and isinstance(stream, Generation) and stream.inside_grammar
-        for counters in (self.counters, prediction.counters):
-            counters.output_tokens += len(replies)
-            counters.unfinished_constraints += unfinished
+def _receive(stream: OperationStream, choices: Sequence[sampling.Choice]) -> list[Token] | RequestError:
+    try:
+        return stream.receive(choices)
+    except RequestError as error:
+        return error
 
 
-EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS],
-    "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
-}
-
-
-def limits_of(model: PreTrainedModel) -> Limits:
-    """What the model can take, from its configuration and generation configuration."""
-    config = model.config.get_text_config(decoder=True)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**20
-    ends: set[int] = set()
-    for source in (model.generation_config, config, model.config):
-        ids = getattr(source, "eos_token_id", None)
-        ends.update([ids] if isinstance(ids, int) else ids or [])
-    return Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
-
-
-def _rows(logits: Tensor, index: list[int]) -> Tensor:
-    return logits if len(index) == len(logits) else logits[torch.tensor(index, device=logits.device)]
-
-
-def _sample(logits: Tensor, rows: Sequence[Generation], allowed: Allowed | None) -> list[sampling.Choice]:
-    """sampling.sample; should it fail, row by row, so that only the row that is to blame fails."""
+def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | None) -> list[sampling.Choice]:
+    """sampling.sample. Should it fail, sample row by row, so that only the row at fault fails."""
     try:
         return sampling.sample(logits, rows, allowed)
     except Exception as error:
@@ -456,57 +354,3 @@ def _failure(operation: Operation | Failure, error: str) -> Failure:
     return Failure(
         stream_id=operation.stream_id, error=error, kind="MSG" if isinstance(operation, ModelInfo) else "TOKEN"
     )
-
-
-def _choose_runner(
-    model: PreTrainedModel, limits: Limits, kv_budget: int | None, compiled: Path | None, graphs: bool
-) -> tuple[Runner, Scheduler, str]:
-    """Slots where they prove themselves on this model, else the fallback runner; and words for the log."""
-    try:
-        layers = layers_of(model)
-        memory = Memory(*layers, model.dtype)
-        budget = kv_budget if kv_budget is not None else _default_budget(model.device)
-        slots = Slots(memory, budget, MOST_STREAMS, limits.context)
-        runner = SlotRunner(model, memory)
-        reference = Reference.of(model)
-        check(model, layers, reference)
-    except Exception as error:  # whatever the model's code raises, the fallback runner is the answer
-        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-        caches = ModelCaches(FALLBACK_STREAMS, limits.context)
-        scheduler = Scheduler(caches, chunk=limits.context, busy_chunk=0, most_logits=limits.context)
-        return FallbackRunner(model, caches), scheduler, f"fallback, one stream at a time ({reason})"
-    most_logits = max(LOGITS_ELEMENTS // limits.vocabulary, MOST_STREAMS)
-    description = "slots"
-    try:
-        if compiled:
-            check(model, layers, reference, step := CompiledStep(compiled))
-            runner.fast, description = step, "slots, compiled step"
-        elif graphs and model.device.type == "cuda" and len(set(layers[1])) == 1:
-            check(model, layers, reference, graphed := GraphedStep(runner.step))
-            runner.fast, description = graphed, "slots, decode steps as CUDA graphs"
-    except Exception as error:  # the model's own code is there to go on with
-        description = f"slots; not faster, since {type(error).__name__}: {error}"
-    # On a GPU a step of single tokens is the fast one; see graphs.py. More tokens take more experts' weights to read.
-    config = model.config.get_text_config(decoder=True)
-    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    drafts = model.device.type == "cpu" and not experts
-    return runner, Scheduler(slots, CHUNK, BUSY_CHUNK, most_logits, drafts), description
-
-
-def _end_openmp_threads() -> None:
-    """End the OpenMP threads that have computed for the calling thread so far.
-
-    They would go on waiting for its next work. libgomp then counts more threads than processors, and lets all of them
-    sleep at once where they wait, the engine's too, between the hundreds of parallel parts of a compiled step: steps
-    took 1.4 times as long. Another OpenMP library may lack the function.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).omp_pause_resource_all(OMP_PAUSE_SOFT)
-
-
-def _default_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        # While the memory grows, old and new are there together.
-        return max(free - int(total * GPU_RESERVE), 0) // 2
-    return psutil.virtual_memory().available // 4

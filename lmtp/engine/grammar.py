@@ -1,20 +1,12 @@
-"""Constraints: which tokens a stream may produce, as an additive bias over the vocabulary.
+"""Grammars: ``choices``, ``regex``, ``json_schema`` and ``grammar``, compiled and followed by llguidance.
 
-A bias is a float32 tensor ``[vocabulary]`` added to the logits: 0 for an allowed token, a finite number for one made
-more or less likely, negative infinity for an impossible one. Adding it is exact: an impossible token has probability 0
-whatever its logit.
-
-``logit_bias`` and ``mask`` give a stream one bias for all its tokens. ``choices``, ``regex``, ``json_schema`` and
-``grammar`` give it a Grammar, which allows other tokens after each one; llguidance keeps the place in it.
+A Grammar is one stream's place in its constraint. After each token it allows other ones.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
-import math
 import re
 import threading
 from collections import OrderedDict
@@ -29,82 +21,37 @@ import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmtp.protocol import FORCE, Generate, RequestError, constraint_of
+from lmtp.protocol import Generate, RequestError, constraint_of
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MOST_SOURCE = 2**20
-"""Characters that one constraint may take."""
+MAX_SOURCE = 2**20
+"""Characters of one constraint."""
 
-MOST_GRAMMAR = 2**16
+MAX_GRAMMAR = 2**16
 """The same for ``grammar``, whose rules can be chained."""
 
 COMPILE_THREADS = 4
 STACK = 2**30
-"""Bytes of address space for a compiling thread's stack; only what is touched takes memory."""
+"""Bytes of address space for the stack of a compiling thread. Only what is touched takes memory."""
 
 QUEUE_SECONDS = 30
 """How long a grammar waits for its turn."""
 
 COMPILE_SECONDS = 0.8
-"""How long a stream waits for its grammar. The compiler's own limits end the work itself soon after."""
+"""How long a stream waits for its grammar. The compiler's own limits end the work soon after."""
 
 CACHED_GRAMMARS = 128
 
-MOST_QUOTED = 400
-"""Characters of an error's text."""
+MAX_QUOTED = 400
+"""Characters of an error message."""
 
 JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON by schema is on one line, spaced as most JSON that models have read. Free whitespace lets a model run away in it
-and leaves hardly a token forced. A schema's own ``x-guidance`` can say otherwise."""
-
-
-def bias_of(operation: Generate, vocabulary: int) -> torch.Tensor | None:
-    """The operation's ``logit_bias`` and ``mask`` as one bias ``[vocabulary]`` on the CPU; None where it has neither.
-
-    Raises RequestError for an id outside the vocabulary, a malformed mask, and a combination that allows nothing.
-    """
-    if not operation.logit_bias and operation.mask is None:
-        return None
-    bias = torch.zeros(vocabulary)
-    if operation.logit_bias:
-        bias += _logit_bias(operation.logit_bias, vocabulary)
-    if operation.mask is not None:
-        bias[~_bitset(operation.mask, vocabulary)] = -math.inf
-    if torch.isneginf(bias).all():
-        raise RequestError("logit_bias and mask leave no token that may be generated.")
-    return bias
-
-
-def _logit_bias(logit_bias: dict[int, float], vocabulary: int) -> torch.Tensor:
-    """LMQL's dense-or-sparse mask (see docs/protocol.md, Masks) as a bias ``[vocabulary]``."""
-    ids = torch.from_numpy(np.fromiter(logit_bias.keys(), dtype=np.int64, count=len(logit_bias)))
-    values = torch.from_numpy(np.fromiter(logit_bias.values(), dtype=np.float32, count=len(logit_bias)))
-    if int(ids.max()) >= vocabulary:
-        raise RequestError(f"logit_bias: token id {int(ids.max())} is outside the vocabulary of {vocabulary}.")
-    only_forced = bool((values >= FORCE).any())
-    bias = torch.full((vocabulary,), -math.inf if only_forced else 0.0)
-    if only_forced:
-        bias[ids[values >= FORCE]] = 0.0
-    else:
-        bias[ids] = torch.where(values <= -FORCE, -math.inf, values)
-    return bias
-
-
-def _bitset(mask: str, vocabulary: int) -> torch.Tensor:
-    """A base64 bitset, least significant bit first, as a bool tensor ``[vocabulary]``: true is allowed."""
-    try:
-        packed = np.frombuffer(base64.b64decode(mask, validate=True), dtype=np.uint8)
-    except (binascii.Error, ValueError):
-        raise RequestError("mask: not valid base64.") from None
-    size = (vocabulary + 7) // 8
-    if len(packed) != size:
-        raise RequestError(f"mask: {len(packed)} bytes; a vocabulary of {vocabulary} takes {size}, a bit per token id.")
-    return torch.from_numpy(np.unpackbits(packed, bitorder="little")[:vocabulary].astype(bool))
+"""JSON by schema is on one line, spaced like most JSON that models were trained on. With free whitespace a model can
+emit it without end, and hardly any token is forced. A schema's own ``x-guidance`` overrides this."""
 
 
 class Grammar:
@@ -120,62 +67,29 @@ class Grammar:
 
     @property
     def accepting(self) -> bool:
-        """Whether what was generated so far is a whole text of the grammar."""
+        """Whether the text so far is complete for the grammar."""
         return self.matcher.is_accepting() and not self.matcher.is_error()
 
     def forced(self) -> list[int]:
-        """The tokens that must come next: at each of them the grammar's mask allows just that one.
+        """The tokens that must come next: each is the only one that the grammar allows there.
 
-        Where the same characters could be split differently, they are split as the tokenizer would.
+        Characters that several token sequences can spell are split as the tokenizer splits them.
         """
         return self.matcher.compute_ff_tokens()
 
     def advance(self, token: int) -> None:
-        """Go on by one token. Raises RequestError where the grammar cannot be followed any further."""
+        """Go on by one token. Raises RequestError if the grammar cannot be followed any further."""
         self.matcher.consume_token(token)
         self.check()
 
     def check(self) -> None:
-        """Raise RequestError once the grammar turned out to be more than the compiler's limits."""
+        """Raise RequestError if the grammar has exceeded the compiler's limits."""
         if self.matcher.is_error():
             raise RequestError(f"the constraint cannot be followed here: {_one_line(self.matcher.get_error())}.")
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """What the grammars of a step allow: ``bits`` uint8 ``[len(rows), bytes]``, a bit per token id, least significant
-    first; ``rows`` are the rows of the step's logits that they are for."""
-
-    rows: list[int]
-    bits: Tensor
-
-    def part(self, part: slice) -> Allowed | None:
-        """The same for some neighbouring rows alone; None where it is for none of them."""
-        places = [place for place, row in enumerate(self.rows) if part.start <= row < part.stop]
-        return Allowed([self.rows[place] - part.start for place in places], self.bits[places]) if places else None
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """The float32 logits ``[all rows, vocabulary]`` with what is not allowed at negative infinity."""
-        bits = self.bits.to(logits.device, non_blocking=True)
-        bias = functional.embedding(bits.int(), _byte_biases(logits.device)).flatten(1)[:, : logits.shape[-1]]
-        if len(self.rows) == len(logits):
-            return logits + bias
-        return logits.index_add(0, torch.tensor(self.rows, device=logits.device), bias)
-
-
-def _byte_biases(device: torch.device) -> Tensor:
-    """``[256, 8]``: for every byte of a bitset, the bias of its eight tokens."""
-    if device not in _BYTE_BIASES:
-        bits = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
-        _BYTE_BIASES[device] = torch.where(bits.bool(), 0.0, -math.inf).to(device)
-    return _BYTE_BIASES[device]
-
-
-_BYTE_BIASES: dict[torch.device, Tensor] = {}
-
-
 class MaskFiller:
-    """Finds out what grammars allow, all of a step in parallel and while the model runs."""
+    """Computes what the grammars of a step allow, in parallel and while the model runs."""
 
     def __init__(self, vocabulary: int) -> None:
         self._words = -(-vocabulary // 32)
@@ -183,7 +97,7 @@ class MaskFiller:
         self._thread = ThreadPoolExecutor(1, "masks")
 
     def start(self, grammars: Sequence[Grammar]) -> Future[Tensor]:
-        """Begin; the result is uint8 ``[grammars, bytes]``. The grammars must be left alone until it is there."""
+        """Begin. The result is uint8 ``[grammars, bytes]``; until it is there, the grammars must be left alone."""
         return self._thread.submit(self._fill, grammars)
 
     def _fill(self, grammars: Sequence[Grammar]) -> Tensor:
@@ -196,7 +110,7 @@ class MaskFiller:
 
 
 class Compiler:
-    """Compiles constraints on threads of its own and keeps the last ones, whoever asked for them."""
+    """Compiles constraints on threads of its own, and keeps the last ones for everybody."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, end_of_sequence: Sequence[int]
@@ -210,9 +124,9 @@ class Compiler:
         self._lock = threading.Lock()
 
     async def grammar(self, operation: Generate) -> Grammar | None:
-        """The operation's grammar, at its beginning; None where it has no constraint of this kind.
+        """The operation's grammar, at its beginning; None if it has no constraint of this kind.
 
-        Raises RequestError for a constraint that cannot be used, within a second.
+        Raises RequestError within a second for a constraint that cannot be used.
         """
         source = _source(operation)
         if source is None:
@@ -248,21 +162,21 @@ class Compiler:
             return llguidance.hf.from_tokenizer(
                 self._model_tokenizer, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None
             )
-        except Exception as error:  # whatever is wrong with a model's tokenizer, only constraints need it in this form
+        except Exception as error:  # only constraints need the tokenizer in this form
             raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A grammar being compiled: ``begun`` is done when its turn has come."""
+    """A grammar being compiled. ``begun`` is done once its turn has come."""
 
     begun: Future[None]
     matcher: Future[LLMatcher]
 
 
 def _deep_threads(count: int) -> ThreadPoolExecutor:
-    """Threads with room for deep recursion: the compiler descends through a grammar's rules, and a stack that is used
-    up ends the whole process."""
+    """Threads with room for deep recursion: the compiler descends through a grammar's rules, and a stack overflow ends
+    the whole process."""
     pool = ThreadPoolExecutor(count, "grammars")
     usual = threading.stack_size(STACK)
     try:
@@ -286,7 +200,7 @@ def _source(operation: Generate) -> tuple[str, str] | None:
     if value is False:
         raise RequestError("json_schema: false allows nothing; give an object, or true for any JSON.")
     text = value if isinstance(value, str) else msgspec.json.encode({} if value is True else value).decode()
-    most = MOST_GRAMMAR if field == "grammar" else MOST_SOURCE
+    most = MAX_GRAMMAR if field == "grammar" else MAX_SOURCE
     if len(text) > most:
         raise RequestError(f"{field} has {len(text)} characters; {most} is the most.")
     return field, text
@@ -297,7 +211,7 @@ def _compile(source: tuple[str, str], tokenizer: Future[LLTokenizer], begun: Fut
     field, text = source
     try:
         if field == "choices":
-            # DEL is the one character that JSON leaves as it is and the grammar's lexer does not.
+            # DEL is the one character that JSON leaves unescaped and the grammar's lexer does not accept.
             options = [json.dumps(option, ensure_ascii=False).replace("\x7f", "\\u007f") for option in json.loads(text)]
             grammar = LLMatcher.grammar_from_lark(f"start: {' | '.join(options)}")
         elif field == "regex":
@@ -310,7 +224,7 @@ def _compile(source: tuple[str, str], tokenizer: Future[LLTokenizer], begun: Fut
         raise RequestError(f"{field}: {_one_line(str(error))}.") from error
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(tokenizer.result(), grammar, log_level=0, limits=limits)
-    allowed = b"" if matcher.is_error() else matcher.compute_bitmask()  # what a grammar costs shows in its first mask
+    allowed = b"" if matcher.is_error() else matcher.compute_bitmask()  # an expensive grammar shows in its first mask
     if matcher.is_error():
         raise RequestError(f"{field}: {_explain(matcher.get_error())}.")
     if not any(allowed):
@@ -343,4 +257,4 @@ def _explain(error: str) -> str:
 
 def _one_line(error: str) -> str:
     line = " ".join(error.replace("<non-verbose/>", "").split()).rstrip(".")
-    return line if len(line) <= MOST_QUOTED else f"{line[:MOST_QUOTED]} …"
+    return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]} …"

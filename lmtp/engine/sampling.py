@@ -1,7 +1,8 @@
-"""Logits into tokens: one batched pass gives the chosen token, its log-probability and the most likely ones.
+"""Sampling: logits to tokens. One batched pass gives every row's token, its log-probability and the most likely ones.
 
-Log-probabilities are natural logarithms of the softmax over the biased logits in float32, before temperature, penalties
-and filters, so they mean the same for every sampling setting. Only these few numbers leave the device.
+A row either chooses its token or, for scoring, names it. Log-probabilities are natural logarithms of the softmax over
+the biased logits in float32, before temperature, penalties and filters, so they mean the same for every sampling
+setting. Only these few numbers leave the device.
 
 A draw is an inverse-CDF lookup with one uniform number from the stream's own generator, over the tokens in id order:
 it depends on nothing else in the batch.
@@ -9,7 +10,7 @@ it depends on nothing else in the batch.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmtp.engine.grammar import Allowed
+from lmtp.engine.masks import Allowed
 from lmtp.protocol import Generate, finite
 
 GREEDY_BELOW = 1e-5
@@ -29,10 +30,10 @@ NOT_NUMBERS = "the model produced logits that are not finite numbers."
 LOG2_E = math.log2(math.e)
 
 BLOCK = 256
-"""Vocabulary ids that are searched together; see _blocks."""
+"""Vocabulary ids that are searched together; see `_blocks`."""
 
 LEAST_WEIGHT = 2.0**-100
-"""What a drawn token's weight is taken for where it is less, so that no weight divided by it is infinite."""
+"""The least weight assumed for a drawn token, so that no weight divided by it is infinite."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,19 @@ class Choice:
     top: dict[int, float]
 
     error: str = ""
-    """Why there is no such token; the others are then without meaning."""
+    """Why no token could be chosen; the other fields then mean nothing."""
 
 
-class Row(Protocol):
-    """What sampling reads of a stream."""
+@dataclass(frozen=True)
+class Target:
+    """A row whose token is given: the token that SCORE asks for, and how many likely tokens to report with it."""
+
+    token: int
+    top_logprobs: int
+
+
+class Draw(Protocol):
+    """A row whose token is chosen: what sampling reads of a stream."""
 
     @property
     def operation(self) -> Generate:
@@ -56,11 +65,11 @@ class Row(Protocol):
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to its logits, float32 ``[vocabulary]``; see constraints.py."""
+        """What is added to its logits, float32 ``[vocabulary]``; see masks.py."""
 
     @property
     def forbidden_now(self) -> Sequence[int]:
-        """The ids impossible for this token only."""
+        """The ids that are impossible for this token only."""
 
     @property
     def tokens(self) -> list[int]:
@@ -68,46 +77,54 @@ class Row(Protocol):
 
     @property
     def prompt_length(self) -> int:
-        """How many of the tokens are the prompt's."""
+        """How many of the tokens belong to the prompt."""
 
     def draw(self) -> float:
         """The stream's next uniform number in [0, 1)."""
 
 
-def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
-    """The next token of each row from its logits ``[rows, vocabulary]``, of any float dtype.
+Row = Draw | Target
 
-    ``allowed`` is what the grammars of some rows allow. A row that it leaves no token, or whose logits are not numbers,
-    gets a Choice with an error.
+
+def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
+    """The token of each row from its logits ``[rows, vocabulary]``, of any float dtype.
+
+    ``allowed`` is what the grammars of some rows allow. A row that must choose but has no possible token, or whose
+    logits are not numbers, gets a Choice with an error.
     """
-    logits = _biased(logits.float(), rows)
+    draws = {i: row for i, row in enumerate(rows) if not isinstance(row, Target)}
+    logits = _biased(logits.float(), draws)
     if allowed:
         logits = allowed.apply(logits)
     logprobs = torch.log_softmax(logits, -1)
-    wrong = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is no number makes the whole row so
+    broken = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is not a number makes its whole row NaN
+    wrong = [i for i in broken if i in draws]
     errors = {i: NO_TOKEN if logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
-    if errors:  # numbers to go on with; what is drawn from them is dropped
+    if wrong:  # go on with other numbers; what is drawn from them is dropped
         index = torch.tensor(wrong, device=logits.device)
         logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
-    likely = _most_likely(logits, max(1, *(row.operation.top_logprobs for row in rows)))
-    chosen = likely.indices[:, 0].clone()
-    drawn = [i for i, row in enumerate(rows) if needs_own_logits(row.operation)]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        some = logits if len(drawn) == len(rows) else logits[index]
-        chosen[index] = _draw(_penalized(some, [rows[i] for i in drawn]), [rows[i] for i in drawn])
-    choices = _report(logprobs, chosen, likely, [row.operation.top_logprobs for row in rows])
+    searched = [i for i, row in enumerate(rows) if i in draws or _top(row)]
+    likely = _most_likely(_select(logits, searched), max(1, *map(_top, rows))) if searched else None
+    chosen = torch.tensor([row.token if isinstance(row, Target) else 0 for row in rows], device=logits.device)
+    if likely and draws:
+        best = [place for place, i in enumerate(searched) if i in draws]
+        chosen[list(draws)] = _select(likely.indices[:, 0], best)
+        if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
+            own = [draws[i] for i in drawn]
+            chosen[drawn] = _draw(_penalized(_select(logits, drawn), own), own)
+    choices = _report(logprobs, chosen, likely, searched, [_top(row) for row in rows])
     for i, error in errors.items():
         choices[i] = replace(choices[i], error=error)
     return choices
 
 
-def score(logits: Tensor, targets: Sequence[int], top: Sequence[int]) -> list[Choice]:
-    """Each row's target with its log-probability under the logits ``[rows, vocabulary]``, and ``top[row]`` more."""
-    logits = logits.float()
-    logprobs = torch.log_softmax(logits, -1)
-    likely = _most_likely(logits, max(top)) if max(top) else None
-    return _report(logprobs, torch.tensor(targets, device=logits.device), likely, top)
+def _top(row: Row) -> int:
+    return row.top_logprobs if isinstance(row, Target) else row.operation.top_logprobs
+
+
+def _select(values: Tensor, index: list[int]) -> Tensor:
+    """The rows with these numbers, in increasing order; without a copy where that is all of them."""
+    return values if len(index) == len(values) else values[torch.tensor(index, device=values.device)]
 
 
 class Likely(NamedTuple):
@@ -118,8 +135,11 @@ class Likely(NamedTuple):
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``. One number a block narrows a search down to a few of them,
-    where a reduction over the whole vocabulary that also looks for places is many times slower on a CPU."""
+    """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``.
+
+    One number a block narrows a search down to a few blocks. On a CPU, reducing the whole vocabulary with indices is
+    many times slower.
+    """
     missing = -values.shape[-1] % BLOCK
     if missing:
         values = functional.pad(values, (0, missing), value=-math.inf)
@@ -136,39 +156,40 @@ def _most_likely(values: Tensor, k: int) -> Likely:
     return Likely(values, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK)
 
 
-def _report(logprobs: Tensor, chosen: Tensor, likely: Likely | None, top: Sequence[int]) -> list[Choice]:
-    of_chosen = _rounded(logprobs.gather(-1, chosen[:, None])[:, 0]).tolist()
-    tokens: list[int] = chosen.tolist()
+def _report(
+    logprobs: Tensor, chosen: Tensor, likely: Likely | None, searched: list[int], top: Sequence[int]
+) -> list[Choice]:
+    """The choices; ``likely`` has the most likely tokens of the ``searched`` rows."""
+    of_chosen = map(finite, _rounded(logprobs.gather(-1, chosen[:, None])[:, 0]).tolist())
+    choices = [Choice(t, p, {t: p}) for t, p in zip(chosen.tolist(), of_chosen, strict=True)]
     if likely is None:
-        return [Choice(t, finite(p), {t: finite(p)}) for t, p in zip(tokens, of_chosen, strict=True)]
-    top_logprobs = _rounded(logprobs.gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1)))
+        return choices
+    top_logprobs = _rounded(_select(logprobs, searched).gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1)))
     # Impossible ones come last, ids of padding among them.
     possible = (torch.isfinite(likely.values) & torch.isfinite(top_logprobs)).sum(-1).tolist()
-    choices = []
-    for token, logprob, ids, values, count, most in zip(
-        tokens, of_chosen, likely.indices.tolist(), top_logprobs.tolist(), possible, top, strict=True
-    ):
-        most = min(most, count)
+    for i, ids, values, count in zip(searched, likely.indices.tolist(), top_logprobs.tolist(), possible, strict=True):
+        most = min(top[i], count)
         entries = dict(zip(ids[:most], values[:most], strict=True))
-        entries.setdefault(token, finite(logprob))
-        choices.append(Choice(token, finite(logprob), entries))
+        entries.setdefault(choices[i].token, choices[i].logprob)
+        choices[i] = Choice(choices[i].token, choices[i].logprob, entries)
     return choices
 
 
 def _rounded(logprobs: Tensor) -> Tensor:
-    """To a millionth, in float64, and without a negative zero."""
+    """Rounded to a millionth, in float64, and without a negative zero."""
     return logprobs.double().round(decimals=6) + 0.0
 
 
-def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    biased = [i for i, row in enumerate(rows) if row.bias is not None]
-    if biased:
-        biases = _stacked(tuple(row.bias for row in rows if row.bias is not None), logits.device)
-        if len(biased) == len(rows):
-            logits = logits + biases
+def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
+    """The logits with the biases of the rows that have one."""
+    biases = {i: row.bias for i, row in draws.items() if row.bias is not None}
+    if biases:
+        stacked = _stacked(tuple(biases.values()), logits.device)
+        if len(biases) == len(logits):
+            logits = logits + stacked
         else:
-            logits = logits.index_add(0, torch.tensor(biased, device=logits.device), biases)
-    for i, row in enumerate(rows):
+            logits = logits.index_add(0, torch.tensor(list(biases), device=logits.device), stacked)
+    for i, row in draws.items():
         if row.forbidden_now:
             logits[i, list(row.forbidden_now)] = -math.inf
     return logits
@@ -176,7 +197,7 @@ def _biased(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    """The biases as ``[rows, vocabulary]``; the rows of one step are mostly those of the step before."""
+    """The biases as ``[rows, vocabulary]``. The rows of one step are mostly those of the previous one."""
     return torch.stack(biases).to(device)
 
 
@@ -191,11 +212,11 @@ def _is_penalized(operation: Generate) -> bool:
     )
 
 
-def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _penalized(logits: Tensor, rows: Sequence[Draw]) -> Tensor:
     """Repetition penalty over prompt and output as in Transformers (Keskar et al. 2019); presence and frequency
     penalties over the output as in the OpenAI API."""
     if any(_is_penalized(row.operation) for row in rows):
-        logits = logits.clone()  # what is reported is without them
+        logits = logits.clone()  # reports are without penalties
     for i, row in enumerate(rows):
         operation = row.operation
         if not _is_penalized(operation):
@@ -212,12 +233,12 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[Draw]) -> Tensor:
     """The token of each row: drawn at its temperature among those its filters keep, or the best where it is greedy.
 
-    A top-p nucleus is not searched for: a token is drawn, and is right if those more likely than it have less than p of
-    the probability together. Else it and all that are no more likely are out, and the row draws again. That gives the
-    nucleus's own distribution without sorting (rejection sampling with a pivot, as in FlashInfer).
+    A top-p nucleus is found without sorting. A drawn token is accepted if the tokens more likely than it have less than
+    p of the probability together. Otherwise it and all tokens that are no more likely are excluded, and the row draws
+    again. This gives the nucleus's own distribution (rejection sampling with a pivot, as in FlashInfer).
     """
     device = logits.device
     temperatures = [row.operation.temperature for row in rows]
@@ -242,8 +263,8 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if len(searching) < len(undrawn):
             weights, most = weights[searching], most[searching]
         weight = weights.flatten(1).gather(1, drawn[searching][:, None]).clamp_(min=LEAST_WEIGHT)[:, :, None]
-        # As multiples of the drawn token's weight, the weights of those more likely, by an operation that is many times
-        # faster on a CPU than comparing and selecting.
+        # The weights of more likely tokens, as multiples of the drawn one's. On a CPU this operation is many times
+        # faster than comparing and selecting.
         likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True)
         outside = (likelier.sum(-1).double().sum(-1) * weight[:, 0, 0] >= most).nonzero()[:, 0]
         undrawn = [undrawn[searching[place]] for place in outside.tolist()]
@@ -253,13 +274,13 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _nucleus(operation: Generate) -> float:
-    """The top-p to be found by drawing: with top-k, which sorts anyway, it is part of the threshold."""
+    """The top-p that drawing has to respect. Top-k sorts anyway, so with it top-p is part of the threshold."""
     return 1.0 if operation.top_k or not operation.top_p else operation.top_p
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """For each row the first token id at which the running sum of weights ``[rows, blocks, BLOCK]`` passes ``uniform``
-    times their total, found in two levels. A token of weight 0 adds nothing, so it is never drawn."""
+    """For each row the first token id at which the running sum of weights ``[rows, blocks, BLOCK]`` exceeds ``uniform``
+    times their total. The search has two levels. A token of weight 0 adds nothing, so it is never drawn."""
     running = weights.sum(-1).double().cumsum(-1)
     target = _below(uniform * running[:, -1], running[:, -1])[:, None]
     block = torch.searchsorted(running, target, right=True)
@@ -270,15 +291,15 @@ def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _below(value: Tensor, limit: Tensor) -> Tensor:
-    """value, but less than limit whatever the rounding."""
+    """The value, but less than the limit however it was rounded."""
     return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 def _threshold(blocks: Tensor, operations: Sequence[Generate], greedy: Sequence[bool]) -> Tensor | None:
     """The lowest logit ``[rows]`` that top-k (with top-p among those it keeps) and min-p keep, and the best one where
-    the row is greedy; None where nothing is left out.
+    the row is greedy; None if every token is kept.
 
-    The logits ``[rows, blocks, BLOCK]`` are at temperature already and to the base 2; each row's best is 0.
+    The logits ``[rows, blocks, BLOCK]`` are scaled by temperature and to the base 2; each row's best is 0.
     """
     device = blocks.device
     limited = [i for i, operation in enumerate(operations) if operation.top_k]

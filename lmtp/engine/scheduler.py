@@ -1,111 +1,76 @@
 """Which streams run in this step and how many tokens of each; who waits.
 
-A step is one padded batch over a run of neighbouring slots: row i takes the next ``counts[i]`` tokens of its stream.
-Prefill, decode and scoring differ only in these numbers.
+A step takes neighbouring active streams and the next ``counts[i]`` tokens of each. Prefill, decode and scoring differ
+only in these numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import cast
 
-from lmtp.engine.stream import Stream
+from lmtp.engine.stream import OperationStream
+from lmtp.runners.runner import Runner
+from lmtp.runners.step import Step
 
 WORTH_WAITING = 16
-"""A new stream waits for another to compute at least this many tokens that both begin with."""
+"""A new stream waits for another one to compute at least this many tokens that both begin with."""
 
 FORCED_RUN = 16
-"""Up to so many tokens that a grammar forced on a decoding stream are computed along with the others' single ones; a
+"""Tokens that a grammar forced on a decoding stream are computed beside the others' single ones up to this many; a
 longer run is computed like a prompt."""
 
 DRAFTED_STEP = 16
-"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU a step of so many takes hardly longer
-than one of a single token, since reading the model's weights is what takes its time."""
-
-
-class StreamMemory(Protocol):
-    """Where running streams keep what is computed: slots.py, or the fallback runner's own caches."""
-
-    active: list[Stream]
-
-    @property
-    def longest(self) -> int:
-        """The most tokens a stream can hold."""
-
-    def shared_prefix(self, stream: Stream) -> tuple[int, int]:
-        """Tokens of the stream that are computed already: now, and once the running streams are done with theirs."""
-
-    def admit(self, stream: Stream) -> bool:
-        """Let the stream run; False where there is no room now."""
-
-    def release(self, stream: Stream, keep: bool = True) -> None:
-        """Take back what the stream held."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """The tokens of one forward pass: ``counts[i]`` tokens of ``streams[i]``, which owns slot ``first_slot + i``."""
-
-    first_slot: int
-    streams: list[Stream]
-    counts: list[int]
+"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU such a step takes hardly longer than one
+of a single token, since most of its time goes into reading the model's weights."""
 
 
 class Scheduler:
-    """First come, first served; prompts are computed in chunks, taking turns with the streams that decode."""
+    """First come, first served. Prompts are computed in chunks, in turns with the streams that decode."""
 
-    def __init__(
-        self, memory: StreamMemory, chunk: int, busy_chunk: int, most_logits: int, drafts: bool = False
-    ) -> None:
-        """``chunk``: tokens of a prefill step; ``busy_chunk``: the same while other streams decode, so that these do
-        not stall, or 0 where a prompt has to be computed in one step; ``most_logits``: positions of one step at which
-        logits may be wanted; ``drafts``: whether tokens guessed right save steps."""
-        self.memory = memory
-        self.waiting: list[Stream] = []
-        self._chunk = chunk
-        self._busy_chunk = busy_chunk
-        self._most_logits = most_logits
+    def __init__(self, runner: Runner) -> None:
+        self.waiting: list[OperationStream] = []
+        self._runner = runner
         self._prefilled_last = False
-        self._drafts = drafts
 
-    def add(self, stream: Stream) -> None:
+    def add(self, stream: OperationStream) -> None:
         """Put a stream at the end of the queue."""
         self.waiting.append(stream)
 
-    def remove(self, stream: Stream, keep: bool = True) -> None:
-        """Take a stream out, waiting or running; what it computed stays for reuse unless ``keep`` is false."""
+    def remove(self, stream: OperationStream, keep: bool = True) -> None:
+        """Take a stream out, waiting or running. What it computed stays reusable unless ``keep`` is false."""
         if stream in self.waiting:
             self.waiting.remove(stream)
         elif stream.slot >= 0:
-            self.memory.release(stream, keep)
+            self._runner.release(stream, keep)
 
-    def next_step(self) -> Step | None:
-        """Admit who can be admitted and choose the next step; None where nothing is to be done."""
+    def next_step(self) -> Step[OperationStream] | None:
+        """Admit streams while there is room, and choose the next step; None if no stream runs."""
         self._admit()
-        active = self.memory.active
+        active = cast(Sequence[OperationStream], self._runner.active)  # only `_admit` admits streams
         if not active:
             return None
+        limits = self._runner.step_limits
         prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
             return self._step(active, max(_width(active), self._draft(active)))
         decoding = not all(prefilling)
-        self._prefilled_last = not (decoding and self._prefilled_last and self._busy_chunk)
+        self._prefilled_last = not (decoding and self._prefilled_last and limits.busy_chunk)
         if not self._prefilled_last:
-            return self._step(active, _width([s for s, not_yet in zip(active, prefilling, strict=True) if not not_yet]))
+            return self._step(active, _width([s for s, prefill in zip(active, prefilling, strict=True) if not prefill]))
         first = prefilling.index(True)
         last = prefilling.index(False, first) if False in prefilling[first:] else len(active)
-        budget = self._busy_chunk if decoding and self._busy_chunk else self._chunk
+        budget = limits.busy_chunk if decoding and limits.busy_chunk else limits.chunk
         return self._prefill(active[first:last], budget)
 
-    def _draft(self, streams: Sequence[Stream]) -> int:
-        """Have the streams guess what follows; how many tokens of a stream are to be computed for it."""
-        most = DRAFTED_STEP // len(streams) - 1 if self._drafts else 0
+    def _draft(self, streams: Sequence[OperationStream]) -> int:
+        """Let the streams draft; returns how many tokens of a stream the step takes for it."""
+        most = DRAFTED_STEP // len(streams) - 1 if self._runner.step_limits.drafts else 0
         if most < 1:
             return 1
         for stream in streams:
             stream.guess(most)
         return 1 + max(len(stream.draft) for stream in streams)
 
-    def _prefill(self, streams: Sequence[Stream], budget: int) -> Step:
+    def _prefill(self, streams: Sequence[OperationStream], budget: int) -> Step[OperationStream]:
         """As many of the streams as fill the budget without padding most of it; at least the first."""
         rows = [streams[0]]
         tokens = streams[0].pending
@@ -118,38 +83,39 @@ class Scheduler:
             tokens += stream.pending
         return self._step(rows, max(budget // len(rows), 1))
 
-    def _step(self, streams: Sequence[Stream], most: int) -> Step:
+    def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:
+        """At most ``most`` tokens of each stream, as far as their logits fit."""
         counts = []
-        logits_left = self._most_logits
+        logits_left = self._runner.step_limits.logits
         for stream in streams:
             count = min(stream.pending + len(stream.draft), most)
-            wanted = stream.computed + count - max(stream.first_wanted, stream.computed)
-            if wanted > logits_left:  # the first row always makes progress: there is room for one position at least
+            wanted = stream.wanted(count)
+            if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left
                 wanted = logits_left
             if count == 0:
                 break
-            logits_left -= max(wanted, 0)
+            logits_left -= wanted
             counts.append(count)
-        return Step(streams[0].slot, list(streams[: len(counts)]), counts)
+        return Step(list(streams[: len(counts)]), counts)
 
     def _admit(self) -> None:
-        """Give slots to waiting streams, in order; one that can soon reuse a long prefix lets others pass."""
+        """Admit waiting streams in order. One that can soon reuse a long prefix lets others pass."""
         waiting, self.waiting = self.waiting, []
         blocked = False
         for stream in waiting:
             if not blocked:
-                now, soon = self.memory.shared_prefix(stream)
+                now, soon = self._runner.shared_prefix(stream)
                 if soon - now < WORTH_WAITING:
-                    blocked = not self.memory.admit(stream)
+                    blocked = not self._runner.admit(stream)
                     if not blocked:
                         continue
             self.waiting.append(stream)
 
 
-def _width(streams: Sequence[Stream]) -> int:
-    """How many tokens of each decoding stream to compute: as many as at least half of them have, so that no column of
-    the step is mostly padding. Where a grammar forced a run on one stream of many, it rides along a token at a time,
-    which costs it nothing."""
+def _width(streams: Sequence[OperationStream]) -> int:
+    """How many tokens of each decoding stream to compute: as many as at least half of them have pending, so that no
+    column is mostly padding. A run that a grammar forced on one stream of many is computed a token at a time beside the
+    others, which costs nothing extra."""
     pending = sorted((stream.pending for stream in streams), reverse=True)
     return pending[(len(pending) - 1) // 2]

@@ -1,12 +1,11 @@
-"""One stream: its tokens, how many of them are computed, what it still needs, when it ends.
+"""One stream: the operation it answers, what it still needs, when it ends.
 
-A stream is a list of tokens of which the first ``computed`` have their keys and values in a slot. A step computes some
-more; where the model's output at a position is wanted, the stream receives a Choice and answers with a reply.
+Where the model's logits are wanted, the stream says so with one row for each position. It receives a Choice for each of
+them and answers with replies.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from msgspec import UNSET
 from torch import Tensor
@@ -15,86 +14,64 @@ from typing_extensions import override
 
 from lmtp import text
 from lmtp.engine.drafts import Drafter
-from lmtp.engine.grammar import Grammar, bias_of
-from lmtp.engine.sampling import Choice, needs_own_logits
+from lmtp.engine.grammar import Grammar
+from lmtp.engine.masks import bias_of
+from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
+from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
+from lmtp.runners.limits import Limits
+from lmtp.runners.step import Stream
 
-MOST_GUESSED_TOP = 32
-"""A stream with more top_logprobs makes no drafts."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a model can take: its vocabulary and context in tokens, and the ids that end a sequence."""
-
-    vocabulary: int
-    context: int
-    end_of_sequence: tuple[int, ...]
+MAX_DRAFTED_TOP = 32
+"""A stream with more top_logprobs makes no drafts: they would have to be looked up for every guess."""
 
 
-class Stream:
-    """What the scheduler and the runner need to know of any stream."""
+class OperationStream(Stream):
+    """A stream that answers an operation."""
 
     operation: Generate | Score
 
-    def __init__(self, tokens: list[int], prompt_length: int, most_tokens: int) -> None:
-        self.tokens = tokens
-        self.prompt_length = prompt_length
-        self.most_tokens = most_tokens
-        """Tokens it can come to hold, prompt included: what its slot must have room for."""
-        self.computed = 0
-        """How many tokens, from the first, have their keys and values in its slot."""
-        self.reused = 0
-        """How many of those were computed for another stream."""
-        self.draft: list[int] = []
-        """Tokens guessed to follow, to be computed along in the next step."""
-        self.slot = -1
+    def __init__(self, prediction: Prediction, tokens: list[int], prompt_length: int, max_length: int) -> None:
+        super().__init__(tokens, prompt_length, max_length)
+        self.prediction = prediction
         self.finished = False
 
     @property
-    def goal(self) -> int:
-        """How many tokens have to be computed before the stream can go on or end."""
-        raise NotImplementedError
-
-    @property
-    def first_wanted(self) -> int:
-        """The first position whose logits are wanted; those before it are never computed twice."""
-        raise NotImplementedError
-
-    @property
-    def pending(self) -> int:
-        """How many tokens it still needs computed."""
-        return self.goal - self.computed
-
-    @property
     def decoding(self) -> bool:
-        """Whether what it needs computed are tokens that it generated: one, or more where a grammar forced them."""
+        """Whether its pending tokens are generated ones: the last one, or several that a grammar forced."""
         return False
 
-    def upcoming(self, count: int) -> list[int]:
-        """The next tokens to compute; past the known ones, those of the draft."""
-        known = self.tokens[self.computed : self.computed + count]
-        return known + self.draft[: count - len(known)]
-
     def guess(self, most: int) -> None:
-        """Make a draft of up to so many tokens for the next step, where the stream is one that can use it."""
+        """Draft up to ``most`` tokens for the next step, if the stream can use a draft."""
 
     def begin(self) -> list[Token]:
         """The replies that are certain before anything is computed."""
         return []
 
+    def rows(self, count: int) -> Sequence[Row]:
+        """What is wanted of the logits, row by row, if the next ``count`` tokens are computed."""
+        raise NotImplementedError
+
+    def advance(self, count: int) -> None:
+        """The next ``count`` tokens are computed. Those of a draft count only once they are accepted."""
+        self.computed += min(count, self.pending)
+
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
-        """Take the model's word at the wanted positions computed in this step; the replies to send, in order."""
+        """Take the choices at the rows of this step; returns the replies to send, in order.
+
+        Raises RequestError where the stream cannot go on.
+        """
         raise NotImplementedError
 
 
-class Generation(Stream):
+class Generation(OperationStream):
     """A GENERATE operation being answered."""
 
     operation: Generate
 
     def __init__(
         self,
+        prediction: Prediction,
         operation: Generate,
         prompt: list[int],
         limits: Limits,
@@ -102,17 +79,17 @@ class Generation(Stream):
         decoder: text.TextDecoder | None,
         grammar: Grammar | None = None,
     ) -> None:
-        super().__init__(list(prompt), len(prompt), min(len(prompt) + operation.max_tokens, limits.context))
+        max_length = min(len(prompt) + operation.max_tokens, limits.context)
+        super().__init__(prediction, list(prompt), len(prompt), max_length)
         self.operation = operation
         self.bias = bias
         self.grammar = grammar
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
-        # A guess can only be compared with a choice that depends on nothing but the tokens before it. And many likely
-        # tokens would have to be looked up for every guess.
-        guessable = not grammar and not needs_own_logits(operation) and operation.top_logprobs <= MOST_GUESSED_TOP
-        self._drafter = Drafter() if guessable else None
-        # Random takes a number without its sign, and a string whole; None is a seed of the system's.
+        # A draft can only be compared with choices that depend on nothing but the tokens before them.
+        drafts = not grammar and not needs_own_logits(operation) and operation.top_logprobs <= MAX_DRAFTED_TOP
+        self._drafter = Drafter() if drafts else None
+        # Random ignores the sign of a number, but not of a string. None is a seed from the system.
         self._random = random.Random(None if operation.seed is None else str(operation.seed))
 
     @property
@@ -127,7 +104,7 @@ class Generation(Stream):
 
     @property
     def generated(self) -> int:
-        """How many tokens were generated so far."""
+        """How many tokens it has generated."""
         return len(self.tokens) - self.prompt_length
 
     @property
@@ -137,13 +114,17 @@ class Generation(Stream):
 
     @property
     def forbidden_now(self) -> Sequence[int]:
-        """The ids impossible for the next token only: the end of the sequence before min_tokens."""
+        """The ids that are impossible for the next token only: the end of the sequence before min_tokens."""
         return self._end_of_sequence if self.generated < self.operation.min_tokens else ()
 
     @property
     def inside_grammar(self) -> bool:
-        """Whether the text so far is not one that its grammar knows."""
+        """Whether the grammar does not allow the text to end here."""
         return self.grammar is not None and not self.grammar.accepting
+
+    @override
+    def rows(self, count: int) -> Sequence[Row]:
+        return [self] * self.wanted(count)
 
     def draw(self) -> float:
         """The stream's next uniform number in [0, 1)."""
@@ -157,33 +138,33 @@ class Generation(Stream):
     def guess(self, most: int) -> None:
         self.draft = []
         if self._drafter and self.pending == 1 and not self.forbidden_now:
-            room = self.most_tokens - len(self.tokens) - 1  # the model's own word after a draft wants a place, too
+            room = self.max_length - len(self.tokens) - 1  # one position is for the bonus token
             self.draft = self._drafter.draft(self.tokens, min(most, room))
 
     @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
-        """The first choice follows the tokens, each further one a token of the draft: it counts if that was right.
+        """Take the choice that follows the known tokens, and those that follow accepted tokens of the draft.
 
-        Raises RequestError where there is no such token, or the grammar cannot be followed any further.
+        Raises RequestError where no token is possible, or the grammar cannot be followed any further.
         """
         if choices[0].error:
             raise RequestError(choices[0].error)
         draft, self.draft = self.draft, []
         replies = [self._take(choices[0])]
-        for guess, choice in zip(draft, choices[1:], strict=False):  # no more of it than was computed
+        for guess, choice in zip(draft, choices[1:], strict=False):  # a step may compute only part of a draft
             if self.finished or guess != self.tokens[-1] or choice.error:
                 break
             self.computed += 1
             replies.append(self._take(choice))
         if self._drafter and draft:
-            self._drafter.learn(right=len(replies) - 1)
+            self._drafter.learn(accepted=len(replies) - 1)
         return [*replies, *self._take_forced()]
 
     def _take_forced(self) -> list[Token]:
-        """Append what the grammar forces: nothing has to be computed to know it."""
+        """Append what the grammar forces; nothing has to be computed for it."""
         replies: list[Token] = []
         for token in [] if self.finished or self.grammar is None else self.grammar.forced():
-            if self.finished or self._is_forbidden(token):  # a forbidden one is found impossible by the next step
+            if self.finished or self._is_forbidden(token):  # the next step finds a forbidden one impossible
                 break
             replies.append(self._take(Choice(token, 0.0, {token: 0.0})))
         return replies
@@ -203,7 +184,7 @@ class Generation(Stream):
             reason = "stop" if added.stopped else None
         if choice.token in self._end_of_sequence or (self.grammar and self.grammar.complete):
             reason = "stop"
-        elif reason is None and len(self.tokens) >= self.most_tokens:
+        elif reason is None and len(self.tokens) >= self.max_length:
             reason = "length"
         if reason is not None:
             self.finished = True
@@ -219,15 +200,20 @@ class Generation(Stream):
         )
 
 
-class Scoring(Stream):
-    """A SCORE operation being answered: its tokens are the prompt's and then the scored ones."""
+class Scoring(OperationStream):
+    """A SCORE operation being answered. Its tokens are the prompt and then the scored ones."""
 
     operation: Score
 
     def __init__(
-        self, operation: Score, prompt: list[int], scored: list[int], decoder: text.TextDecoder | None
+        self,
+        prediction: Prediction,
+        operation: Score,
+        prompt: list[int],
+        scored: list[int],
+        decoder: text.TextDecoder | None,
     ) -> None:
-        super().__init__(prompt + scored, len(prompt), len(prompt) + len(scored))
+        super().__init__(prediction, prompt + scored, len(prompt), len(prompt) + len(scored))
         self.operation = operation
         self._decoder = decoder
         self._answered = len(prompt)
@@ -242,14 +228,18 @@ class Scoring(Stream):
     def first_wanted(self) -> int:
         return max(self.prompt_length - 1, 0)
 
-    def targets(self, first: int, last: int) -> list[int]:
-        """The tokens that follow the wanted positions among ``first`` to ``last`` (exclusive)."""
-        return self.tokens[max(first, self.first_wanted) + 1 : last + 1]
+    @override
+    def rows(self, count: int) -> Sequence[Row]:
+        last = self.computed + count
+        targets = self.tokens[last - self.wanted(count) + 1 : last + 1]
+        return [Target(token, self.operation.top_logprobs) for token in targets]
 
     @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
+        if error := next((choice.error for choice in choices if choice.error), ""):
+            raise RequestError(error)
         replies = []
-        if self._answered == 0:  # an empty prompt: nothing comes before the first scored token, so it costs nothing
+        if self._answered == 0:  # an empty prompt: nothing predicts the first scored token, so it scores 0
             replies.append(self._reply(Choice(self.tokens[0], 0.0, {self.tokens[0]: 0.0})))
         replies += [self._reply(choice) for choice in choices]
         return replies
@@ -271,9 +261,13 @@ class Scoring(Stream):
 
 
 def open_stream(
-    operation: Generate | Score, limits: Limits, tokenizer: PreTrainedTokenizerBase, grammar: Grammar | None
-) -> Stream:
-    """A stream that answers the operation, whose texts are tokenized already.
+    prediction: Prediction,
+    operation: Generate | Score,
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    grammar: Grammar | None,
+) -> OperationStream:
+    """A stream that answers the operation, whose texts are already tokenized.
 
     Raises RequestError where this model cannot serve it.
     """
@@ -289,7 +283,7 @@ def open_stream(
             raise RequestError(
                 f"prompt and scored are {len(prompt) + len(scored)} tokens; the model's context is {limits.context}."
             )
-        return Scoring(operation, prompt, scored, decoder)
+        return Scoring(prediction, operation, prompt, scored, decoder)
     if not prompt:
         raise RequestError("prompt is empty; give at least one token.")
     if len(prompt) >= limits.context:
@@ -302,7 +296,7 @@ def open_stream(
         without_end[list(limits.end_of_sequence)] = -float("inf")
         if bool(without_end.isneginf().all()):
             raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
-    return Generation(operation, prompt, limits, bias, decoder, grammar)
+    return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
 
 
 def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:

@@ -1,7 +1,7 @@
-"""The runner for models that slots cannot serve: recurrent and hybrid ones, and any whose cache is of its own kind.
+"""The runner that uses the model's own caches: for recurrent and hybrid models, and any whose cache is of its own kind.
 
-Each stream is stepped alone, with the cache that Transformers itself makes for the model: the first step computes all
-its tokens at once, later ones a token at a time. Slower than slots, never wrong.
+Each stream is stepped alone, with the cache that Transformers makes for the model. The first step computes all of its
+tokens at once, later ones a token at a time.
 """
 
 import functools
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lmtp.engine.scheduler import Step
-from lmtp.engine.stream import Stream
 from lmtp.runners.slot_runner import input_device, only_wanted
 from lmtp.runners.slots import common_prefix
+from lmtp.runners.step import Step, StepLimits, Stream
+
+MAX_STREAMS = 16
+"""Streams at once: each has a cache of its own, which nothing bounds but the context."""
 
 IDLE_CACHES = 8
-"""How many finished streams' caches are kept for prompts that go on from them."""
+"""How many finished streams' caches are kept for prompts that continue them."""
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
@@ -32,25 +34,31 @@ class ModelCache:
     tokens: list[int] = field(default_factory=list)
 
 
-class ModelCaches:
-    """Who runs with which cache. A recurrent cache cannot go back, so only a whole one can be taken over."""
+class CacheRunner:
+    """Runs streams one after the other, each through a cache of its own. A recurrent cache cannot go back, so only a
+    whole one can be taken over."""
 
-    def __init__(self, most_streams: int, context: int) -> None:
+    description = "the model's own caches, one stream at a time"
+
+    def __init__(self, model: PreTrainedModel, context: int, reason: str) -> None:
+        self.reason = reason
         self.longest = context
         self.active: list[Stream] = []
-        self.caches: list[ModelCache] = []
-        self._most_streams = most_streams
+        self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
+        self._model: Any = model  # PreTrainedModel types its generation methods as tensors
+        self._device = input_device(model)
+        self._caches: list[ModelCache] = []
         self._idle: list[ModelCache] = []
 
     def shared_prefix(self, stream: Stream) -> tuple[int, int]:
-        """Tokens of the stream that an idle cache has computed; nothing can be had from running ones."""
+        """See Runner.shared_prefix. Running streams share nothing."""
         cache = self._whole_prefix(stream)
         length = len(cache.tokens) if cache else 0
         return length, length
 
     def admit(self, stream: Stream) -> bool:
-        """Let the stream run, from the longest idle cache that its tokens begin with."""
-        if len(self.active) >= self._most_streams:
+        """Let the stream run, from the longest idle cache that its tokens begin with; False where too many run."""
+        if len(self.active) >= MAX_STREAMS:
             return False
         cache = self._whole_prefix(stream)
         if cache is None:
@@ -60,19 +68,23 @@ class ModelCaches:
         stream.computed = stream.reused = len(cache.tokens)
         stream.slot = len(self.active)
         self.active.append(stream)
-        self.caches.append(cache)
+        self._caches.append(cache)
         return True
 
     def release(self, stream: Stream, keep: bool = True) -> None:
-        """Take the stream's cache back."""
-        cache = self.caches[stream.slot]
+        """See Runner.release."""
+        cache = self._caches[stream.slot]
         cache.tokens = stream.tokens[: stream.computed]
         if keep and cache.tokens:
             self._idle = [*self._idle[-IDLE_CACHES + 1 :], cache]
-        del self.active[stream.slot], self.caches[stream.slot]
+        del self.active[stream.slot], self._caches[stream.slot]
         for slot, other in enumerate(self.active):
             other.slot = slot
         stream.slot = -1
+
+    def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
+        """See Runner.prepare."""
+        return functools.partial(self._run, step)
 
     def _whole_prefix(self, stream: Stream) -> ModelCache | None:
         usable = [
@@ -83,25 +95,11 @@ class ModelCaches:
         ]
         return max(usable, key=lambda cache: len(cache.tokens), default=None)
 
-
-class FallbackRunner:
-    """Runs steps through the model's own caches, one stream after the other."""
-
-    def __init__(self, model: PreTrainedModel, caches: ModelCaches) -> None:
-        self._model: Any = model  # PreTrainedModel: its generation methods are typed as tensors
-        self._caches = caches
-        self._device = input_device(model)
-
-    def prepare(self, step: Step) -> Callable[[], Tensor]:
-        """What runs the model. It returns the logits at the step's wanted positions, ``[wanted, vocabulary]``, row by
-        row in order of position."""
-        return functools.partial(self._run, step)
-
     @torch.inference_mode()
-    def _run(self, step: Step) -> Tensor:
+    def _run(self, step: Step[Stream]) -> Tensor:
         wanted = []
         for stream, count in zip(step.streams, step.counts, strict=True):
-            cache = self._caches.caches[stream.slot]
+            cache = self._caches[stream.slot]
             first, last = stream.computed, stream.computed + count
             positions = [(first, last)] if first == 0 else [(i, i + 1) for i in range(first, last)]
             for a, b in positions:
@@ -110,8 +108,8 @@ class FallbackRunner:
         return torch.cat(wanted)
 
     def _forward(self, cache: ModelCache, tokens: list[int], first: int, last: int, wanted: int) -> Tensor:
-        """Compute these tokens, which the cache then holds too; the logits ``[last - wanted, vocabulary]``, and at
-        least the last."""
+        """Compute tokens ``first`` to ``last``; the cache then holds them. Returns the logits
+        ``[last - wanted, vocabulary]``, at least the last one."""
         model = self._model
         if first == 0:
             cache.arguments = {"use_cache": True}
@@ -119,7 +117,7 @@ class FallbackRunner:
                 name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
                 cache.arguments[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
         elif not any(cache.arguments.get(name) is not None for name in CACHE_NAMES):
-            return self._forward(cache, tokens, 0, last, wanted)  # a model without a cache: all again
+            return self._forward(cache, tokens, 0, last, wanted)  # a model without a cache computes all of it again
         ids = torch.tensor([tokens[:last]], device=self._device)
         inputs = model.prepare_inputs_for_generation(
             ids,
@@ -128,7 +126,7 @@ class FallbackRunner:
             attention_mask=torch.ones_like(ids),
             **cache.arguments,
         )
-        begin = last - inputs["input_ids"].shape[1]  # models may compute more again: Phi-3 where its embedding changes
+        begin = last - inputs["input_ids"].shape[1]  # some recompute more: Phi-3 where its embedding changes
         with only_wanted(model, torch.arange(min(wanted, last - 1), last) - begin):
             output = model(**inputs, return_dict=True)
         cache.arguments = model._update_model_kwargs_for_generation(output, cache.arguments)

@@ -3,23 +3,18 @@
 Most of a small step is not arithmetic: it is Python, the launch of some 1,500 operations, and matrix kernels that read
 weights in an unsuitable layout. PyTorch's ahead-of-time compiler (torch.export, then AOTInductor with frozen weights)
 turns the model's own code into one native library for any number of rows, tokens a row and columns. Compiling takes
-minutes, so it is done by script/build or in the background; loading takes less than a second.
+minutes, so script/build does it; loading takes less than a second.
 
-A compiled step fits one model, one dtype, one kind of processor and one set of versions; its file name says which, and
-the self-check of runner.py tries it before it serves.
+A compiled step fits one model, one dtype, one kind of processor and one set of versions. Its file name says which, and
+the self-check tries it before it serves.
 """
 
-import atexit
 import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
-import threading
 import unittest.mock
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,28 +28,30 @@ from torch.export import Dim
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lmtp.runners.slots import Memory
+from lmtp.runners.slot_runner import SlotStep
+from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.step import StepInputs
 from lmtp.weights.load import Manifest
 
-FORMAT = 3
-"""Part of a compiled step's name: to be raised when runner.ModelStep changes what it takes or returns."""
+FORMAT = 4
+"""Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns."""
 
-EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # 32 tokens: what matrix kernels are chosen for
+EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # matrix kernels are chosen for these 32 tokens
 EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 11, 48, 96
-MOST_SLOTS = 4096
-MOST_TOKENS = 2**16
+MAX_SLOTS = 4096
+MAX_TOKENS = 2**16
 
 INDUCTOR = {
     "freezing": True,
     "cpp.enable_concat_linear": True,  # one matrix product for queries, keys and values, one for gate and up
-    # The compiler's own matrix kernels, where they are faster than oneDNN's on this processor: for few rows a call of
-    # oneDNN's takes longer to prepare than to run.
+    # The compiler's own matrix kernels where they beat oneDNN's on this processor: for few rows a call of oneDNN takes
+    # longer to prepare than to run.
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
 }
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
-"""What compiled code calls for an operation that has no C interface; only PyTorch's own loader provides it."""
+"""What compiled code calls for an operation without a C interface. Only PyTorch's own loader provides it."""
 
 _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
@@ -65,45 +62,35 @@ _capsule_of.restype, _capsule_of.argtypes = ctypes.py_object, (ctypes.c_void_p, 
 class CompiledStep:
     """A compiled step, loaded.
 
-    It is called through the C interface that the compiler gives it (torch/csrc/inductor/aoti_runtime/interface.h), and
-    not by PyTorch's own loader, which keeps Python's lock for as long as a step takes: tokens could not be sent and
-    requests not be read meanwhile.
+    It is called through the C interface that the compiler gives it (torch/csrc/inductor/aoti_runtime/interface.h).
+    PyTorch's own loader holds the GIL for as long as a step takes: meanwhile no token is sent and no request is read.
     """
 
-    longest_beginning = 511
-    """A longer chunk at the beginning of texts takes less time in the model's own code, which needs no mask there: its
-    causal attention skips what no position sees."""
+    description = "compiled step"
+    max_first_chunk = 511
 
     def __init__(self, path: Path) -> None:
         """Raises OSError where the file is no compiled step, RuntimeError where it does not load."""
-        torch.cpu._init_amx()  # asks the system for the matrix unit, without which code made for it is killed
+        torch.cpu._init_amx()  # without this request to the kernel, AMX instructions kill the process
         self._library = ctypes.CDLL(str(path))
         self._container = ctypes.c_void_p()
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
 
-    def __call__(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        writes: Tensor,
-        wanted: Tensor,
-        masks: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> Tensor:
-        """As runner.ModelStep.forward, with at least one mask."""
-        # Compiled code divides by the number of wanted positions, so one is asked for where none is wanted.
-        index = wanted if len(wanted) else wanted.new_zeros(1)
-        tensors = [ids, positions, writes, index, *masks, *keys, *values]
-        # Handles are the callee's once it is called: it frees those it is given, and the caller those it gets.
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        """As slot_runner.SlotStep.forward, with at least one mask."""
+        wanted = len(inputs.wanted)
+        if not wanted:  # compiled code divides by the number of wanted positions
+            inputs = inputs._replace(wanted=inputs.wanted.new_zeros(1))
+        tensors = [*inputs[:4], *inputs.masks, *inputs.keys, *inputs.values]
+        # The callee takes over the handles that it is given and frees them; the caller frees those that it gets.
         handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-        inputs = (ctypes.c_void_p * len(tensors))(*(_pointer_in(handle, None) for handle in handles))
+        pointers = (ctypes.c_void_p * len(tensors))(*(_pointer_in(handle, None) for handle in handles))
         outputs = (ctypes.c_void_p * 1)()
         count, one = ctypes.c_size_t(len(tensors)), ctypes.c_size_t(1)
-        self._call("Run", self._container, inputs, count, outputs, one, None, None)
-        # The function for a single one does not take the handle over, in spite of its name.
+        self._call("Run", self._container, pointers, count, outputs, one, None, None)
+        # In spite of its name, the variant of this function for a single tensor does not take the handle over.
         (logits,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule_of(outputs[0], None, None)])
-        return logits[: len(wanted)]
+        return logits[:wanted]
 
     def _call(self, function: str, *arguments: Any) -> None:
         if getattr(self._library, f"AOTInductorModelContainer{function}")(*arguments):
@@ -129,52 +116,33 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
     return directory / f"step-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
 
 
-def build(
-    step: nn.Module,
-    model: PreTrainedModel,
-    masks: int,
-    memory: Memory,
-    path: Path,
-    check: Callable[[CompiledStep], None],
-) -> None:
-    """Compile a step (see runner.ModelStep) into ``path``; it appears there once ``check`` has passed it.
+def build(step: SlotStep, layers: Sequence[Layer], path: Path, check: Callable[[CompiledStep], None]) -> None:
+    """Compile a step into ``path``. The file appears there once ``check`` has passed it.
 
-    ``memory`` is resized. Raises what torch.export raises where the model's code cannot be traced.
+    Raises what torch.export raises where the model's code cannot be traced.
     """
     import torch._inductor
 
+    memory = Memory(layers, step.model.dtype)
     memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY)
-    rows = Dim("rows", min=1, max=MOST_SLOTS)
-    q = Dim("q", min=1, max=MOST_TOKENS)
-    wanted = Dim("wanted", min=1, max=MOST_TOKENS)
-    columns = Dim("columns", min=8, max=2**24)
-    slots = Dim("slots", min=1, max=MOST_SLOTS)
-    capacity = Dim("capacity", min=9, max=2**24 + 1)
-    count = len(memory.keys)
     tokens = torch.ones(EXAMPLE_ROWS, EXAMPLE_TOKENS, dtype=torch.long)
-    mask = torch.zeros(EXAMPLE_ROWS, 1, EXAMPLE_TOKENS, EXAMPLE_COLUMNS, dtype=model.dtype)
-    example = (
-        tokens,
-        tokens.clone(),
-        tokens.clone(),
-        torch.arange(EXAMPLE_WANTED),
-        [mask.clone() for _ in range(masks)],
-        list(memory.keys),
-        list(memory.values),
-    )
-    shapes = (
-        {0: rows, 1: q},
-        {0: rows, 1: q},
-        {0: rows, 1: q},
-        {0: wanted},
-        [{0: rows, 2: q, 3: columns}] * masks,
-        *[[{0: slots, 2: capacity}] * count] * 2,
+    mask = torch.zeros(EXAMPLE_ROWS, 1, EXAMPLE_TOKENS, EXAMPLE_COLUMNS, dtype=step.model.dtype)
+    example = StepInputs(
+        ids=tokens,
+        positions=tokens.clone(),
+        writes=tokens.clone(),
+        wanted=torch.arange(EXAMPLE_WANTED),
+        masks=[mask.clone() for _ in step.rules],
+        keys=list(memory.keys),
+        values=list(memory.values),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
         package = Path(directory, "step.pt2")
         with torch.no_grad(), _grouped_attention():
-            program = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                _Exported(step), (tuple(example),), dynamic_shapes=(_shapes(example),), strict=False
+            )
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(package), inductor_configs=dict(INDUCTOR)
             )
@@ -189,11 +157,36 @@ def build(
         library.replace(path)
 
 
+class _Exported(nn.Module):
+    """The step as a function of a plain tuple, which is what torch.export can serialize."""
+
+    def __init__(self, step: SlotStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, inputs: tuple[Any, ...]) -> Tensor:
+        return self.step.forward(StepInputs(*inputs))
+
+
+def _shapes(example: StepInputs) -> tuple[Any, ...]:
+    """Which dimensions of the example may have other sizes."""
+    rows = Dim("rows", min=1, max=MAX_SLOTS)
+    q = Dim("q", min=1, max=MAX_TOKENS)
+    wanted = Dim("wanted", min=1, max=MAX_TOKENS)
+    columns = Dim("columns", min=8, max=2**24)
+    slots = Dim("slots", min=1, max=MAX_SLOTS)
+    capacity = Dim("capacity", min=9, max=2**24 + 1)
+    memory = [{0: slots, 2: capacity}] * len(example.keys)
+    masks = [{0: rows, 2: q, 3: columns}] * len(example.masks)
+    tokens = {0: rows, 1: q}
+    return (tokens, tokens, tokens, {0: wanted}, masks, memory, memory)
+
+
 @contextlib.contextmanager
 def _grouped_attention() -> Iterator[None]:
-    """Let attention keep grouped queries together while it is traced: the queries of one key head become one head's.
+    """Keep grouped queries together while attention is traced: the queries of one key head become one head's.
 
-    Transformers and PyTorch repeat keys and values for every query head instead, which at 32 rows costs more than all
+    Transformers and PyTorch repeat keys and values for every query head instead. At 32 rows that costs more than all
     the rest of attention.
     """
     attend = functional.scaled_dot_product_attention
@@ -223,26 +216,3 @@ def _grouped_attention() -> Iterator[None]:
         unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", grouped),
     ):
         yield
-
-
-def build_in_background(adopt: Callable[[Path], None], path: Path, script: Path) -> None:
-    """Run script/build in a process of its own, at the lowest priority, and adopt its result when it is there.
-
-    The process has the environment of this one, so it compiles for the same weights and dtype, and it ends with it.
-    """
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    os.setpriority(os.PRIO_PROCESS, process.pid, 19)
-    atexit.register(process.terminate)
-
-    def wait() -> None:
-        output, _ = process.communicate()
-        atexit.unregister(process.terminate)
-        if process.returncode == 0 and path.exists():
-            adopt(path)
-            print("compiled step: ready, in use", flush=True)
-        else:
-            print(f"compiled step: {output.strip().splitlines()[-1:] or 'failed'}", flush=True)
-
-    threading.Thread(target=wait, name="build", daemon=True).start()

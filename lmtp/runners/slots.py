@@ -1,8 +1,8 @@
 """KV memory: slots, their reuse by prefix, growth within a budget.
 
-Keys and values live in one tensor pair per layer, ``[slots, kv_heads, capacity + 1, head_dim]``; the last column takes
-what padding writes and is never read. A running stream owns a slot; owned slots come first, so that attention reads
-views of the memory and never copies. A finished stream leaves its tokens in its slot, and a new stream takes over the
+Keys and values live in one tensor pair per layer, ``[slots, kv_heads, capacity + 1, head_dim]``. The last column takes
+what padding writes and is never read. A running stream owns a slot. Owned slots come first, so that attention reads
+views of the memory and never copies. A finished stream leaves its tokens in its slot; a new stream takes over the
 longest prefix it shares with any slot, idle or running.
 """
 
@@ -15,35 +15,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lmtp.engine.stream import Stream
+from lmtp.runners.step import Stream
 
 FIRST_SLOTS = 4
 FIRST_CAPACITY = 256
 SPARE_TAIL = 32
-"""A prefix is taken over in place if fewer tokens than this of the old stream are lost by it: recomputing so few is
-cheaper than copying the prefix."""
+"""A prefix is taken over in place if the old stream loses fewer tokens than this: recomputing so few is cheaper than
+copying the prefix."""
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps for a token: its keys ``[heads, key_dim]`` and values ``[heads, value_dim]``."""
+class Layer:
+    """What one layer keeps for a token, keys ``[heads, key_dim]`` and values ``[heads, value_dim]``, and where."""
 
     heads: int
     key_dim: int
     value_dim: int
+    device: torch.device
 
 
 class Memory:
     """The tensors. Layers of one shape share one tensor, so that moving a slot is one operation for all of them."""
 
-    def __init__(self, layers: Sequence[LayerShape], devices: Sequence[torch.device], dtype: torch.dtype) -> None:
-        """``devices`` are the layers' devices, where a large model is spread over several."""
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._groups: dict[tuple[int, int, torch.device], int] = {}
         members = []
-        for shape, device in zip(layers, devices, strict=True):
-            for dim in (shape.key_dim, shape.value_dim):
-                key = (shape.heads, dim, device)
+        for layer in layers:
+            for dim in (layer.key_dim, layer.value_dim):
+                key = (layer.heads, dim, layer.device)
                 members.append((key, self._groups.get(key, 0)))
                 self._groups[key] = members[-1][1] + 1
         self._members = members
@@ -59,8 +59,8 @@ class Memory:
         return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
 
     def resize(self, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
-        """Room for ``slots`` slots of ``capacity`` tokens. Of the first slots, what fits of their first ``held[slot]``
-        tokens is kept."""
+        """Make room for ``slots`` slots of ``capacity`` tokens. Each of the first slots keeps what fits of its first
+        ``held[slot]`` tokens."""
         tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
@@ -70,24 +70,24 @@ class Memory:
                 if columns:
                     tensor[:, slot, :, :columns] = self._tensors[heads, dim, device][:, slot, :, :columns]
             tensors[heads, dim, device] = tensor
-        self._tensors = tensors  # all or, where memory ran out on the way, none
+        self._tensors = tensors  # only once all of them exist: memory may run out on the way
         self.slots, self.capacity = slots, capacity
         views = [self._tensors[key][index] for key, index in self._members]
         self.keys, self.values = views[0::2], views[1::2]
 
     def from_slot(self, first: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Each layer's keys and values ``[slots - first, heads, capacity + 1, dim]``: without the first slots."""
+        """Each layer's keys and values ``[slots - first, heads, capacity + 1, dim]``, without the first slots."""
         if first == 0:
             return self.keys, self.values
         return [keys[first:] for keys in self.keys], [values[first:] for values in self.values]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first ``length`` tokens of one slot into another."""
+        """Copy the first ``length`` tokens of one slot into another."""
         for tensor in self._tensors.values():
             tensor[:, target, :, :length] = tensor[:, source, :, :length]
 
     def clear(self, slot: int) -> None:
-        """Zeros in place of a slot's contents, which may be no numbers and would spoil sums over masked columns."""
+        """Overwrite a slot with zeros: NaN in it would spoil sums over masked columns."""
         for tensor in self._tensors.values():
             tensor[:, slot] = 0
 
@@ -100,8 +100,10 @@ class Memory:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU they take time and memory only where they are written: a slot is seldom full, and growing many
-    times over while many streams arrive would hold up all of them."""
+    """Zeros that, on a CPU, take time and memory only where they are written.
+
+    Slots are seldom full, and the memory grows several times while streams arrive.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
@@ -130,11 +132,11 @@ class Slot:
 class Slots:
     """Who owns which slot. Slot i lies at row i of the memory."""
 
-    def __init__(self, memory: Memory, budget: int, most_slots: int, context: int) -> None:
+    def __init__(self, memory: Memory, budget: int, max_slots: int, context: int) -> None:
         """``budget`` is in bytes; ``context`` the most tokens a stream can have."""
         self._memory = memory
         self._budget_tokens = max(budget // memory.bytes_per_token, 1)
-        self._most_slots = most_slots
+        self._max_slots = max_slots
         self._context = context
         self._clock = itertools.count()
         self._slots: list[Slot] = []
@@ -147,8 +149,7 @@ class Slots:
         return min(self._context, self._budget_tokens)
 
     def shared_prefix(self, stream: Stream) -> tuple[int, int]:
-        """How many of the stream's tokens are computed in some slot now, and how many will be once the running
-        streams have computed what they hold."""
+        """How many of the stream's first tokens some slot holds now, and how many once the running streams are done."""
         now = soon = 0
         for slot in self._slots:
             tokens, computed = slot.held
@@ -161,9 +162,9 @@ class Slots:
     def admit(self, stream: Stream) -> bool:
         """Give the stream a slot, with the longest prefix that any slot holds; False where there is no room now."""
         try:
-            if not self._make_room(stream.most_tokens):
+            if not self._make_room(stream.max_length):
                 return False
-        except torch.OutOfMemoryError:  # other programs use the GPU, too
+        except torch.OutOfMemoryError:  # other programs use the GPU as well
             return False
         source, length = self._longest_prefix(stream)
         target = self._choose_target(source, length)
@@ -171,7 +172,7 @@ class Slots:
         if target is source:
             self._swap(self._slots.index(target), place)
         else:
-            target.tokens = []  # what it held need not be moved
+            target.tokens = []  # nothing of it has to be moved
             self._swap(self._slots.index(target), place)
             if length:
                 self._memory.copy(self._slots.index(source), place, length)
@@ -199,25 +200,25 @@ class Slots:
         stream.slot = -1
 
     def _make_room(self, tokens: int) -> bool:
-        """See that there is an idle slot and that slots take ``tokens`` tokens, within the budget."""
+        """Provide an idle slot that takes ``tokens`` tokens, within the budget; False where that is impossible now."""
         memory, running = self._memory, len(self.active)
         if running < memory.slots and tokens <= memory.capacity:
-            if all(slot.tokens for slot in self._slots[running:]):  # rather grow than evict
-                self._resize(min(memory.slots * 2, self._most_slots), memory.capacity)
+            if all(slot.tokens for slot in self._slots[running:]):  # grow before evicting
+                self._resize(min(memory.slots * 2, self._max_slots), memory.capacity)
             return True
-        if running >= self._most_slots:
+        if running >= self._max_slots:
             return False
-        need = max([tokens, *(stream.most_tokens for stream in self.active)])
+        need = max([tokens, *(stream.max_length for stream in self.active)])
         capacity = memory.capacity or min(FIRST_CAPACITY, self._context)
         while capacity < need:
             capacity *= 2
         capacity = min(capacity, self._context)
         if (running + 1) * capacity > self._budget_tokens:
-            capacity = need  # long idle streams and the room to spare have to go
+            capacity = need  # give up long idle streams and spare room
         if (running + 1) * capacity > self._budget_tokens:
             return False
         slots = memory.slots if running < memory.slots else memory.slots * 2
-        self._resize(min(max(slots, FIRST_SLOTS), self._most_slots), capacity)
+        self._resize(min(max(slots, FIRST_SLOTS), self._max_slots), capacity)
         return True
 
     def _resize(self, slots: int, capacity: int) -> None:
@@ -225,7 +226,7 @@ class Slots:
         slots = max(min(slots, self._budget_tokens // capacity), running + 1)
         if (slots, capacity) == (self._memory.slots, self._memory.capacity):
             return
-        if slots < len(self._slots):  # the idle slots used last have to come first, since only those stay
+        if slots < len(self._slots):  # only the first slots stay: the most recently used idle ones move there
             idle = sorted(self._slots[running:], key=lambda slot: (bool(slot.tokens), slot.last_used), reverse=True)
             for place, slot in enumerate(idle[: slots - running], start=running):
                 self._swap(self._slots.index(slot), place)
@@ -265,7 +266,7 @@ class Slots:
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists share from the first. Bisection over slices, since comparing slices is fast."""
+    """How many tokens two lists share from the first. It bisects, since comparing slices is fast."""
     low, high = 0, min(len(one), len(other))
     if high == 0 or one[0] != other[0]:
         return 0

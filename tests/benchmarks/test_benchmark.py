@@ -12,7 +12,7 @@ from benchmarks.overhead import step_seconds
 from benchmarks.plan import Plan
 from benchmarks.report import Report, Row, Skipped
 from benchmarks.side import Side, SideError
-from lmtp.engine import grammar as constraints
+from lmtp.engine import masks
 from lmtp.protocol import Generate
 
 MACHINE = {"CPU": "Some(R) Processor 9 @ 2GHz", "cores": "2", "RAM": "24 GiB", "dtype": "bfloat16"}
@@ -113,7 +113,7 @@ def test_a_step_is_counted_while_all_streams_are_under_way() -> None:
 def test_prompts_depend_on_their_key_alone() -> None:
     assert prompts.tokens(9, "a", 1) == prompts.tokens(9, "a", 1) != prompts.tokens(9, "a", 2)
     operation = Generate(stream_id=0, prompt=[1], mask=prompts.half_mask("a"))
-    bias = constraints.bias_of(operation, prompts.VOCABULARY)
+    bias = masks.bias_of(operation, prompts.VOCABULARY)
     assert bias is not None
     assert 0.45 < bias.isneginf().float().mean() < 0.55
 

@@ -1,5 +1,6 @@
 """Drafts: steps saved where a text repeats itself, and nothing else changed."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -181,7 +182,7 @@ def test_many_streams_at_once_leave_no_room_for_guesses(llama: Pair) -> None:
 def test_guesses_beside_scores_draws_and_a_long_prompt_in_chunks_change_none_of_them() -> None:
     model = build("llama")
     engine = start(model)
-    engine.scheduler._busy_chunk = 40
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, busy_chunk=40)
     few, drawn, long, scored = random_prompts(20, 20, 300, 12, seed=8)
     alone = answers(engine, Generate(stream_id=0, prompt=drawn, max_tokens=30, temperature=1.0, seed=3)).ids()
     first = begin(

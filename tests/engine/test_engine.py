@@ -4,6 +4,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,17 @@ from transformers import PreTrainedModel
 
 from lmtp.engine import sampling
 from lmtp.engine.engine import Engine
-from lmtp.engine.grammar import Allowed
-from lmtp.engine.scheduler import Step
-from lmtp.engine.stream import Generation
+from lmtp.engine.masks import Allowed
+from lmtp.engine.stream import Generation, OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
+from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.slot_runner import SlotRunner
 from lmtp.runners.slots import Memory
+from lmtp.runners.step import Step
 from tests.tiny import (
     ARCHITECTURES,
+    CACHE_MODELS,
     END,
-    FALLBACKS,
     VOCABULARY,
     answers,
     begin,
@@ -36,10 +39,10 @@ from tests.tiny import random_prompts as prompts
 Pair = tuple[PreTrainedModel, Engine]
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *FALLBACKS])
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *CACHE_MODELS])
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
     for model, engine in running(request.param):
-        assert engine.runner_description.startswith("fallback" if request.param in FALLBACKS else "slots")
+        assert isinstance(engine.runner, CacheRunner if request.param in CACHE_MODELS else SlotRunner)
         yield model, engine
 
 
@@ -126,7 +129,7 @@ def test_a_cancelled_prediction_holds_no_slot_and_harms_no_other(any_model: Pair
         next(iter(abandoned))
     ids = collect(other).ids()
     answers(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
     assert ids == own_greedy(model, short, 20)
 
 
@@ -137,7 +140,7 @@ def test_who_waits_for_a_cancelled_prediction_is_told(any_model: Pair) -> None:
     with pytest.raises(asyncio.CancelledError):
         collect(prediction)
     answers(engine, ModelInfo(stream_id=0))
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
 
 
 def test_only_tokens_that_a_mask_allows_are_generated_and_their_logprobs_sum_to_one(any_model: Pair) -> None:
@@ -181,7 +184,7 @@ def test_a_finished_prediction_ends_before_the_others_have_another_step(monkeypa
     ended, seen = threading.Event(), set[object]()
     prepare = engine.runner.prepare
 
-    def prepare_waiting(step: Step) -> Callable[[], torch.Tensor]:
+    def prepare_waiting(step: Step[OperationStream]) -> Callable[[], torch.Tensor]:
         active = {stream.operation.stream_id for stream in step.streams}
         finished = "short" in seen - active
         seen.update(active)
@@ -243,13 +246,13 @@ def test_a_long_prompt_is_computed_in_turns_with_the_streams_that_decode(
 ) -> None:
     model, _ = llama
     engine = start(model)
-    engine.scheduler._busy_chunk = 50
+    engine.runner.step_limits = replace(engine.runner.step_limits, busy_chunk=50)
     short, long = prompts(5, 400, seed=12)
 
     prepare = engine.runner.prepare
-    steps: list[list[int]] = []
+    steps: list[Sequence[int]] = []
 
-    def noting(step: Step) -> Callable[[], torch.Tensor]:
+    def noting(step: Step[OperationStream]) -> Callable[[], torch.Tensor]:
         steps.append(step.counts)
         return prepare(step)
 
@@ -355,7 +358,7 @@ def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("illegal memory access")
 
-    def run_some(step: Step) -> Callable[[], torch.Tensor]:
+    def run_some(step: Step[OperationStream]) -> Callable[[], torch.Tensor]:
         if engine.counters.steps > 5:
             monkeypatch.setattr(Memory, "clear", fail)
             monkeypatch.setattr(Memory, "swap", fail)
@@ -411,7 +414,7 @@ def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_me
     for i, (prompt, result) in enumerate(zip(several, results, strict=True)):
         assert result.ids() == own_greedy(model, prompt, 10 + i)
         assert [t.finish_reason is not None for t in result.tokens()].count(True) == 1
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
     too_long = answers(start(model, kv_budget=per_token * 50), Generate(stream_id=0, prompt=several[2]))
     assert "memory for keys and values (KV_CACHE_GB) holds 50" in too_long.error()
     engine.stop()

@@ -1,5 +1,6 @@
 """Sampling against Transformers' own logits processors, and draws that no neighbour changes."""
 
+import copy
 import math
 import random
 from collections import Counter
@@ -18,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lmtp.engine.sampling import sample, score
+from lmtp.engine.sampling import Target, sample
 from lmtp.protocol import Generate
 
 VOCABULARY = 3000
@@ -146,7 +147,7 @@ def test_a_row_without_numbers_is_an_error_of_that_row_alone(vocabulary: int) ->
 
 def test_scores_are_log_softmax_at_the_targets() -> None:
     logits = logits_of(3)
-    choices = score(logits.bfloat16(), [4, 5, 6], [0, 2, 0])
+    choices = sample(logits.bfloat16(), [Target(4, 0), Target(5, 2), Target(6, 0)])
     expected = logits.bfloat16().float().log_softmax(-1)
     assert [c.logprob for c in choices] == pytest.approx(
         [expected[i, t].item() for i, t in enumerate((4, 5, 6))], abs=1e-5
@@ -154,9 +155,22 @@ def test_scores_are_log_softmax_at_the_targets() -> None:
     assert len(choices[1].top) == 3
 
 
+def test_scores_and_draws_share_a_batch_and_change_nothing_for_each_other() -> None:
+    logits = logits_of(5)
+    rows: list[Row | Target] = [
+        Row(settings(temperature=1.5, top_logprobs=3), generator=random.Random(0)),
+        Target(7, 0),
+        Row(settings(), generator=random.Random(1)),
+        Target(8, 4),
+        Row(settings(temperature=0.9, presence_penalty=1.0), generator=random.Random(2)),
+    ]
+    fresh = copy.deepcopy(rows)
+    assert sample(logits, rows) == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(fresh)]
+
+
 def test_a_score_without_numbers_reports_none() -> None:
     logits = logits_of(2)
     logits[1, 7] = torch.nan
-    fine, broken = score(logits, [4, 5], [2, 2])
-    assert fine == score(logits[:1], [4], [2])[0]
+    fine, broken = sample(logits, [Target(4, 2), Target(5, 2)])
+    assert fine == sample(logits[:1], [Target(4, 2)])[0]
     assert all(math.isfinite(value) for value in (broken.logprob, *broken.top.values()))

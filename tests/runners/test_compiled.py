@@ -1,23 +1,20 @@
-"""The compiled step: it answers as the model's own code does, and a server goes over to one made while it serves."""
+"""The compiled step answers as the model's own code does."""
 
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from lmtp.runners import compiled
-from lmtp.runners.slot_runner import ModelStep, Reference, UnsupportedModel, check, layers_of
+from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.slot_runner import SlotStep, UnsupportedModel, layers_of
 from lmtp.runners.slots import Memory
-from tests.server import ROOT, serving
+from lmtp.runners.step import StepInputs
 from tests.tiny import answers, build, random_prompts, start
 
 pytestmark = [
@@ -34,9 +31,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def library(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "step.so"
-    layers, reference, step = layers_of(model), Reference.of(model), ModelStep(model)
-    memory = Memory(*layers, model.dtype)
-    compiled.build(step, model, len(step.rules), memory, path, lambda made: check(model, layers, reference, made))
+    step, layers, reference = SlotStep(model), layers_of(model), Reference.of(model)
+    compiled.build(step, layers, path, lambda made: check_slots(step, layers, reference, made))
     return path
 
 
@@ -44,7 +40,7 @@ def library(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) ->
 def engines(model: PreTrainedModel, library: Path) -> Iterator[tuple[Engine, Engine]]:
     """One with the compiled step, one without."""
     both = start(model, compiled=library), start(model)
-    assert [engine.runner_description for engine in both] == ["slots, compiled step", "slots"]
+    assert [engine.runner.description for engine in both] == ["slots, compiled step", "slots"]
     yield both
     for engine in both:
         engine.stop()
@@ -67,25 +63,27 @@ def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Eng
 
 
 def test_a_steps_memory_is_free_once_its_tensors_are(model: PreTrainedModel, library: Path) -> None:
-    step, memory = compiled.CompiledStep(library), Memory(*layers_of(model), model.dtype)
+    step, memory = compiled.CompiledStep(library), Memory(layers_of(model), model.dtype)
     memory.resize(4, 64)
     addresses: dict[str, set[int]] = {"given": set(), "taken": set()}
     for _ in range(32):
         ids, mask = torch.ones(4, 32, dtype=torch.long), torch.zeros(4, 1, 32, 16)
         wanted = torch.arange(4 * 32)
-        logits = step(ids, ids, ids, wanted, [mask] * len(ModelStep(model).rules), memory.keys, memory.values)
+        masks = [mask] * len(SlotStep(model).rules)
+        logits = step(StepInputs(ids, ids, ids, wanted, masks, memory.keys, memory.values))
         addresses["given"].add(mask.data_ptr())
         addresses["taken"].add(logits.data_ptr())
-        del ids, mask, wanted, logits
+        del ids, mask, masks, wanted, logits
     assert all(len(seen) < 32 for seen in addresses.values())
 
 
 def test_a_step_for_another_model_is_not_used(library: Path, model: PreTrainedModel) -> None:
     other = build(model.config.model_type, seed=1)
     with pytest.raises(UnsupportedModel, match="positions differ from the model's own forward pass"):
-        check(other, layers_of(other), Reference.of(other), compiled.CompiledStep(library))
+        check_slots(SlotStep(other), layers_of(other), Reference.of(other), compiled.CompiledStep(library))
     engine = start(other, compiled=library)
-    assert engine.runner_description.startswith("slots; not faster, since UnsupportedModel: ")
+    assert engine.runner.description == "slots"
+    assert engine.runner.reason.startswith("no faster step: UnsupportedModel: ")
     engine.stop()
 
 
@@ -93,33 +91,6 @@ def test_a_file_that_is_no_compiled_step_is_not_used(model: PreTrainedModel, tmp
     damaged = tmp_path / "step.so"
     damaged.write_bytes(b"nothing")
     engine = start(model, compiled=damaged)
-    assert engine.runner_description.startswith("slots; not faster, since OSError: ")
+    assert engine.runner.description == "slots"
+    assert engine.runner.reason.startswith("no faster step: OSError: ")
     engine.stop()
-
-
-def test_a_server_compiles_while_it_serves_and_the_next_start_finds_the_step(
-    demo_weights: Path, tmp_path: Path
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo_weights)
-    source, weights, library = tmp_path / "source", tmp_path / "weights", tmp_path / "compiled"
-    build("llama", vocab_size=len(tokenizer)).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    fetch = [sys.executable, str(ROOT / "script/download_weights"), str(source), "--to", str(weights)]
-    subprocess.run(fetch, check=True, capture_output=True)
-    environment = {"WEIGHTS_DIR": str(weights), "COMPILED_DIR": str(library), "DTYPE": "float32", "COMPILE": "on"}
-
-    def answer(url: str) -> str:
-        body = {"input": {"prompt": "One, two,", "prompt_template": "{prompt}", "max_tokens": 12}}
-        return "".join(httpx.post(f"{url}/predictions", json=body, timeout=60).json()["output"])
-
-    with serving(ROOT, **environment) as server:
-        before = answer(server.url)
-        assert not list(library.glob("*.so"))  # it did not wait for the compiler
-        deadline = time.monotonic() + 300
-        while not any("compiled step: ready, in use" in line for line in server.log):
-            assert time.monotonic() < deadline, "".join(server.log[-20:])
-            time.sleep(0.2)
-        assert answer(server.url) == before
-    with serving(ROOT, **environment) as server:
-        assert any("runner: slots, compiled step" in line for line in server.log)
-        assert answer(server.url) == before

@@ -15,7 +15,7 @@ def test_streams_decoded_by_graphs_equal_those_decoded_without() -> None:
     model = build("llama")
     torch.nn.Module.cuda(model)
     engine = start(model)
-    assert engine.runner_description == "slots, decode steps as CUDA graphs"
+    assert engine.runner.description == "slots, decode steps as CUDA graphs"
     runner = engine.runner
     assert isinstance(runner, SlotRunner)
     assert isinstance(runner.fast, GraphedStep)

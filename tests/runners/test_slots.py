@@ -5,26 +5,38 @@ import random
 import pytest
 import torch
 
-from lmtp.engine.stream import Generation, Limits
-from lmtp.protocol import Generate
-from lmtp.runners.slots import LayerShape, Memory, Slots, common_prefix
+from lmtp.runners.slots import Layer, Memory, Slots, common_prefix
+from lmtp.runners.step import Stream
 
-LIMITS = Limits(vocabulary=1000, context=1024, end_of_sequence=())
-SHAPES = [LayerShape(heads=1, key_dim=2, value_dim=2), LayerShape(heads=1, key_dim=2, value_dim=4)]
+CONTEXT = 1024
+CPU = torch.device("cpu")
+LAYERS = [Layer(heads=1, key_dim=2, value_dim=2, device=CPU), Layer(heads=1, key_dim=2, value_dim=4, device=CPU)]
 PER_TOKEN = (2 + 2 + 2 + 4) * 4
 
 
-def make(tokens: int = 10_000, most_slots: int = 64) -> tuple[Memory, Slots]:
-    memory = Memory(SHAPES, [torch.device("cpu")] * 2, torch.float32)
+def make(tokens: int = 10_000, max_slots: int = 64) -> tuple[Memory, Slots]:
+    memory = Memory(LAYERS, torch.float32)
     assert memory.bytes_per_token == PER_TOKEN
-    return memory, Slots(memory, tokens * PER_TOKEN, most_slots, LIMITS.context)
+    return memory, Slots(memory, tokens * PER_TOKEN, max_slots, CONTEXT)
 
 
-def stream(prompt: list[int], max_tokens: int = 8) -> Generation:
-    return Generation(Generate(stream_id=0, prompt=prompt, max_tokens=max_tokens), prompt, LIMITS, None, None)
+class Text(Stream):
+    """A stream that has to compute all of its tokens and wants the last one's logits."""
+
+    @property
+    def goal(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def first_wanted(self) -> int:
+        return len(self.tokens) - 1
 
 
-def compute(memory: Memory, some: Generation) -> None:
+def stream(prompt: list[int], max_tokens: int = 8) -> Text:
+    return Text(list(prompt), len(prompt), min(len(prompt) + max_tokens, CONTEXT))
+
+
+def compute(memory: Memory, some: Text) -> None:
     """Write what the model would: here a token's keys and values are the token itself."""
     ids = torch.tensor(some.tokens, dtype=torch.float32)[None, :, None]
     for tensor in (*memory.keys, *memory.values):
@@ -32,7 +44,7 @@ def compute(memory: Memory, some: Generation) -> None:
     some.computed = len(some.tokens)
 
 
-def check(memory: Memory, some: Generation) -> None:
+def check(memory: Memory, some: Text) -> None:
     ids = torch.tensor(some.tokens[: some.computed], dtype=torch.float32)[None, :, None]
     for tensor in (*memory.keys, *memory.values):
         assert (tensor[some.slot, :, : some.computed] == ids).all()
@@ -88,7 +100,7 @@ def test_contents_that_are_not_to_be_kept_are_not_reused() -> None:
 
 
 def test_the_idle_slot_used_longest_ago_has_to_go() -> None:
-    memory, slots = make(most_slots=3)
+    memory, slots = make(max_slots=3)
     for start in (100, 200, 300):
         some = stream(list(range(start, start + 60)))
         slots.admit(some)
@@ -122,9 +134,9 @@ def test_common_prefix_counts_shared_tokens() -> None:
 @pytest.mark.parametrize("tokens", [700, 3000, 100_000])
 def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(tokens: int) -> None:
     generator = random.Random(tokens)
-    memory, slots = make(tokens, most_slots=12)
+    memory, slots = make(tokens, max_slots=12)
     texts = [[generator.randrange(900) for _ in range(300)] for _ in range(4)]
-    running: list[Generation] = []
+    running: list[Text] = []
     admitted = 0
     for _ in range(600):
         if generator.random() < 0.5 or not running:
@@ -141,7 +153,7 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
                 compute(memory, some)
         elif generator.random() < 0.5:
             grown = generator.choice(running)
-            if len(grown.tokens) < grown.most_tokens:
+            if len(grown.tokens) < grown.max_length:
                 grown.tokens.append(generator.randrange(900))
                 compute(memory, grown)
         else:

@@ -28,11 +28,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import grammar as constraints
 from lmtp.engine.engine import Engine
-from lmtp.engine.scheduler import Step
+from lmtp.engine.stream import OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Token
+from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.step import Step
 from lmtp.text import render_prompt
 from lmtp.weights import load as weights
-from tests.tiny import Answers, answers, begin, build, own_greedy, own_logits
+from tests.tiny import Answers, answers, begin, build, own_greedy, own_logits, start
 
 GENERATIONS = 20_000 if os.environ.get("NIGHTLY") else 1_000
 TOGETHER = 64
@@ -69,7 +71,7 @@ def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
-    engine = Engine(model, tokenizer)
+    engine = start(model, tokenizer)
     yield engine
     engine.stop()
 
@@ -175,7 +177,7 @@ def test_random_constraints_are_never_violated(engine: Engine, tokenizer: PreTra
                 ended += 1
                 assert violation(kind, constraint, text_of(tokens)) is None, (constraint, text_of(tokens))
     assert ended > 0.9 * total
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
 
 
 def check_logprobs(
@@ -274,8 +276,8 @@ def test_a_forced_run_is_computed_at_once_alone_and_rides_along_in_a_crowd(
     steps: list[list[int]] = []
     prepare = engine.runner.prepare
 
-    def recording(step: Step) -> Callable[[], torch.Tensor]:
-        steps.append(step.counts)
+    def recording(step: Step[OperationStream]) -> Callable[[], torch.Tensor]:
+        steps.append(list(step.counts))
         return prepare(step)
 
     monkeypatch.setattr(engine.runner, "prepare", recording)
@@ -414,7 +416,7 @@ def test_a_constraint_that_cannot_be_used_fails_its_stream_within_a_second(
 
 
 def test_without_a_fast_tokenizer_a_constraint_is_an_error_and_all_else_is_served() -> None:
-    engine = Engine(build("llama"), None)  # type: ignore[arg-type]
+    engine = start(build("llama"))
     batch = answers(engine, Generate(stream_id=0, prompt=[5], regex="a"), Generate(stream_id=1, prompt=[5]))
     assert "constraints need a fast tokenizer" in batch.error(0)
     assert batch.ids(1)
@@ -475,7 +477,7 @@ def test_a_cancelled_constrained_prediction_holds_no_slot(engine: Engine) -> Non
     with begin(engine, Generate(stream_id=0, prompt="x", regex="[ab]{400}", max_tokens=400)) as abandoned:
         next(iter(abandoned))
     answers(engine, ModelInfo(stream_id=0))  # the engine has taken the cancellation once it answers this
-    assert engine.scheduler.memory.active == []
+    assert engine.runner.active == []
     assert text_of(one(engine, choices=["still here"]).tokens()) == "still here"
 
 
@@ -483,8 +485,8 @@ def test_models_that_slots_cannot_serve_follow_grammars_too(
     tokenizer: PreTrainedTokenizerBase, matching: LLTokenizer
 ) -> None:
     model = wild(tokenizer, "rwkv")
-    engine = Engine(model, tokenizer)
-    assert engine.runner_description.startswith("fallback")
+    engine = start(model, tokenizer)
+    assert isinstance(engine.runner, CacheRunner)
     prompt = tokenizer.encode("x y z")
     tokens = answers(engine, Generate(stream_id=0, prompt=prompt, json_schema=COLOURS, top_logprobs=3)).tokens()
     grammar = LLMatcher.grammar_from_json_schema(COLOURS, defaults=constraints.JSON_STYLE)
@@ -494,7 +496,7 @@ def test_models_that_slots_cannot_serve_follow_grammars_too(
 
 def test_the_demo_model_answers_in_the_form_that_was_asked_for(demo_weights: Path) -> None:
     loaded = weights.load(demo_weights, dtype="float32")
-    engine = Engine(loaded.model, loaded.tokenizer)
+    engine = start(loaded.model, loaded.tokenizer)
     city = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 30}, "capital": {"type": "boolean"}},

@@ -1,0 +1,103 @@
+"""Masks: which tokens a stream may produce, as an additive bias over the vocabulary.
+
+A bias is a float32 tensor ``[vocabulary]`` added to the logits: 0 for an allowed token, a finite number for one made
+more or less likely, negative infinity for an impossible one. Adding it is exact: an impossible token has probability 0
+whatever its logit.
+
+``logit_bias`` and ``mask`` give a stream one bias for all its tokens. A grammar (grammar.py) allows other tokens after
+each one; `Allowed` holds what the grammars of one step allow.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lmtp.protocol import FORCE, Generate, RequestError
+
+
+def bias_of(operation: Generate, vocabulary: int) -> Tensor | None:
+    """The operation's ``logit_bias`` and ``mask`` as one bias ``[vocabulary]`` on the CPU; None if it has neither.
+
+    Raises RequestError for an id outside the vocabulary, a malformed mask, and a combination that allows nothing.
+    """
+    if not operation.logit_bias and operation.mask is None:
+        return None
+    bias = torch.zeros(vocabulary)
+    if operation.logit_bias:
+        bias += _logit_bias(operation.logit_bias, vocabulary)
+    if operation.mask is not None:
+        bias[~_bitset(operation.mask, vocabulary)] = -math.inf
+    if torch.isneginf(bias).all():
+        raise RequestError("logit_bias and mask leave no token that may be generated.")
+    return bias
+
+
+def _logit_bias(logit_bias: dict[int, float], vocabulary: int) -> Tensor:
+    """LMQL's dense-or-sparse mask (see docs/protocol.md, Masks) as a bias ``[vocabulary]``."""
+    ids = torch.from_numpy(np.fromiter(logit_bias.keys(), dtype=np.int64, count=len(logit_bias)))
+    values = torch.from_numpy(np.fromiter(logit_bias.values(), dtype=np.float32, count=len(logit_bias)))
+    if int(ids.max()) >= vocabulary:
+        raise RequestError(f"logit_bias: token id {int(ids.max())} is outside the vocabulary of {vocabulary}.")
+    only_forced = bool((values >= FORCE).any())
+    bias = torch.full((vocabulary,), -math.inf if only_forced else 0.0)
+    if only_forced:
+        bias[ids[values >= FORCE]] = 0.0
+    else:
+        bias[ids] = torch.where(values <= -FORCE, -math.inf, values)
+    return bias
+
+
+def _bitset(mask: str, vocabulary: int) -> Tensor:
+    """A base64 bitset, least significant bit first, as a bool tensor ``[vocabulary]``: true is allowed."""
+    try:
+        packed = np.frombuffer(base64.b64decode(mask, validate=True), dtype=np.uint8)
+    except (binascii.Error, ValueError):
+        raise RequestError("mask: not valid base64.") from None
+    size = (vocabulary + 7) // 8
+    if len(packed) != size:
+        raise RequestError(f"mask: {len(packed)} bytes; a vocabulary of {vocabulary} takes {size}, a bit per token id.")
+    return torch.from_numpy(np.unpackbits(packed, bitorder="little")[:vocabulary].astype(bool))
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the grammars of a step allow.
+
+    ``bits`` is uint8 ``[len(rows), bytes]``: a bit for each token id, least significant first. ``rows`` are the rows of
+    the step's logits that it applies to.
+    """
+
+    rows: list[int]
+    bits: Tensor
+
+    def part(self, part: slice) -> Allowed | None:
+        """The same for some neighbouring rows alone; None if it applies to none of them."""
+        places = [place for place, row in enumerate(self.rows) if part.start <= row < part.stop]
+        return Allowed([self.rows[place] - part.start for place in places], self.bits[places]) if places else None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The float32 logits ``[all rows, vocabulary]``, with negative infinity where a token is not allowed."""
+        bits = self.bits.to(logits.device, non_blocking=True)
+        bias = functional.embedding(bits.int(), _byte_biases(logits.device)).flatten(1)[:, : logits.shape[-1]]
+        if len(self.rows) == len(logits):
+            return logits + bias
+        return logits.index_add(0, torch.tensor(self.rows, device=logits.device), bias)
+
+
+def _byte_biases(device: torch.device) -> Tensor:
+    """``[256, 8]``: for every byte of a bitset, the bias of its eight tokens."""
+    if device not in _BYTE_BIASES:
+        bits = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
+        _BYTE_BIASES[device] = torch.where(bits.bool(), 0.0, -math.inf).to(device)
+    return _BYTE_BIASES[device]
+
+
+_BYTE_BIASES: dict[torch.device, Tensor] = {}

@@ -1,0 +1,103 @@
+"""The runner: the one object that keeps the streams' state and runs steps. `open_runner` picks one for a model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.compiled import CompiledStep
+from lmtp.runners.graphs import GraphedStep
+from lmtp.runners.limits import limits_of
+from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.step import Step, StepLimits, Stream
+
+MAX_SLOTS = 256
+GPU_RESERVE = 0.1
+"""The share of GPU memory left for activations when the KV budget is chosen."""
+
+
+class Runner(Protocol):
+    """Keeps the state of streams and runs steps."""
+
+    description: str
+    """What serves the model, for setup's log and MODEL_INFO."""
+    reason: str
+    """Why nothing faster serves it; empty where there is nothing faster."""
+    step_limits: StepLimits
+
+    @property
+    def active(self) -> Sequence[Stream]:
+        """The admitted streams, in slot order."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens one stream can hold."""
+
+    def shared_prefix(self, stream: Stream) -> tuple[int, int]:
+        """How many of the stream's first tokens are computed now, and how many once running streams are done."""
+
+    def admit(self, stream: Stream) -> bool:
+        """Let the stream run, from the longest computed prefix; False where there is no room now."""
+
+    def release(self, stream: Stream, keep: bool = True) -> None:
+        """Take back what the stream held. Its tokens stay reusable unless ``keep`` is false."""
+
+    def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
+        """Do what can be done ahead, and return what runs the model.
+
+        That returns the logits ``[wanted, vocabulary]`` at the step's wanted positions, stream by stream in order of
+        position.
+        """
+
+
+def open_runner(
+    model: PreTrainedModel, kv_budget: int | None = None, compiled: Path | None = None, graphs: bool = True
+) -> Runner:
+    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches.
+
+    ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
+    the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
+    decodes by CUDA graphs.
+    """
+    context = limits_of(model).context
+    try:
+        layers = layers_of(model)
+        budget = kv_budget if kv_budget is not None else _default_budget(model.device)
+        step = SlotStep(model)
+        reference = Reference.of(model)
+        check_slots(step, layers, reference)
+    except Exception as error:  # whatever the model's code raises, its own caches are there to go on with
+        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
+        return CacheRunner(model, context, f"slots do not serve it: {reason}")
+    runner = SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context)
+    try:
+        if fast := _fast_step(step, layers, compiled, graphs):
+            check_slots(step, layers, reference, fast)
+            runner.fast, runner.description = fast, f"slots, {fast.description}"
+    except Exception as error:  # the model's own code is there to go on with
+        runner.reason = f"no faster step: {type(error).__name__}: {error}"
+    return runner
+
+
+def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:
+    devices = {layer.device for layer in layers}
+    if len(devices) != 1:
+        return None
+    if devices.pop().type == "cuda":
+        return GraphedStep(step) if graphs else None
+    return CompiledStep(compiled) if compiled and compiled.exists() else None
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        # While the memory grows, old and new tensors exist together.
+        return max(free - int(total * GPU_RESERVE), 0) // 2
+    return psutil.virtual_memory().available // 4

@@ -1,0 +1,116 @@
+"""The self-check: a runner proves itself on the model before it serves.
+
+Uneven texts go through chunks, single tokens, padding, reuse and moves. Every position's logits are compared with the
+model's own forward pass.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, UnsupportedModel, input_device
+from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.step import Step, Stream
+
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+"""How far a position's logits may be from the model's own, relative to their spread. After random tokens a bfloat16
+model is this far from its float32 self at one position of ten; a wrong mask or a lost cache moves nearly all of them
+further."""
+
+FORGIVEN = {torch.float32: 0.0, torch.float16: 0.25, torch.bfloat16: 0.25}
+"""The share of positions that may be further off: rounding decides which expert a mixture asks."""
+
+SHARED = 8
+"""How many tokens the last text takes over from another one."""
+
+TOKENS, SLOTS, CONTEXT = 512, 8, 64
+"""The size of the memory in which the check runs."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Some uneven texts, and for each the logits ``[tokens - 1, vocabulary]`` of the model's own forward pass."""
+
+    texts: list[list[int]]
+    logits: list[Tensor]
+    dtype: torch.dtype
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: PreTrainedModel) -> "Reference":
+        """Random texts; the last begins as the longest does."""
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        generator = np.random.default_rng(0)
+        texts = [generator.integers(vocabulary, size=size).tolist() for size in (5, 14, 9)]
+        texts.append(texts[1][:SHARED] + texts[2][:5])
+        longest = max(map(len, texts))
+        # Padded at the end, where no token of a text sees it.
+        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=input_device(model))
+        logits = model(input_ids=ids, use_cache=False).logits
+        return cls(texts, [row[: len(text) - 1].float() for row, text in zip(logits, texts, strict=True)], model.dtype)
+
+
+class _Text(Stream):
+    """A text whose every next-token distribution is wanted."""
+
+    def __init__(self, tokens: list[int], prompt_length: int = 1) -> None:
+        super().__init__(tokens, prompt_length, len(tokens))
+
+    @property
+    def goal(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def first_wanted(self) -> int:
+        return self.prompt_length - 1
+
+
+@torch.inference_mode()
+def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, fast: FastStep | None = None) -> None:
+    """Prove slots, and ``fast`` where it is given, against the reference.
+
+    Raises UnsupportedModel where they disagree.
+    """
+    memory = Memory(layers, reference.dtype)
+    runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
+    *early, last = reference.texts
+    late = _Text(last, prompt_length=SHARED)
+    texts: list[Stream] = [*map(_Text, early), late]
+    got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
+    for text in texts[:-1]:
+        runner.admit(text)
+    for first, most in itertools.cycle(((0, 7), (0, 1), (1, 4))):
+        if late.computed == 0 and runner.shared_prefix(late)[0] == SHARED - 1:
+            runner.admit(late)  # another row has computed what it shares
+        if not runner.active:
+            break
+        rows = runner.active[min(first, len(runner.active) - 1) :]
+        counts = [min(text.pending, most) for text in rows]
+        # Copied, since a step may reuse the tensor it returns.
+        logits = runner.prepare(Step(rows, counts))().float().clone()
+        for text, count in zip(rows, counts, strict=True):
+            wanted = text.wanted(count)
+            got[text] += logits[:wanted].unbind()
+            logits = logits[wanted:]
+            text.computed += count
+        for text in rows:
+            if text.pending == 0:
+                runner.release(text)
+    _compare(reference, list(got.values()))
+
+
+def _compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
+    wrong = total = 0
+    for own, ours in zip(reference.logits, got, strict=True):
+        own = own[-len(ours) :]  # what the last text shares was not asked for
+        spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
+        distance = (own - torch.stack(list(ours))).norm(dim=-1) / spread.clamp(min=1e-9)
+        wrong += int((~(distance < AGREEMENT[reference.dtype])).sum())
+        total += len(ours)
+    if wrong > total * FORGIVEN[reference.dtype]:
+        raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")

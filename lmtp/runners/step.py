@@ -1,0 +1,109 @@
+"""A step: the streams that take part, how many tokens of each, and the tensors that the model takes.
+
+A stream is a list of tokens of which the first ``computed`` are in the runner's memory. A step computes some more of
+them. Prefill, decode, forced runs, drafts and scoring differ only in these numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+
+class Stream:
+    """What a runner knows of a stream."""
+
+    def __init__(self, tokens: list[int], prompt_length: int, max_length: int) -> None:
+        self.tokens = tokens
+        self.prompt_length = prompt_length
+        self.max_length = max_length
+        """Tokens it may come to hold, prompt included: its memory must have room for them."""
+        self.computed = 0
+        """How many tokens, from the first, have their keys and values in the runner's memory."""
+        self.reused = 0
+        """How many of those were computed for another stream."""
+        self.draft: list[int] = []
+        """Guessed next tokens, computed along with the known ones."""
+        self.slot = -1
+        """Its place in the runner's memory; -1 while it has none."""
+
+    @property
+    def goal(self) -> int:
+        """How many tokens have to be computed before the stream can go on or end."""
+        raise NotImplementedError
+
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are wanted. The positions before it are never computed twice."""
+        raise NotImplementedError
+
+    @property
+    def pending(self) -> int:
+        """How many known tokens still have to be computed."""
+        return self.goal - self.computed
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next ``count`` tokens to compute: known ones, then those of the draft."""
+        known = self.tokens[self.computed : self.computed + count]
+        return known + self.draft[: count - len(known)]
+
+    def wanted(self, count: int) -> int:
+        """At how many of the next ``count`` positions logits are wanted: the last ones."""
+        return max(self.computed + count - max(self.first_wanted, self.computed), 0)
+
+
+S_co = TypeVar("S_co", bound=Stream, covariant=True)
+
+
+@dataclass(frozen=True)
+class Step(Generic[S_co]):
+    """The tokens of one forward pass: the next ``counts[i]`` tokens of ``streams[i]``.
+
+    The streams are neighbours among the runner's active ones, in their order.
+    """
+
+    streams: Sequence[S_co]
+    counts: Sequence[int]
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """Which steps suit a runner; the scheduler keeps to them."""
+
+    chunk: int
+    """Tokens of a prefill step."""
+    busy_chunk: int
+    """The same while other streams decode, so that these do not stall; 0: a prompt takes one step in any case."""
+    logits: int
+    """Positions of one step at which logits may be wanted."""
+    drafts: bool
+    """Whether accepted draft tokens save time."""
+
+
+class StepInputs(NamedTuple):
+    """What one forward pass over slots takes. Row i is slot i of ``keys`` and ``values``."""
+
+    ids: Tensor
+    """``[rows, q]``: token ids; the padding of short rows has any id."""
+    positions: Tensor
+    """``[rows, q]``: each token's position in its stream."""
+    writes: Tensor
+    """``[rows, q]``: the column that each token's keys and values go to."""
+    wanted: Tensor
+    """``[wanted]``: indices into the flattened ``[rows * q]`` at which logits are wanted."""
+    masks: list[Tensor]
+    """One additive mask ``[rows, 1, q, columns]`` for each kind of attention layer: 0 where a position may look, the
+    dtype's minimum elsewhere. Empty where every row begins with these tokens: the model then makes its own causal
+    masks, and its attention skips what no position sees."""
+    keys: list[Tensor]
+    """Each layer's keys ``[slots, heads, capacity + 1, dim]``; the last column takes what padding writes."""
+    values: list[Tensor]
+    """Each layer's values, likewise."""
+
+
+ModelStep = Callable[[StepInputs], Tensor]
+"""The model's forward pass: the logits ``[wanted, vocabulary]`` at the wanted positions.
+
+slot_runner.SlotStep runs the model's own code; compiled.CompiledStep and graphs.GraphedStep are faster ways to run it.
+"""

@@ -138,6 +138,7 @@ class Engine:
             "longest_stream": self.runner.longest,
             "end_of_sequence": list(self.limits.end_of_sequence),
             "runner": self.runner.description,
+            "runner_reason": self.runner.reason,
             "extensions": EXTENSIONS,
         }
 

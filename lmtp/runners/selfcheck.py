@@ -46,8 +46,8 @@ class Reference:
         """Random texts; the last begins as the longest does."""
         vocabulary = model.get_output_embeddings().weight.shape[0]
         generator = np.random.default_rng(0)
-        texts = [generator.integers(vocabulary, size=size).tolist() for size in (5, 14, 9)]
-        texts.append(texts[1][:SHARED] + texts[2][:5])
+        texts = [generator.integers(vocabulary, size=size).tolist() for size in (5, 30, 21)]
+        texts.append(texts[1][:SHARED] + texts[2][:12])
         longest = max(map(len, texts))
         # Padded at the end, where no token of a text sees it.
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=input_device(model))
@@ -84,7 +84,7 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     for text in texts[:-1]:
         runner.admit(text)
-    for first, most in itertools.cycle(((0, 7), (0, 1), (1, 4))):
+    for first, most in itertools.cycle(((0, 7), (0, 1), (0, 1), (1, 4))):
         if late.computed == 0 and runner.shared_prefix(late)[0] == SHARED - 1:
             runner.admit(late)  # another row has computed what it shares
         if not runner.active:

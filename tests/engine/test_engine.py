@@ -5,6 +5,7 @@ import base64
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from lmtp.engine import sampling
-from lmtp.engine.engine import Engine
+from lmtp.engine.engine import Engine, OpenModel
 from lmtp.engine.masks import Allowed
 from lmtp.engine.stream import Generation, OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
 from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.runner import open_runner
 from lmtp.runners.slot_runner import SlotRunner
 from lmtp.runners.slots import Memory
 from lmtp.runners.step import Step
@@ -418,3 +420,26 @@ def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_me
     too_long = answers(start(model, kv_budget=per_token * 50), Generate(stream_id=0, prompt=several[2]))
     assert "memory for keys and values (KV_CACHE_GB) holds 50" in too_long.error()
     engine.stop()
+
+
+def test_the_model_is_opened_on_the_thread_that_runs_it() -> None:
+    names: list[str] = []
+
+    def open_model() -> OpenModel:
+        names.append(threading.current_thread().name)
+        model = build("llama")
+        tokenizer: Any = None
+        return OpenModel(model, tokenizer, open_runner(model))
+
+    engine = Engine(open_model)
+    assert names == ["engine"]
+    assert len(answers(engine, Generate(stream_id=0, prompt=[5], max_tokens=3, min_tokens=3)).ids()) == 3
+    engine.stop()
+
+
+def test_what_goes_wrong_while_the_model_is_opened_is_raised_to_who_starts_the_engine() -> None:
+    def open_model() -> OpenModel:
+        raise RuntimeError("no such model")
+
+    with pytest.raises(RuntimeError, match="no such model"):
+        Engine(open_model)

@@ -1,6 +1,6 @@
-# One way to run each thing. `make` alone lists them.
+# One command for each task. `make` alone lists them.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 PROMPT ?= What is the capital of France?
 SOURCE ?= demo
 VENV = .venv
@@ -9,7 +9,7 @@ MODEL = weights/manifest.json
 
 .PHONY: help predict serve test lint weights build bench clean
 
-help:  ## List what make can do
+help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 predict: $(READY) $(MODEL)  ## Run one prediction: make predict PROMPT="..."
@@ -31,10 +31,10 @@ lint: $(READY)  ## Check format, lint and types
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)
 
-build: $(READY) $(MODEL)  ## Compile the model's step for this machine, ahead of time
+build: $(READY) $(MODEL)  ## Compile the model's step for this machine
 	@script/build
 
-bench: $(READY) $(MODEL)  ## Measure against peers; writes benchmarks/results/
+bench: $(READY) $(MODEL)  ## Measure against peers; write benchmarks/results/
 	@script/benchmark
 
 clean:  ## Remove the environment, compiled steps and caches; weights stay
@@ -42,6 +42,7 @@ clean:  ## Remove the environment, compiled steps and caches; weights stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11")'
 	@$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@

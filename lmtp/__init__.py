@@ -19,3 +19,5 @@ if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
     with contextlib.suppress(AttributeError):  # another C library
         for parameter, value in ((M_TRIM_THRESHOLD, 2**29), (M_MMAP_THRESHOLD, 2**25), (M_ARENA_MAX, 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
+
+__version__ = "0.1.0"

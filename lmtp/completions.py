@@ -1,8 +1,8 @@
-"""One prompt's completions: the operations they take, and what a caller reads of the replies.
+"""One prompt's completions: the operations they need, and the answer read from the replies.
 
-A prompt is answered as text, as protocol lines, or as one JSON document. All of them come from the same operations:
-a GENERATE for each completion, a SCORE over the prompt where its own log-probabilities are asked for, and a SCORE for
-each option where the exact distribution over ``choices`` is.
+A prompt is answered as text, as protocol lines, or as one JSON document. The operations are the same for all three: a
+GENERATE for each completion, a SCORE over the prompt for ``prompt_logprobs``, and a SCORE for each option for
+``best_of_choices``.
 """
 
 import math
@@ -17,11 +17,11 @@ from lmtp import protocol, text
 from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Score, Token
 
 PROMPT = "prompt"
-"""The stream that scores the prompt; completions and options are numbered from 0."""
+"""The id of the stream that scores the prompt. Completions and options are numbered from 0."""
 
 
 class Completions:
-    """The completions of one prompt: make them with `operations`, then give them all replies."""
+    """The completions of one prompt. Run `operations`, then pass every reply to `add`."""
 
     def __init__(
         self,
@@ -32,29 +32,29 @@ class Completions:
         prompt_logprobs: bool = False,
         best_of_choices: bool = False,
     ) -> None:
-        """``generate`` holds the prompt's tokens and the settings of every completion; ``output`` is ``text``, ``lmtp``
-        or ``json``. Raises RequestError for settings that do not go together."""
+        """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
+        or ``json``. Raises RequestError for settings that contradict each other."""
         if output == "text" and n > 1:
-            raise RequestError(f"n is {n}: choose output json or lmtp, as text has no place for several completions.")
+            raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
-            raise RequestError("prompt_logprobs: choose output json or lmtp, as text has no place for numbers.")
+            raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
         if best_of_choices and not generate.choices:
-            raise RequestError("best_of_choices needs choices, the texts to compare.")
+            raise RequestError("best_of_choices needs choices: give the texts to compare.")
         if best_of_choices and n > 1:
-            raise RequestError(f"n is {n}: best_of_choices has one answer.")
+            raise RequestError(f"n is {n}: best_of_choices has one answer, so leave n at 1.")
         self.constraint = protocol.constraint_of(generate)
         self._output = output
         self._prompt = list(generate.prompt)
         self._options = list(dict.fromkeys(generate.choices or [])) if best_of_choices else []
         self._streams: dict[protocol.StreamId, list[Token]] = {}
         self.operations: list[Operation] = []
-        if prompt_logprobs:  # first, so that all others take the prompt's keys and values over from it
+        if prompt_logprobs:  # first: the other streams reuse its keys and values
             top = generate.top_logprobs
             self._add(Score(stream_id=PROMPT, prompt=[], scored=generate.prompt, top_logprobs=top, text=True))
         for i, option in enumerate(self._options):
             ids = text.encode(tokenizer, option, begins_sequence=False)
             if not ids:
-                raise RequestError("best_of_choices: an empty text among the choices has no probability of its own.")
+                raise RequestError("best_of_choices: choices holds an empty text, which has no probability; remove it.")
             top = generate.top_logprobs
             self._add(Score(stream_id=i, prompt=generate.prompt, scored=ids, top_logprobs=top, text=True))
         for i in range(0 if best_of_choices else n):
@@ -66,9 +66,9 @@ class Completions:
         self._streams[operation.stream_id] = []
 
     def add(self, replies: list[Reply]) -> str:
-        """Take a step's replies; what the caller gets to read of them now.
+        """Take one step's replies and return the output to send now.
 
-        Raises RequestError where a stream failed: then the whole answer did.
+        Raises RequestError if a stream failed: one failed stream fails the whole answer.
         """
         tokens = []
         for reply in replies:
@@ -82,7 +82,7 @@ class Completions:
         return _text(tokens) if self._output == "text" and not self._options else ""
 
     def end(self, reused: int, computed: int) -> str:
-        """What the caller gets to read once all replies are there; the two are the prediction's figures in tokens."""
+        """Return the output to send after the last reply. The arguments are the prediction's token counts."""
         if self._output == "json":
             usage = {"reused_token_count": reused, "computed_token_count": computed}
             return msgspec.json.encode(self._document(usage)).decode()
@@ -105,8 +105,8 @@ class Completions:
         return document
 
     def _distribution(self) -> list[dict[str, Any]]:
-        """Every option with its log-probability after the prompt and its share of the options' probability, the most
-        likely first."""
+        """Every option with its log-probability after the prompt and its share of all options' probability, most likely
+        first."""
         logprobs = [math.fsum(token.logprob for token in self._streams[i]) for i in range(len(self._options))]
         highest = max(logprobs)
         total = math.fsum(math.exp(logprob - highest) for logprob in logprobs)

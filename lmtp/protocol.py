@@ -1,8 +1,8 @@
 """LMTP operations and replies: typed, validated, encoded.
 
-The protocol is LMQL's Language Model Transport Protocol as it travels through a Cog prediction: a JSON array of
-``["NAME", {payload}]`` operations in, lines of ``TOKEN {object}`` and ``MSG {object}`` out. This module knows nothing
-of models: what needs a vocabulary or a context length is checked where those are known.
+This is LMQL's Language Model Transport Protocol as it travels through a Cog prediction. The input is a JSON array of
+``["NAME", {payload}]`` operations. The output is lines of ``TOKEN {object}`` and ``MSG {object}``. This module knows
+nothing about models: checks that need a vocabulary or a context length are in engine/stream.py.
 """
 
 import difflib
@@ -15,16 +15,16 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 BATCH_LIMIT = 256
-"""Most operations one prediction may hold."""
+"""The most operations in one prediction."""
 
 FORCE = 100.0
-"""A ``logit_bias`` of at least this much allows its token and forbids every token without one; its negative forbids."""
+"""A ``logit_bias`` of at least this allows its token and forbids every token without one. Its negative forbids."""
 
 CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
-"""The fields of GENERATE that say what its text may be; one of them at most."""
+"""The fields of GENERATE that constrain its text. An operation has at most one."""
 
-MOST = 2**31 - 1
-"""More than any vocabulary; what counts tokens is bounded so that it fits a tensor."""
+MAX_COUNT = 2**31 - 1
+"""More than any vocabulary. The bound keeps token counts within a tensor's integers."""
 
 StreamId = int | str
 Penalty = Annotated[float, Meta(ge=-10_000, le=10_000)]
@@ -34,11 +34,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class RequestError(ValueError):
-    """A request that cannot be served; the message is one sentence for the person who sent it."""
+    """A request that cannot be served. The message is one sentence for the person who sent it."""
 
 
 class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Continue a prompt. Field meanings and defaults are those of LMTP; see docs/protocol.md."""
+    """Continue a prompt. docs/protocol.md describes the fields."""
 
     stream_id: StreamId
     prompt: Prompt
@@ -47,14 +47,14 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     min_tokens: Annotated[int, Meta(ge=0)] = 0
     temperature: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, le=MOST)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.001, le=1000)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    length_penalty: float | None = None  # only means something to beam search, which LMQL's client runs itself
+    length_penalty: float | None = None  # ignored: it matters only to beam search, which runs in LMQL's client
     seed: int | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MOST)] = 1
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 1
     logit_bias: dict[TokenId, float] | None = None
     mask: str | None = None
     choices: list[str] | None = None
@@ -66,7 +66,7 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def constraint_of(operation: Generate) -> str | None:
-    """The field of CONSTRAINTS that the operation has. Raises RequestError for two of them."""
+    """The name of the operation's constraint field, or None. Raises RequestError for more than one."""
     given = [field for field in CONSTRAINTS if getattr(operation, field) is not None]
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)}: give one constraint at most.")
@@ -74,18 +74,18 @@ def constraint_of(operation: Generate) -> str | None:
 
 
 class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Log-probabilities of given tokens after a prompt."""
+    """Return the log-probabilities of given tokens after a prompt."""
 
     stream_id: StreamId
     prompt: Prompt
     scored: Prompt
     model: str | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MOST)] = 0
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
     text: bool = False
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Ask what model is served."""
+    """Describe the served model."""
 
     stream_id: StreamId
     model: str | None = None
@@ -119,7 +119,7 @@ class Info(Struct, frozen=True, kw_only=True):
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """What was wrong with one operation. ``kind`` is the line it travels on: TOKEN for GENERATE and SCORE."""
+    """An error reply to one operation. ``kind`` is the command of its line: TOKEN for GENERATE and SCORE, else MSG."""
 
     stream_id: StreamId | None
     error: str
@@ -142,7 +142,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(replies: Iterable[Reply]) -> str:
-    """The replies as protocol lines, each ended by a newline; strict JSON."""
+    """Encode the replies as protocol lines. Each line is strict JSON and ends with a newline."""
     return "".join(_line(reply) for reply in replies)
 
 
@@ -153,7 +153,7 @@ def _line(reply: Reply) -> str:
         command, content = "MSG", _encoder.encode(reply)
     else:
         command, content = reply.kind, _encoder.encode(_FailureLine(reply.stream_id, reply.error))
-    # JSON lets these stand as they are, and clients that read line by line take them for the ends of lines.
+    # JSON allows these characters unescaped, but clients that split lines treat them as line breaks.
     return f"{command} {content.decode().translate(_LINE_ENDS)}\n"
 
 
@@ -161,9 +161,9 @@ _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\
 
 
 def parse_batch(text: str) -> list[Operation | Failure]:
-    """The operations of ``ops_batch_json``, with a Failure in the place of each that cannot be run.
+    """Parse ``ops_batch_json``. A Failure takes the place of each invalid operation.
 
-    Raises RequestError where there is no stream to answer: not JSON, not a list, empty, over BATCH_LIMIT.
+    Raises RequestError if there is no stream to answer: not JSON, not a list, empty, over BATCH_LIMIT.
     """
     try:
         entries = msgspec.json.decode(text, type=list[msgspec.Raw])
@@ -175,7 +175,7 @@ def parse_batch(text: str) -> list[Operation | Failure]:
         raise RequestError("ops_batch_json holds no operations; send at least one.")
     if len(entries) > BATCH_LIMIT:
         raise RequestError(
-            f"ops_batch_json holds {len(entries)} operations; one prediction takes {BATCH_LIMIT} at most."
+            f"ops_batch_json holds {len(entries)} operations; one prediction takes at most {BATCH_LIMIT}."
         )
     operations = [_parse_operation(index, entry) for index, entry in enumerate(entries)]
     return _reject_repeated_ids(operations)
@@ -194,7 +194,7 @@ def _parse_operation(index: int, entry: msgspec.Raw) -> Operation | Failure:
     operation = OPERATIONS.get(name)
     if operation is None:
         known = ", ".join(OPERATIONS)
-        error = f"operation {index}: unknown operation {name!r} (known are {known}){_nearest(name, OPERATIONS) or '.'}"
+        error = f"operation {index}: unknown operation {name!r} (known: {known}){_nearest(name, OPERATIONS) or '.'}"
         return Failure(stream_id=stream_id, error=error, kind=kind)
     try:
         return msgspec.json.decode(payload, type=operation)
@@ -207,7 +207,7 @@ _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*?)`$")
 
 
 def _describe(error: msgspec.ValidationError, operation: type[Struct]) -> str:
-    """msgspec's message with the field's path first, and the nearest known name for an unknown field."""
+    """Rewrite msgspec's message: the field's path comes first; an unknown field gets the nearest known name."""
     message = str(error)
     if unknown := _UNKNOWN_FIELD.search(message):
         field = unknown.group(1)
@@ -227,9 +227,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operation | Failure]:
-    """One Failure for every stream_id that several operations share.
+    """Replace all operations that share a stream_id by one Failure.
 
-    Replies could not be told apart, and each stream must get exactly one terminal reply: so none of them runs.
+    None of them runs: their replies could not be told apart, and each stream gets exactly one terminal reply.
     """
     seen: dict[StreamId, int] = {}
     for operation in operations:
@@ -251,17 +251,17 @@ def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operatio
 
 
 def parse_logit_bias(text: str) -> dict[int, float] | None:
-    """A ``logit_bias`` given as JSON text; None when the text is empty. Raises RequestError."""
+    """Parse a ``logit_bias`` given as JSON; None if the text is empty. Raises RequestError."""
     return _parse(text, dict[TokenId, float], 'logit_bias must be a JSON object like {"42": -100}')
 
 
 def parse_choices(text: str) -> list[str] | None:
-    """``choices`` given as JSON text; None when the text is empty. Raises RequestError."""
-    return _parse(text, list[str], 'choices must be a JSON list of texts like ["yes", "no"]')
+    """Parse ``choices`` given as JSON; None if the text is empty. Raises RequestError."""
+    return _parse(text, list[str], 'choices must be a JSON list of strings like ["yes", "no"]')
 
 
 def parse_json_schema(text: str) -> dict[str, Any] | bool | None:
-    """A ``json_schema`` given as JSON text; None when the text is empty. Raises RequestError."""
+    """Parse a ``json_schema`` given as JSON; None if the text is empty. Raises RequestError."""
     schema: dict[str, Any] | bool | None = _parse(
         text, dict[str, Any] | bool, "json_schema must be a JSON object, or true for any JSON"
     )
@@ -279,5 +279,5 @@ def _parse(text: str, kind: Any, expected: str) -> Any:
 
 
 def finite(logprob: float) -> float:
-    """The log-probability as JSON can say it: rounded to a millionth, impossible as the lowest float32."""
+    """Round a log-probability to a millionth. JSON has no infinity: impossible becomes the lowest float32."""
     return round(logprob, 6) + 0.0 if math.isfinite(logprob) else -3.4028234663852886e38

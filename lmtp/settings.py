@@ -1,4 +1,4 @@
-"""What the environment variables of the container say; the README lists them."""
+"""Settings from environment variables. The README lists them."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ COMPILE_CHOICES = ("auto", "off")
 
 
 class SettingsError(ValueError):
-    """An environment variable has a value that cannot be used; the message says which and what can."""
+    """An environment variable has an invalid value. The message names the variable and the valid values."""
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,22 @@ class Settings:
     """One server's settings."""
 
     weights: Path
-    """The directory with the model's files."""
+    """The directory that holds the model's files."""
     dtype: str
-    """As weights.load takes it."""
+    """One of weights.load.DTYPES."""
     kv_budget: int | None
-    """Bytes for keys and values; None for a part of the free memory."""
+    """Bytes for keys and values; None takes a share of the free memory."""
     compile: bool
-    """Whether to use a compiled step that script/build made, or CUDA graphs."""
+    """Whether to use a compiled step that script/build made, or CUDA graphs on a GPU."""
     compiled: Path
-    """The directory of compiled steps."""
+    """The directory that holds compiled steps."""
 
 
 def read() -> Settings:
-    """The settings of this process. Raises SettingsError."""
+    """Read the settings of this process. Raises SettingsError."""
     compile_ = os.environ.get("COMPILE") or "auto"
     if compile_ not in COMPILE_CHOICES:
-        raise SettingsError(f"COMPILE is {compile_!r}; it can be {', '.join(COMPILE_CHOICES)}.")
+        raise SettingsError(f"COMPILE is {compile_!r}; use one of {', '.join(COMPILE_CHOICES)}.")
     return Settings(
         weights=Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights"),
         dtype=os.environ.get("DTYPE") or "auto",
@@ -51,5 +51,5 @@ def _gigabytes(name: str) -> int | None:
     except ValueError:
         number = 0.0
     if not 0 < number < 1e6:
-        raise SettingsError(f"{name} is {value!r}; it has to be a number of gigabytes over 0, such as 4 or 0.5.")
+        raise SettingsError(f"{name} is {value!r}; use a number of gigabytes above 0, such as 4 or 0.5.")
     return int(number * 2**30)

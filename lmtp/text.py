@@ -1,4 +1,4 @@
-"""The prompt door: text into tokens through a template, tokens back into text, stop sequences."""
+"""Text to tokens through a template, tokens back to text, and stop sequences."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,24 +11,24 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lmtp.protocol import RequestError
 
 CONTEXT_TOKENS = 8
-"""How many of the prompt's last tokens the decoder reads first, so that the text continues the prompt's: its leading
-space, and characters whose bytes are spread over tokens."""
+"""How many of the prompt's last tokens the decoder reads first. They decide about a leading space and complete
+characters whose bytes are spread over tokens."""
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str = "", template: str = ""
 ) -> list[int]:
-    """The token ids of one prompt.
+    """Render and tokenize one prompt.
 
-    An empty template stands for the tokenizer's chat template or, where it has none, for the system prompt and the
-    prompt as they are. A template is plain text with ``{prompt}`` and optionally ``{system_prompt}`` in it; braces
-    around anything else are kept. Raises RequestError for an empty prompt and for a template without ``{prompt}``.
+    A template is plain text with ``{prompt}`` and optionally ``{system_prompt}``; other braces are kept. An empty
+    template selects the tokenizer's chat template. Without a chat template the system prompt and the prompt are joined
+    unchanged. Raises RequestError for an empty prompt and for a template without ``{prompt}``.
     """
     if not prompt:
         raise RequestError("prompt is empty; give at least one character.")
     if template:
         if "{prompt}" not in template:
-            raise RequestError("prompt_template has no {prompt} in it.")
+            raise RequestError("prompt_template has no {prompt}; put {prompt} where the prompt belongs.")
         parts = template.split("{prompt}")
         text = prompt.join(part.replace("{system_prompt}", system_prompt) for part in parts)
         return encode(tokenizer, text)
@@ -37,37 +37,36 @@ def render_prompt(
         messages.append({"role": "user", "content": prompt})
         try:
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is the model author's program: jinja2 raises whatever it says
+        except Exception as error:  # a template is a program and can raise anything
             raise RequestError(f"the model's chat template refused the prompt: {error}") from error
         return tokenizer.encode(str(rendered), add_special_tokens=False)
     return encode(tokenizer, f"{system_prompt}\n\n{prompt}" if system_prompt else prompt)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True) -> list[int]:
-    """The token ids of text. Where it begins a sequence, with the special tokens that the tokenizer puts there, unless
-    the text itself starts with them."""
+    """Tokenize text. At the start of a sequence the tokenizer adds special tokens, unless the text has them already."""
     written = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
     return tokenizer.encode(text, add_special_tokens=begins_sequence and not written)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to a stream's text; ``stopped`` where a stop sequence ended it."""
+    """The text that one token added to a stream; ``stopped`` if it completed a stop sequence."""
 
     text: str
     stopped: bool
 
 
 class TextDecoder:
-    """Turns a stream's tokens into text as they come and finds stop sequences.
+    """Decodes a stream's tokens incrementally and finds stop sequences.
 
-    The pieces joined together are the stream's text up to, and without, the stop sequence. Characters are held back
-    while their bytes are incomplete and while they may be the beginning of a stop sequence. Special tokens add nothing.
+    The joined pieces are the stream's text up to the stop sequence, which is not included. Characters are held back
+    while their bytes are incomplete and while they may begin a stop sequence. Special tokens add nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int], stop: list[str]) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise RequestError("text, stop and prompts need a fast tokenizer, which this model does not have.")
+            raise RequestError("text, stop and prompts need a fast tokenizer; this model has none.")
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(ids=context[-CONTEXT_TOKENS:], skip_special_tokens=True)
         self._undecoded: list[int] = []
@@ -75,7 +74,7 @@ class TextDecoder:
         self._held = ""
 
     def add(self, token: int) -> Piece:
-        """The text that this token completed."""
+        """Decode one token and return the text that it completed."""
         text = self._decoder.step(self._tokenizer, token)
         if text is None:
             self._undecoded.append(token)
@@ -89,7 +88,7 @@ class TextDecoder:
         return Piece(self._take(len(self._held) - self._possible_stop()), stopped=False)
 
     def flush(self) -> str:
-        """What is still held back, once no more tokens come."""
+        """Return the text still held back. Call it after the last token."""
         rest = self._tokenizer.decode(self._undecoded, skip_special_tokens=True) if self._undecoded else ""
         self._undecoded.clear()
         return self._take(len(self._held)) + rest
@@ -99,7 +98,7 @@ class TextDecoder:
         return text
 
     def _possible_stop(self) -> int:
-        """How many of the held characters, counted from the end, may be the beginning of a stop sequence."""
+        """How many of the last held characters may begin a stop sequence."""
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
@@ -110,7 +109,7 @@ class TextDecoder:
 
 
 def parse_stop_sequences(value: str) -> list[str] | None:
-    """Stop sequences given as one text, or as a JSON list of texts. Raises RequestError."""
+    """Parse stop sequences given as one text or as a JSON list of strings. Raises RequestError."""
     if not value.startswith("["):
         return [value] if value else None
     try:

@@ -1,4 +1,4 @@
-"""One prompt's completions, read as text, as lines and as a document."""
+"""One prompt's completions as text, as protocol lines and as a JSON document."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def completions(demo: Demo, output: str, question: str = "Name three colours.", 
 
 
 def read(demo: Demo, output: str, **settings: Any) -> tuple[str, Counters]:
-    """What predict.py would send, and the counters."""
+    """The output that predict.py would send, and the counters."""
     asked = completions(demo, output, **settings)
 
     prediction = begin(demo[1], *asked.operations)
@@ -48,7 +48,7 @@ def read(demo: Demo, output: str, **settings: Any) -> tuple[str, Counters]:
     return sent + asked.end(counters.reused_tokens, counters.computed_tokens), counters
 
 
-def test_several_completions_are_those_of_their_seeds_and_their_prompt_is_computed_once(demo: Demo) -> None:
+def test_n_completions_match_their_seeds_and_share_one_computed_prompt(demo: Demo) -> None:
     sent, counters = read(demo, "json", n=4, temperature=1.0, seed=10, top_logprobs=2)
     document = json.loads(sent)
     assert [completion["index"] for completion in document["choices"]] == [0, 1, 2, 3]
@@ -63,7 +63,7 @@ def test_several_completions_are_those_of_their_seeds_and_their_prompt_is_comput
     assert counters.computed_tokens <= prompt + 4 * 12
 
 
-def test_a_prompts_own_logprobs_are_a_forward_pass_and_cost_no_second_one(demo: Demo) -> None:
+def test_prompt_logprobs_match_a_forward_pass_and_cost_no_second_one(demo: Demo) -> None:
     loaded, _ = demo
     question = "Which of the colours of the rainbow has the longest wavelength? " + "Explain it step by step. " * 6
     sent, counters = read(demo, "json", question=question, prompt_logprobs=True)
@@ -79,7 +79,7 @@ def test_a_prompts_own_logprobs_are_a_forward_pass_and_cost_no_second_one(demo: 
     assert counters.computed_tokens == len(ids) + len(document["choices"][0]["tokens"]) - 1
 
 
-def test_the_distribution_over_choices_is_exact_and_its_best_is_the_answer(demo: Demo) -> None:
+def test_the_distribution_over_choices_is_exact_and_the_best_is_the_answer(demo: Demo) -> None:
     loaded, _ = demo
     review = "We had a great stay. Hiking in the mountains was fabulous, and the food in the hotel was good, too. "
     question = review * 2 + "Is the sentiment of this review positive, negative or neutral?"
@@ -104,7 +104,7 @@ def test_the_distribution_over_choices_is_exact_and_its_best_is_the_answer(demo:
     assert counters.computed_tokens < len(prompt) + 20
 
 
-def test_lines_carry_the_streams_of_every_completion_and_of_the_prompt(demo: Demo) -> None:
+def test_output_lmtp_holds_the_streams_of_every_completion_and_of_the_prompt(demo: Demo) -> None:
     sent, _ = read(demo, "lmtp", n=2, prompt_logprobs=True, max_tokens=3, temperature=1.0, seed=1)
     streams = [json.loads(line.removeprefix("TOKEN "))["stream_id"] for line in sent.splitlines()]
     assert (streams.count(0), streams.count(1)) == (3, 3)
@@ -117,37 +117,35 @@ def test_lines_carry_the_streams_of_every_completion_and_of_the_prompt(demo: Dem
         ("text", {"n": 2}, "n is 2: choose output json or lmtp"),
         ("text", {"prompt_logprobs": True}, "prompt_logprobs: choose output json or lmtp"),
         ("json", {"best_of_choices": True}, "best_of_choices needs choices"),
-        ("json", {"best_of_choices": True, "choices": ["a", ""]}, "an empty text among the choices"),
+        ("json", {"best_of_choices": True, "choices": ["a", ""]}, "choices holds an empty text"),
         ("json", {"best_of_choices": True, "choices": ["a"], "n": 2}, "best_of_choices has one answer"),
         ("json", {"best_of_choices": True, "choices": ["a"], "regex": "a"}, "choices and regex: give one constraint"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(
-    demo: Demo, output: str, settings: dict[str, Any], message: str
-) -> None:
+def test_contradictory_settings_are_refused(demo: Demo, output: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         completions(demo, output, **settings)
 
 
-def test_what_is_wrong_with_one_stream_fails_the_whole_answer(demo: Demo) -> None:
+def test_one_failed_stream_fails_the_whole_answer(demo: Demo) -> None:
     with pytest.raises(RequestError, match="unclosed character class"):
         read(demo, "json", n=2, regex="[0-9")
 
 
-def test_constraints_are_read_from_json_text() -> None:
+def test_constraints_are_parsed_from_json() -> None:
     assert parse_choices("") is None
     assert parse_choices('["a", "b"]') == ["a", "b"]
     assert parse_json_schema(" true ") is True
     assert parse_json_schema('{"type": "object"}') == {"type": "object"}
     for wrong in ("a, b", '{"a": 1}', "[1]"):
-        with pytest.raises(RequestError, match="choices must be a JSON list of texts like"):
+        with pytest.raises(RequestError, match="choices must be a JSON list of strings like"):
             parse_choices(wrong)
     for wrong in ("{", "[]", '"object"'):
         with pytest.raises(RequestError, match="json_schema must be a JSON object, or true for any JSON"):
             parse_json_schema(wrong)
 
 
-def test_a_document_is_one_json_value_whatever_the_tokens(demo: Demo) -> None:
+def test_a_document_is_one_json_value_for_any_tokens(demo: Demo) -> None:
     sent, _ = read(demo, "json", temperature=5.0, seed=3, n=3, top_logprobs=5)
     document = json.loads(sent, parse_constant=lambda name: pytest.fail(name))
     assert len(document["choices"]) == 3
@@ -156,7 +154,7 @@ def test_a_document_is_one_json_value_whatever_the_tokens(demo: Demo) -> None:
 
 
 class Client:
-    """LMQL's client in short: it knows the prompt as token ids, and masks every token in a prediction of its own."""
+    """A minimal LMQL client: it sends the prompt as token ids and masks every token in a separate prediction."""
 
     def __init__(self, demo: Demo, prompt: str) -> None:
         self.loaded, self.engine = demo
@@ -165,19 +163,19 @@ class Client:
         self.pieces = [str(tokenizer.decode([token])) for token in range(self.engine.limits.vocabulary)]
 
     def predict(self, **constraint: Any) -> str:
-        """The whole answer in one prediction; nothing is added to the prompt."""
+        """The whole answer in one prediction. The client's prompt does not change."""
         tokens = answers(self.engine, Generate(stream_id=0, prompt=self.ids, text=True, **constraint)).tokens()
         return "".join(str(token.text) for token in tokens)
 
     def next(self, allowed: Collection[int] | None) -> int:
-        """The most likely token of those; of all where there is no mask."""
+        """Append the most likely of the allowed tokens to the prompt; None allows all."""
         mask = None if allowed is None else dict.fromkeys(allowed, 100.0)
         operation = Generate(stream_id=0, prompt=self.ids, max_tokens=1, logit_bias=mask)
         self.ids += answers(self.engine, operation).ids()
         return self.ids[-1]
 
     def one_of(self, options: list[str]) -> str:
-        """LMQL's `VARIABLE in [...]`: tokens that an option goes on with."""
+        """LMQL's `VARIABLE in [...]`: allow only tokens that continue an option."""
         text = ""
         while text not in options:
             rest = [option.removeprefix(text) for option in options if option.startswith(text)]
@@ -185,10 +183,10 @@ class Client:
             text += self.pieces[self.next(fits)]
         return text
 
-    def integer(self, most: int) -> int:
-        """LMQL's `INT(VARIABLE)`: a first digit, then anything until what came is no part of a number."""
+    def integer(self, max_tokens: int) -> int:
+        """LMQL's `INT(VARIABLE)`: a first digit, then any token until the text is no longer a number."""
         text = ""
-        for _ in range(most):
+        for _ in range(max_tokens):
             begin = "[1-9][0-9]*" if text else "[ 1-9][0-9]*"
             if text.strip():
                 if not re.fullmatch(r"[0-9,\s]*", text):
@@ -203,11 +201,11 @@ class Client:
 
 
 def digits(text: str) -> int:
-    """What LMQL makes of an integer variable's text."""
+    """The value that LMQL reads from an integer variable's text."""
     return int("".join(character for character in text if character in "0123456789"))
 
 
-def test_lmqls_choice_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
+def test_an_lmql_choice_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
     prompt, between = "Between red and blue, the colour of the sky is", " and that of blood is"
     colours, others = [" blue", " red", " extremely green"], [" extremely green", " purple"]
     answer = Client(demo, prompt).predict(
@@ -219,8 +217,8 @@ def test_lmqls_choice_query_is_one_prediction_with_the_same_answer(demo: Demo) -
     assert answer == f"{colour}{between}{lmql.one_of(others)}"
 
 
-def test_lmqls_integer_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
+def test_an_lmql_integer_query_is_one_prediction_with_the_same_answer(demo: Demo) -> None:
     prompt = "Q: How many days does a week have?\nA: "
-    # As in LMQL, the model says where the number ends by going on with something else.
+    # As in LMQL, the model ends the number by continuing with something else.
     answer = Client(demo, prompt).predict(regex=r" ?[1-9][0-9]*([^0-9](.|\n)*)?", max_tokens=3)
     assert digits(answer) == Client(demo, prompt).integer(3)

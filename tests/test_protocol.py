@@ -1,4 +1,4 @@
-"""The protocol's lines: what is accepted, what is refused and in which words, what is sent."""
+"""The protocol's lines: accepted and refused operations, error messages, encoded replies."""
 
 import json
 
@@ -26,7 +26,7 @@ def only(payload: str) -> Failure:
     return failure
 
 
-def test_a_batch_as_lmql_sends_it_is_read_with_its_defaults() -> None:
+def test_a_batch_from_lmql_is_parsed_with_its_defaults() -> None:
     batch = parse_batch(
         '[["GENERATE", {"stream_id": 1, "prompt": [1, 2], "model": "m", "logit_bias": {"7": 100}, "length_penalty": 1.0}],'
         ' ["SCORE", {"stream_id": 2, "prompt": [], "scored": [5], "model": "m"}],'
@@ -49,11 +49,11 @@ def test_a_batch_as_lmql_sends_it_is_read_with_its_defaults() -> None:
         ("[1", "is not JSON"),
         ("{}", "must be a JSON array of operations"),
         ("[]", "holds no operations"),
-        (json.dumps([["MODEL_INFO", {"stream_id": i}] for i in range(BATCH_LIMIT + 1)]), "takes 256 at most"),
+        (json.dumps([["MODEL_INFO", {"stream_id": i}] for i in range(BATCH_LIMIT + 1)]), "takes at most 256"),
         ('[["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": NaN}]]', "is not JSON"),
     ],
 )
-def test_what_leaves_no_stream_to_answer_fails_the_prediction(payload: str, message: str) -> None:
+def test_input_without_a_stream_to_answer_fails_the_prediction(payload: str, message: str) -> None:
     with pytest.raises(RequestError, match=message.replace("[", r"\[")):
         parse_batch(payload)
 
@@ -75,7 +75,7 @@ def test_what_leaves_no_stream_to_answer_fails_the_prediction(payload: str, mess
         ('["GENRATE", {"stream_id": 1}]', "unknown operation 'GENRATE'"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_one_operation_is_said_of_its_stream_alone(operation: str, message: str) -> None:
+def test_an_invalid_operation_fails_its_own_stream_only(operation: str, message: str) -> None:
     failure, other = parse_batch(f'[{operation}, ["MODEL_INFO", {{"stream_id": 2}}]]')
     assert isinstance(failure, Failure)
     assert failure.stream_id == 1
@@ -87,12 +87,12 @@ def test_an_unknown_operation_names_the_nearest_known_one() -> None:
     assert "did you mean 'GENERATE'?" in only('[["GENRATE", {"stream_id": 1}]]').error
 
 
-def test_an_operation_of_the_wrong_form_is_named_by_its_place() -> None:
+def test_a_malformed_operation_is_named_by_its_index() -> None:
     failure, _ = parse_batch('[7, ["MODEL_INFO", {"stream_id": 1}]]')
     assert failure == Failure(stream_id=None, error="operation 0: must be [name, {fields}].", kind="MSG")
 
 
-def test_operations_that_share_a_stream_id_get_one_error_for_it() -> None:
+def test_operations_that_share_a_stream_id_get_one_error() -> None:
     failure, other = parse_batch(
         '[["GENERATE", {"stream_id": 1, "prompt": [1]}], ["SCORE", {"stream_id": 1, "prompt": [1], "scored": [1]}],'
         ' ["GENERATE", {"stream_id": 2, "prompt": [1]}]]'
@@ -102,7 +102,7 @@ def test_operations_that_share_a_stream_id_get_one_error_for_it() -> None:
     assert other.stream_id == 2
 
 
-def test_replies_are_lines_of_strict_json_in_the_protocols_words() -> None:
+def test_replies_are_encoded_as_lines_of_strict_json() -> None:
     token = Token(token=7042, stream_id=7, logprob=-0.283, finish_reason=None, top_logprobs={7042: -0.283, 260: -2.589})
     lines = encode(
         [token, Info(stream_id=3, model_info={"model": "m"}), Failure(stream_id=4, error="no", kind="TOKEN")]
@@ -123,19 +123,19 @@ def test_replies_are_lines_of_strict_json_in_the_protocols_words() -> None:
     ]
 
 
-def test_a_line_is_never_broken_by_the_text_it_carries() -> None:
+def test_text_never_breaks_a_line() -> None:
     token = Token(token=1, stream_id="a\nb", logprob=0.0, finish_reason="stop", text='line\nline\u2028\x85\u2029"')
     line = encode([token])
     assert len(line.splitlines()) == 1
     assert json.loads(line.split(" ", 1)[1])["text"] == 'line\nline\u2028\x85\u2029"'
 
 
-def test_a_logprob_is_always_a_number_json_can_say() -> None:
+def test_a_logprob_is_always_a_valid_json_number() -> None:
     assert finite(float("-inf")) == pytest.approx(-3.4e38, rel=0.01)
     assert str(finite(-0.0)) == "0.0"
 
 
-def test_logit_bias_as_text_is_read_or_explained() -> None:
+def test_logit_bias_is_parsed_or_refused_with_an_example() -> None:
     assert parse_logit_bias(' {"3": -100} ') == {3: -100.0}
     assert parse_logit_bias("") is None
     with pytest.raises(RequestError, match="logit_bias must be a JSON object like"):

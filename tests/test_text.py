@@ -1,4 +1,4 @@
-"""The prompt door with the demo model's tokenizer."""
+"""Templates, decoding and stop sequences with the demo model's tokenizer."""
 
 import random
 from pathlib import Path
@@ -17,7 +17,7 @@ def tokenizer(demo_weights: Path) -> PreTrainedTokenizerBase:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: str, stop: list[str], context: str = "") -> tuple[list[str], bool]:
-    """What each token of the text adds, up to where it is stopped, and the rest at the end."""
+    """The text that each token adds up to the stop, then the flushed rest; and whether a stop sequence was found."""
     decoder = TextDecoder(tokenizer, encode(tokenizer, context), stop)
     added = []
     for token in encode(tokenizer, text):
@@ -38,27 +38,27 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_pieces_joined_are_the_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_the_joined_pieces_are_the_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     for stop in ([], ["never seen"], ["x" * 50]):
         joined, stopped = pieces(tokenizer, text, stop, context="Say it: ")
         assert "".join(joined) == text
         assert not stopped
 
 
-def test_a_character_is_held_back_until_all_its_bytes_are_there(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_character_is_held_back_until_its_bytes_are_complete(tokenizer: PreTrainedTokenizerBase) -> None:
     added, _ = pieces(tokenizer, "🧑🏽‍🚀", [])
     assert not any("\ufffd" in piece for piece in added)
     assert "".join(added) == "🧑🏽‍🚀"
 
 
-def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_incomplete_bytes_are_flushed_as_a_replacement_character(tokenizer: PreTrainedTokenizerBase) -> None:
     decoder = TextDecoder(tokenizer, [], [])
     first, *_ = encode(tokenizer, "🧑")
     assert decoder.add(first).text == ""
     assert decoder.flush() == "\ufffd"
 
 
-def test_the_text_ends_before_the_first_stop_sequence_wherever_tokens_break_it(
+def test_the_text_ends_before_the_first_stop_sequence_at_any_token_boundary(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     generator = random.Random(0)
@@ -71,7 +71,7 @@ def test_the_text_ends_before_the_first_stop_sequence_wherever_tokens_break_it(
         assert stopped
 
 
-def test_what_may_begin_a_stop_sequence_is_held_back_and_released(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_start_of_a_stop_sequence_is_held_back_and_released(tokenizer: PreTrainedTokenizerBase) -> None:
     decoder = TextDecoder(tokenizer, [], ["\n\nEND"])
     shown = "".join(decoder.add(token).text for token in encode(tokenizer, "one\n\n"))
     assert shown == "one"
@@ -84,7 +84,7 @@ def test_special_tokens_add_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert decoder.add(tokenizer.eos_token_id).text + decoder.flush() == ""
 
 
-def test_a_prompt_is_put_into_the_models_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_is_rendered_with_the_models_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     text = tokenizer.decode(render_prompt(tokenizer, "Hello {you}", "Be kind."))
     assert (
         text
@@ -92,7 +92,7 @@ def test_a_prompt_is_put_into_the_models_chat_template(tokenizer: PreTrainedToke
     )
 
 
-def test_a_prompt_is_put_into_a_given_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_prompt_is_rendered_with_a_given_template(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = render_prompt(tokenizer, "Hello {system_prompt}", "Be kind.", "[{system_prompt}] {json} {prompt}!")
     assert tokenizer.decode(ids) == "[Be kind.] {json} Hello {system_prompt}!"
     with pytest.raises(RequestError, match=r"no \{prompt\}"):
@@ -104,7 +104,7 @@ def test_an_empty_prompt_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
         render_prompt(tokenizer, "")
 
 
-def test_stop_sequences_are_one_text_or_a_list() -> None:
+def test_stop_sequences_are_one_text_or_a_json_list() -> None:
     assert parse_stop_sequences("") is None
     assert parse_stop_sequences("\n") == ["\n"]
     assert parse_stop_sequences('["a", "b"]') == ["a", "b"]

@@ -1,0 +1,107 @@
+"""This project against another checkout of itself: the same work on both, in turns."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from benchmarks import arrivals, decode, engines, lmql_queries, overhead, peers, prefill, reuse, startup
+from benchmarks.plan import ROOT, Plan, say
+from benchmarks.report import Row, Samples, Skipped, speedup
+from benchmarks.servers import both, our_server
+
+DECODE = {f"decode-{streams}": streams for streams in decode.STREAMS}
+ENGINE_ROWS = (*DECODE, "sampling", "prefill", "mixed")
+LMQL_ROWS = (*lmql_queries.ROWS, "continuation", "score")
+ROWS = (*ENGINE_ROWS, *LMQL_ROWS, "overhead", *startup.ROWS)
+MIN_RATIO = 0.95
+"""A change may cost a twentieth of the speed: less cannot be measured."""
+
+
+def measure(plan: Plan) -> Iterator[Row | Skipped]:
+    """All rows, each against the checkout `plan.against`. Ratios are medians of the paired ratios."""
+    other = plan.against or ROOT
+    parts = {ENGINE_ROWS: _engines, LMQL_ROWS: _lmql, ("overhead",): _overhead, startup.ROWS: _startup}
+    for rows, part in parts.items():
+        if plan.wants(*rows):
+            for each in part(plan, other):
+                yield replace(each, paired=True) if isinstance(each, Row) else each
+
+
+def _row(plan: Plan, name: str, work: str, unit: str, samples: Samples) -> Row:
+    ours, theirs = samples
+    ratios = sorted((a / b if unit.endswith("/s") else b / a) for a, b in zip(ours, theirs, strict=True))
+    note = f"ratios from {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    return speedup(name, work, str(plan.against), unit, samples, at_least=MIN_RATIO, goal=1.0, note=note)
+
+
+def _engines(plan: Plan, other: Path) -> Iterator[Row]:
+    works = {
+        **{
+            name: (decode.greedy_work(plan, n), "tokens/s", partial(decode.greedy, plan, n))
+            for name, n in DECODE.items()
+        },
+        "sampling": (decode.sampling_work(plan), "s", partial(decode.sampling, plan, True)),
+        "prefill": (prefill.work(plan), "s", partial(prefill.first_token, plan)),
+        "mixed": (arrivals.work(plan), "tokens/s", partial(arrivals.together, plan)),
+    }
+    with ExitStack() as stack:
+        sides = [engines.our_engine(plan, stack, root=root) for root in (ROOT, other)]
+        runners = [side.call("describe") for side in sides]
+        if len(set(runners)) > 1:
+            say(
+                f"  the runners differ, so this compares {runners[0]} with {runners[1]}; script/build or COMPILE=off helps"
+            )
+        for name, (work, unit, run) in works.items():
+            if plan.wants(name):
+                say(f"  {name}")
+                results = plan.alternate(*(partial(run, side) for side in sides))
+                figures = engines.rates if unit == "tokens/s" else engines.seconds
+                yield _row(plan, name, work, unit, [figures(side) for side in results])
+
+
+def _lmql(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
+    if not peers.has_lmql():
+        yield Skipped([row for row in LMQL_ROWS if plan.wants(row)], peers.LMQL_HOW_TO)
+        return
+    with both(plan, our_server(plan, other)) as clients:
+        if plan.wants(*lmql_queries.ROWS):
+            yield from lmql_queries.rows(plan, clients, partial(_row, plan))
+        for name, work, sample in (
+            ("continuation", reuse.continuation_work(plan), reuse.continuation),
+            ("score", reuse.score_work(plan), reuse.score),
+        ):
+            if plan.wants(name):
+                say(f"  {name}")
+                samples = plan.alternate(
+                    *(partial(sample, plan, clients, api) for api in (clients.ours, clients.theirs))
+                )
+                yield _row(plan, name, work, "s", [reuse.seconds(side) for side in samples])
+
+
+def _overhead(plan: Plan, other: Path) -> Iterator[Row]:
+    with our_server(plan) as ours, our_server(plan, other) as theirs:
+        say(f"  {overhead.streams(plan)} predictions over HTTP")
+
+        def rate(url: str, run: int) -> float:
+            return overhead.tokens_per_second(overhead.through_http(plan, url, run))
+
+        work = f"{overhead.streams(plan)} predictions at once through Cog's server, while all are running"
+        yield _row(plan, "overhead", work, "tokens/s", plan.alternate(*(partial(rate, s.url) for s in (ours, theirs))))
+
+
+def _startup(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
+    for name in startup.ROWS:
+        if not plan.wants(name):
+            continue
+        say(f"  starting with COMPILE={startup.MODES[name]}")
+        if skipped := startup.unavailable(plan, name) or startup.unavailable(plan, name, other):
+            yield skipped
+            continue
+
+        def seconds(root: Path, run: int, name: str = name) -> float:
+            return startup.start(plan, name, root)[0]
+
+        yield _row(plan, name, startup.work(name), "s", plan.alternate(partial(seconds, ROOT), partial(seconds, other)))

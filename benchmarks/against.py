@@ -1,5 +1,6 @@
 """This project against another checkout of itself: the same work on both, in turns."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -30,11 +31,22 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
                 yield replace(each, paired=True) if isinstance(each, Row) else each
 
 
+def commit(checkout: Path) -> str:
+    """A checkout's commit, or its directory's name outside git."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return checkout.name
+
+
 def _row(plan: Plan, name: str, work: str, unit: str, samples: Samples) -> Row:
     ours, theirs = samples
     ratios = sorted((a / b if unit.endswith("/s") else b / a) for a, b in zip(ours, theirs, strict=True))
     note = f"ratios from {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    return speedup(name, work, str(plan.against), unit, samples, at_least=MIN_RATIO, goal=1.0, note=note)
+    return speedup(
+        name, work, f"checkout {commit(plan.against or ROOT)}", unit, samples, at_least=MIN_RATIO, goal=1.0, note=note
+    )
 
 
 def _engines(plan: Plan, other: Path) -> Iterator[Row]:
@@ -51,9 +63,7 @@ def _engines(plan: Plan, other: Path) -> Iterator[Row]:
         sides = [engines.our_engine(plan, stack, root=root) for root in (ROOT, other)]
         runners = [side.call("describe") for side in sides]
         if len(set(runners)) > 1:
-            say(
-                f"  the runners differ, so this compares {runners[0]} with {runners[1]}; script/build or COMPILE=off helps"
-            )
+            say("  the runners differ: run script/build in both checkouts, or set COMPILE=off")
         for name, (work, unit, run) in works.items():
             if plan.wants(name):
                 say(f"  {name}")

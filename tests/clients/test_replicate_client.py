@@ -103,7 +103,7 @@ def node_modules() -> Path:
 class TestNode:
     @pytest.fixture
     def run(self, api: StandIn, node_modules: Path) -> Any:
-        """Run the body of an async function that has a client; give what it returns."""
+        """Run JavaScript as the body of an async function with a client; return its result."""
 
         def run(body: str) -> Any:
             program = f"""

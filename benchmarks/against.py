@@ -40,36 +40,42 @@ def commit(checkout: Path) -> str:
         return checkout.name
 
 
-def _row(plan: Plan, name: str, work: str, unit: str, samples: Samples) -> Row:
+def _row(plan: Plan, name: str, unit: str, samples: Samples) -> Row:
     ours, theirs = samples
     ratios = sorted((a / b if unit.endswith("/s") else b / a) for a, b in zip(ours, theirs, strict=True))
     note = f"ratios from {ratios[0]:.3f} to {ratios[-1]:.3f}"
     return speedup(
-        name, work, f"checkout {commit(plan.against or ROOT)}", unit, samples, at_least=MIN_RATIO, goal=1.0, note=note
+        name,
+        f"the work of {name}",
+        f"checkout {commit(plan.against or ROOT)}",
+        unit,
+        samples,
+        at_least=MIN_RATIO,
+        goal=1.0,
+        note=note,
     )
 
 
 def _engines(plan: Plan, other: Path) -> Iterator[Row]:
     works = {
-        **{
-            name: (decode.greedy_work(plan, n), "tokens/s", partial(decode.greedy, plan, n))
-            for name, n in DECODE.items()
-        },
-        "sampling": (decode.sampling_work(plan), "s", partial(decode.sampling, plan, True)),
-        "prefill": (prefill.work(plan), "s", partial(prefill.first_token, plan)),
-        "mixed": (arrivals.work(plan), "tokens/s", partial(arrivals.together, plan)),
+        **{name: partial(decode.greedy, plan, streams) for name, streams in DECODE.items()},
+        "sampling": partial(decode.sampling, plan, True),
+        "prefill": partial(prefill.first_token, plan),
+        "mixed": partial(arrivals.together, plan),
     }
     with ExitStack() as stack:
         sides = [engines.our_engine(plan, stack, root=root) for root in (ROOT, other)]
         runners = [side.call("describe") for side in sides]
         if len(set(runners)) > 1:
             say("  the runners differ: run script/build in both checkouts, or set COMPILE=off")
-        for name, (work, unit, run) in works.items():
+        for name, run in works.items():
             if plan.wants(name):
                 say(f"  {name}")
                 results = plan.alternate(*(partial(run, side) for side in sides))
-                figures = engines.rates if unit == "tokens/s" else engines.seconds
-                yield _row(plan, name, work, unit, [figures(side) for side in results])
+                if name in ("sampling", "prefill"):
+                    yield _row(plan, name, "s", [engines.seconds(side) for side in results])
+                else:
+                    yield _row(plan, name, "tokens/s", [engines.rates(side) for side in results])
 
 
 def _lmql(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
@@ -79,16 +85,13 @@ def _lmql(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
     with both(plan, our_server(plan, other)) as clients:
         if plan.wants(*lmql_queries.ROWS):
             yield from lmql_queries.rows(plan, clients, partial(_row, plan))
-        for name, work, sample in (
-            ("continuation", reuse.continuation_work(plan), reuse.continuation),
-            ("score", reuse.score_work(plan), reuse.score),
-        ):
+        for name, sample in (("continuation", reuse.continuation), ("score", reuse.score)):
             if plan.wants(name):
                 say(f"  {name}")
                 samples = plan.alternate(
                     *(partial(sample, plan, clients, api) for api in (clients.ours, clients.theirs))
                 )
-                yield _row(plan, name, work, "s", [reuse.seconds(side) for side in samples])
+                yield _row(plan, name, "s", [reuse.seconds(side) for side in samples])
 
 
 def _overhead(plan: Plan, other: Path) -> Iterator[Row]:
@@ -98,8 +101,7 @@ def _overhead(plan: Plan, other: Path) -> Iterator[Row]:
         def rate(url: str, run: int) -> float:
             return overhead.tokens_per_second(overhead.through_http(plan, url, run))
 
-        work = f"{overhead.streams(plan)} predictions at once through Cog's server, while all are running"
-        yield _row(plan, "overhead", work, "tokens/s", plan.alternate(*(partial(rate, s.url) for s in (ours, theirs))))
+        yield _row(plan, "overhead", "tokens/s", plan.alternate(*(partial(rate, s.url) for s in (ours, theirs))))
 
 
 def _startup(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
@@ -114,4 +116,4 @@ def _startup(plan: Plan, other: Path) -> Iterator[Row | Skipped]:
         def seconds(root: Path, run: int, name: str = name) -> float:
             return startup.start(plan, name, root)[0]
 
-        yield _row(plan, name, startup.work(name), "s", plan.alternate(partial(seconds, ROOT), partial(seconds, other)))
+        yield _row(plan, name, "s", plan.alternate(partial(seconds, ROOT), partial(seconds, other)))

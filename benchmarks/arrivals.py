@@ -25,7 +25,7 @@ def measure(plan: Plan) -> Iterator[Row]:
         results, their_results = plan.alternate(partial(together, plan, ours), partial(_one_at_a_time, plan, theirs))
         yield speedup(
             "mixed",
-            work(plan),
+            f"{plan.size(STREAMS, 4)} streams arriving over {SECONDS:.0f} s, mixed lengths, masks and temperatures",
             "the same on generate, one at a time, all there from the start",
             "tokens/s",
             [engines.rates(results), engines.rates(their_results)],
@@ -69,11 +69,6 @@ def streams(plan: Plan, run: int) -> list[dict[str, Any]]:
     for prediction in predictions:
         prediction["after"] -= first
     return sorted(predictions, key=lambda prediction: float(prediction["after"]))
-
-
-def work(plan: Plan) -> str:
-    """What `together` does, in words."""
-    return f"{plan.size(STREAMS, 4)} streams arriving over {SECONDS:.0f} s, mixed lengths, masks and temperatures"
 
 
 def together(plan: Plan, engine: Side, run: int) -> dict[str, Any]:

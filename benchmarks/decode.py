@@ -14,6 +14,8 @@ from benchmarks.side import Side
 STREAMS = (1, 8, 32)
 PROMPT = 5
 NEW_TOKENS = 64
+SAMPLING_STREAMS = 32, 4
+SAMPLING = "a mask of half the vocabulary, top_logprobs 20, temperature 0.8, top-p 0.9"
 PEERS = {"decode": "generate", "vllm": "vLLM"}
 TARGETS = {
     "decode": {1: (1.8, 2.0), 8: (1.4, 2.0), 32: (1.4, 1.6)},
@@ -29,11 +31,12 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
         if plan.wants(*ROWS[:-1]):
             yield from _decode(plan, stack, ours)
         if plan.wants("sampling"):
-            say(f"  sampling, {sampling_streams(plan)} streams")
+            streams = plan.size(*SAMPLING_STREAMS)
+            say(f"  sampling, {streams} streams")
             results = plan.alternate(partial(sampling, plan, True, ours), partial(sampling, plan, False, ours))
             yield cost(
                 "sampling",
-                sampling_work(plan),
+                f"{streams} streams, each with {SAMPLING}",
                 "the same without",
                 "s",
                 [engines.seconds(side) for side in results],
@@ -65,7 +68,7 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
             at_least, goal = TARGETS[family][streams]
             yield speedup(
                 f"{family}-{streams}",
-                greedy_work(plan, streams),
+                f"greedy decoding, {streams} at once, {PROMPT}-token prompts, {new_tokens(plan)} new tokens",
                 PEERS[family],
                 "tokens/s",
                 [rates, engines.rates(peer_results)],
@@ -78,11 +81,6 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
 def new_tokens(plan: Plan) -> int:
     """Tokens of each stream."""
     return plan.size(NEW_TOKENS, 8)
-
-
-def greedy_work(plan: Plan, streams: int) -> str:
-    """What `greedy` does, in words."""
-    return f"greedy decoding, {streams} at once, {PROMPT}-token prompts, {new_tokens(plan)} new tokens"
 
 
 def greedy(plan: Plan, streams: int, engine: Side, run: int) -> dict[str, Any]:
@@ -100,20 +98,9 @@ def _batch(streams: int, run: int) -> list[list[int]]:
     return [prompts.tokens(PROMPT, "decode", streams, run, stream) for stream in range(streams)]
 
 
-def sampling_streams(plan: Plan) -> int:
-    """Streams of the row sampling."""
-    return plan.size(32, 4)
-
-
-def sampling_work(plan: Plan) -> str:
-    """What `sampling` does, in words."""
-    options = "each with a mask of half the vocabulary, top_logprobs 20, temperature 0.8, top-p 0.9"
-    return f"{sampling_streams(plan)} streams, {options}"
-
-
 def sampling(plan: Plan, rich: bool, engine: Side, run: int) -> dict[str, Any]:
     """A run of streams with masks and sampling (`rich`), or of greedy ones."""
-    streams = sampling_streams(plan)
+    streams = plan.size(*SAMPLING_STREAMS)
     batch = [prompts.tokens(PROMPT, "sampling", rich, run, i) for i in range(streams)]
     options = {"temperature": 0.8, "top_p": 0.9, "top_logprobs": 20} if rich else {}
     own = [{"seed": i, "mask": prompts.half_mask("sampling", i)} for i in range(streams)] if rich else None

@@ -75,13 +75,14 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
         yield from rows(plan, clients, _row)
 
 
-def _row(name: str, work: str, unit: str, samples: Samples) -> Row:
+def _row(name: str, unit: str, samples: Samples) -> Row:
+    work = "the LMQL queries below, one after the other" if name == "queries" else f"the LMQL query {name[8:]}"
     at_least, goal = (3, 5) if name == "queries" else (2, 2)
     return speedup(name, work, "LMQL's own server", unit, samples, at_least=at_least, goal=goal)
 
 
-def rows(plan: Plan, clients: Clients, row: Callable[[str, str, str, Samples], Row]) -> Iterator[Row]:
-    """Measure the queries on both sides; `row` makes a row of its name, work, unit and samples."""
+def rows(plan: Plan, clients: Clients, row: Callable[[str, str, Samples], Row]) -> Iterator[Row]:
+    """Measure the queries on both sides; `row` makes a row of its name, unit and samples."""
     measured = []
     seconds: list[Samples] = []
     for name in QUERIES:
@@ -91,12 +92,12 @@ def rows(plan: Plan, clients: Clients, row: Callable[[str, str, str, Samples], R
         sides = plan.alternate(*(partial(query, plan, clients, name, api) for api in (clients.ours, clients.theirs)))
         seconds.append([[took for took, _ in side] for side in sides])
         ours, theirs = (median(tokens for _, tokens in side) for side in sides)
-        each = row(f"queries-{name}", f"the LMQL query {name}", "s", seconds[-1])
+        each = row(f"queries-{name}", "s", seconds[-1])
         counted = f"{ours:.0f} tokens sent, {theirs:.0f} by the peer"
         measured.append(replace(each, note="; ".join(filter(None, (counted, each.note)))))
     if len(measured) == len(QUERIES):
         sums = [[sum(run) for run in zip(*runs, strict=True)] for runs in zip(*seconds, strict=True)]
-        yield row("queries", "the LMQL queries below, one after the other", "s", sums)
+        yield row("queries", "s", sums)
     yield from measured
 
 

@@ -21,18 +21,13 @@ def measure(plan: Plan) -> Iterator[Row]:
         results, forward = plan.alternate(partial(first_token, plan, ours), partial(_forward, plan, theirs))
         yield cost(
             "prefill",
-            work(plan),
+            f"a prompt of {plan.size(TOKENS, 200):,} tokens to its first new token",
             "one plain forward pass, logits of the last position only",
             "s",
             [engines.seconds(results), engines.seconds(forward)],
             at_most=1.1,
             goal=1.02,
         )
-
-
-def work(plan: Plan) -> str:
-    """What `first_token` does, in words."""
-    return f"a prompt of {plan.size(TOKENS, 200):,} tokens to its first new token"
 
 
 def first_token(plan: Plan, engine: Side, run: int) -> dict[str, Any]:

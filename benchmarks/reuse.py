@@ -35,7 +35,7 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
 
 
 def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
-    length, chunks = continuation_size(plan)
+    length, chunks = plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
     say(f"  {length} tokens continued {chunks} times")
     ours, theirs = plan.alternate(
         partial(continuation, plan, clients, clients.ours), partial(continuation, plan, clients, clients.theirs)
@@ -43,7 +43,7 @@ def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
     steps = median(_total(each, "step_count") for each in ours)
     yield speedup(
         "continuation",
-        continuation_work(plan),
+        f"{length:,} tokens continued in {chunks} calls of {CHUNK} tokens, each holding the whole text so far",
         "LMQL's own server",
         "s",
         [seconds(ours), seconds(theirs)],
@@ -64,20 +64,9 @@ def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
     )
 
 
-def continuation_size(plan: Plan) -> tuple[int, int]:
-    """Tokens of the prompt, and calls."""
-    return plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
-
-
-def continuation_work(plan: Plan) -> str:
-    """What `continuation` does, in words."""
-    length, chunks = continuation_size(plan)
-    return f"{length:,} tokens continued in {chunks} calls of {CHUNK} tokens, each holding the whole text so far"
-
-
 def continuation(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
     """Continue a text call by call."""
-    length, chunks = continuation_size(plan)
+    length, chunks = plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
 
     async def work() -> None:
         from benchmarks.lmql_client import lmtp_client
@@ -95,13 +84,15 @@ def continuation(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
 
 
 def _score(plan: Plan, clients: Clients) -> Iterator[Row]:
-    length, options = score_size(plan)
+    length, options = plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
     say(f"  {options} options scored after {length} tokens")
     ours, theirs = plan.alternate(
         partial(score, plan, clients, clients.ours), partial(score, plan, clients, clients.theirs)
     )
     samples = [seconds(ours), seconds(theirs)]
-    yield speedup("score", score_work(plan), "LMQL's own server", "s", samples, at_least=8, goal=15)
+    scored = f"{options} options of {OPTION} tokens scored after one prompt of {length} tokens"
+    work = f"{scored}, {options} predictions at once"
+    yield speedup("score", work, "LMQL's own server", "s", samples, at_least=8, goal=15)
     yield cost(
         "score-tokens",
         "the same: tokens computed",
@@ -114,21 +105,9 @@ def _score(plan: Plan, clients: Clients) -> Iterator[Row]:
     )
 
 
-def score_size(plan: Plan) -> tuple[int, int]:
-    """Tokens of the prompt, and options."""
-    return plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
-
-
-def score_work(plan: Plan) -> str:
-    """What `score` does, in words."""
-    length, options = score_size(plan)
-    scored = f"{options} options of {OPTION} tokens scored after one prompt of {length} tokens"
-    return f"{scored}, {options} predictions at once"
-
-
 def score(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
     """Score options after one prompt, all at once."""
-    length, options = score_size(plan)
+    length, options = plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
     prompt = prompts.tokens(length, "score", run)
 
     async def one(client: Any, option: list[int]) -> None:

@@ -17,6 +17,7 @@ from tests.server import child
 MODES = {"startup": "off", "startup-compiled": "auto"}
 """COMPILE by row."""
 ROWS = tuple(MODES)
+WORK = {"startup": "without compilation", "startup-compiled": "with a compiled step on disk"}
 READY_SECONDS = 300.0
 POLL_SECONDS = 0.02
 TARGETS = {"startup": (1.3, 1.1), "startup-compiled": (2.5, 1.5)}
@@ -56,18 +57,13 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
         at_most, goal = TARGETS[name]
         yield cost(
             name,
-            work(name),
+            f"process start to READY, {WORK[name]}",
             "importing torch and transformers and reading the weights once",
             "s",
             plan.alternate(lambda run, name=name: start(plan, name)[0], floor),  # type: ignore[misc]
             at_most=at_most,
             goal=goal,
         )
-
-
-def work(name: str) -> str:
-    """What a row measures, in words."""
-    return f"process start to READY, {'with a compiled step on disk' if name == ROWS[1] else 'without compilation'}"
 
 
 def unavailable(plan: Plan, name: str, root: Path = ROOT) -> Skipped | None:

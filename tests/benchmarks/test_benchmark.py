@@ -152,9 +152,9 @@ def test_a_side_imports_from_its_own_checkout(tmp_path: Path, monkeypatch: pytes
 
 
 def test_only_steps_while_all_streams_are_running_count() -> None:
-    arrivals = [[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]
-    assert step_seconds(arrivals) == 1
-    assert tokens_per_second(arrivals) == 2
+    times: list[list[float]] = [[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]
+    assert step_seconds(times) == 1
+    assert tokens_per_second(times) == 2
 
 
 def test_prompts_depend_only_on_their_key() -> None:

@@ -1,1 +1,1 @@
-"""What `script/benchmark` measures: this project beside its peers, one table."""
+"""What `script/benchmark` measures: this project against its peers, or against another checkout of itself."""

@@ -1,20 +1,46 @@
-"""Streams of all kinds that come when they come, beside the same one at a time."""
+"""A mixed workload with random arrivals, against the same streams one at a time."""
 
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks import prompts
-from benchmarks.decode import our_engine, transformers
+from benchmarks import engines, prompts
 from benchmarks.plan import Plan
-from benchmarks.report import Row
+from benchmarks.report import Row, cost, speedup
+from benchmarks.side import Side
 
 ROWS = ("mixed", "mixed-gaps")
 SECONDS = 5.0
 STREAMS = 32
+
+
+def measure(plan: Plan) -> Iterator[Row]:
+    """The rows mixed and mixed-gaps."""
+    with ExitStack() as stack:
+        ours, theirs = engines.our_engine(plan, stack), engines.transformers(plan, stack)
+        results, their_results = plan.alternate(partial(together, plan, ours), partial(_one_at_a_time, plan, theirs))
+        yield speedup(
+            "mixed",
+            f"{plan.size(STREAMS, 4)} streams arriving over {SECONDS:.0f} s, mixed lengths, masks and temperatures",
+            "the same on generate, one at a time, all there from the start",
+            "tokens/s",
+            [engines.rates(results), engines.rates(their_results)],
+            at_least=6,
+            goal=12,
+        )
+        yield cost(
+            "mixed-gaps",
+            "the same: 95th percentile of the time between a stream's tokens",
+            "the median decoding step",
+            "s",
+            [[gap(result) for result in results], [step(result) for result in results]],
+            at_most=4,
+            goal=4,
+        )
 
 
 def streams(plan: Plan, run: int) -> list[dict[str, Any]]:
@@ -38,11 +64,23 @@ def streams(plan: Plan, run: int) -> list[dict[str, Any]]:
             payload["logit_bias"] = {str(token): 100 for token in sorted(set(prompts.tokens(200, "few", stream)))}
         after = draw.uniform(0, plan.size(50, 5) / 10)
         predictions.append({"after": after, "operations": [["GENERATE", payload]]})
-    # Time is counted from the first arrival.
+    # Time starts at the first arrival.
     first = min(prediction["after"] for prediction in predictions)
     for prediction in predictions:
         prediction["after"] -= first
     return sorted(predictions, key=lambda prediction: float(prediction["after"]))
+
+
+def together(plan: Plan, engine: Side, run: int) -> dict[str, Any]:
+    """The workload on this project's engine."""
+    result: dict[str, Any] = engine.call("run", predictions=streams(plan, run))
+    return result
+
+
+def _one_at_a_time(plan: Plan, peer: Side, run: int) -> dict[str, Any]:
+    operations = [prediction["operations"][0] for prediction in streams(plan, run)]
+    result: dict[str, Any] = peer.call("one_at_a_time", operations=operations if run else operations[:2])
+    return result
 
 
 def gap(result: dict[str, Any]) -> float:
@@ -52,50 +90,10 @@ def gap(result: dict[str, Any]) -> float:
 
 
 def step(result: dict[str, Any]) -> float:
-    """The median time, in seconds, from one decoding step to the next step."""
+    """The median time from the start of a decoding step to the start of the next, in seconds."""
     decoding = [
         following[2] - this[2]
         for this, following in pairwise(result["steps"])
-        if this[1] == 1 and following[2] - this[2] < 2 * this[3] + 0.01  # else the engine had nothing to do
+        if this[1] == 1 and following[2] - this[2] < 2 * this[3] + 0.01  # longer: the engine was idle in between
     ]
     return median(decoding)
-
-
-def measure(plan: Plan) -> Iterator[Row]:
-    """The rows mixed and mixed-gaps."""
-    with ExitStack() as stack:
-        ours, theirs = our_engine(plan, stack), transformers(plan, stack)
-
-        def together(run: int) -> dict[str, Any]:
-            result: dict[str, Any] = ours.call("run", predictions=streams(plan, run))
-            return result
-
-        def one_at_a_time(run: int) -> dict[str, Any]:
-            operations = [prediction["operations"][0] for prediction in streams(plan, run)]
-            result: dict[str, Any] = theirs.call("one_at_a_time", operations=operations if run else operations[:2])
-            return result
-
-        our_results, their_results = plan.alternate(together, one_at_a_time)
-        what = f"{plan.size(STREAMS, 4)} streams arriving over {SECONDS:.0f} s, mixed lengths, masks and temperatures"
-        yield Row(
-            name="mixed",
-            work=what,
-            against="the same on generate, one at a time, all there from the start",
-            unit="tokens/s",
-            ours=[each["tokens"] / each["seconds"] for each in our_results],
-            peer=[each["tokens"] / each["seconds"] for each in their_results],
-            more_is_better=True,
-            at_least=6,
-            goal=12,
-        )
-        yield Row(
-            name="mixed-gaps",
-            work="the same: 95th percentile of the time between a stream's tokens",
-            against="the median decoding step",
-            unit="s",
-            ours=[gap(each) for each in our_results],
-            peer=[step(each) for each in our_results],
-            kind="cost",
-            at_least=4,
-            goal=4,
-        )

@@ -1,13 +1,15 @@
-"""LMQL queries through Replicate's interface: this project beside LMQL's own server."""
+"""LMQL queries through Replicate's interface, against LMQL's own server."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
+
+from msgspec.structs import replace
 
 from benchmarks import peers
 from benchmarks.plan import Plan, say
-from benchmarks.report import Row, Skipped
-from benchmarks.servers import Clients, both, model_clause
+from benchmarks.report import Row, Samples, Skipped, speedup
+from benchmarks.servers import Clients, both, lmql_server
 from tests.replicate_stand_in import StandIn
 
 QUERIES = {
@@ -59,79 +61,57 @@ where
     len(TOKENS(WORD)) < 5
 """,
 }
-"""By name. The number of the run stands at the beginning, so that no run can be answered with another run's work."""
+"""By name. In a benchmark `{run}` is a number, so that no run can use the cached work of another."""
 
 ROWS = ("queries", *(f"queries-{name}" for name in QUERIES))
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
-    """The row queries, for all of them together, and one row for each."""
-    wanted = [name for name in QUERIES if plan.wants("queries", f"queries-{name}")]
+    """The row queries for all queries together, and a row for each."""
     if not peers.has_lmql():
         yield Skipped([row for row in ROWS if plan.wants(row)], peers.LMQL_HOW_TO)
         return
-    ours: dict[str, list[float]] = {}
-    theirs: dict[str, list[float]] = {}
-    rows = []
-    with both(plan) as clients:
-        for name in wanted:
-            say(f"  query {name}")
-            tokens: dict[str, list[int]] = {"ours": [], "LMQL's": []}
-
-            def ask(
-                api: StandIn, side: str, run: int, name: str = name, tokens: dict[str, list[int]] = tokens
-            ) -> float:
-                seconds, count = query(plan, clients, api, name, run)
-                tokens[side].append(count)
-                return seconds
-
-            ours[name], theirs[name] = plan.alternate(
-                lambda run, ask=ask: ask(clients.ours, "ours", run),  # type: ignore[misc]
-                lambda run, ask=ask: ask(clients.lmqls, "LMQL's", run),  # type: ignore[misc]
-            )
-            counts = {side: median(runs[1:]) for side, runs in tokens.items()}
-            rows.append(
-                _row(
-                    f"queries-{name}",
-                    f"the LMQL query {name}",
-                    ours[name],
-                    theirs[name],
-                    (2, 2),
-                    f"{counts['ours']:.0f} tokens sent back, by LMQL's server {counts[_THEIRS]:.0f}",
-                )
-            )
-    if len(wanted) == len(QUERIES):
-        our_sums, their_sums = ([sum(run) for run in zip(*side.values(), strict=True)] for side in (ours, theirs))
-        yield _row("queries", "the LMQL queries below, one after the other", our_sums, their_sums, (3, 5), "")
-    yield from rows
+    with both(plan, lmql_server(plan)) as clients:
+        yield from rows(plan, clients, _row)
 
 
-_THEIRS = "LMQL's"
+def _row(name: str, unit: str, samples: Samples) -> Row:
+    work = "the LMQL queries below, one after the other" if name == "queries" else f"the LMQL query {name[8:]}"
+    at_least, goal = (3, 5) if name == "queries" else (2, 2)
+    return speedup(name, work, "LMQL's own server", unit, samples, at_least=at_least, goal=goal)
 
 
-def query(plan: Plan, clients: Clients, api: StandIn, name: str, run: int) -> tuple[float, int]:
-    """Run a query; its wall time in seconds, and how many tokens the server sent for it."""
+def rows(plan: Plan, clients: Clients, row: Callable[[str, str, Samples], Row]) -> Iterator[Row]:
+    """Measure the queries on both sides; `row` makes a row of its name, unit and samples."""
+    measured = []
+    seconds: list[Samples] = []
+    for name in QUERIES:
+        if not plan.wants("queries", f"queries-{name}"):
+            continue
+        say(f"  query {name}")
+        sides = plan.alternate(*(partial(query, plan, clients, name, api) for api in (clients.ours, clients.theirs)))
+        seconds.append([[took for took, _ in side] for side in sides])
+        ours, theirs = (median(tokens for _, tokens in side) for side in sides)
+        each = row(f"queries-{name}", "s", seconds[-1])
+        counted = f"{ours:.0f} tokens sent, {theirs:.0f} by the peer"
+        measured.append(replace(each, note="; ".join(filter(None, (counted, each.note)))))
+    if len(measured) == len(QUERIES):
+        sums = [[sum(run) for run in zip(*runs, strict=True)] for runs in zip(*seconds, strict=True)]
+        yield row("queries", "s", sums)
+    yield from measured
+
+
+def text(name: str, model: str, run: int | None = None) -> str:
+    """A query's text, with its `from` clause."""
+    return QUERIES[name].replace(" {run}", "" if run is None else f" {run}").replace("{model}", model)
+
+
+def query(plan: Plan, clients: Clients, name: str, api: StandIn, run: int) -> tuple[float, int]:
+    """Run a query; its seconds, and how many tokens the server sent for it."""
     import lmql
 
-    text = QUERIES[name].replace("{run}", str(100 + run)).replace("{model}", model_clause(plan))
-    before = len(api.predictions)
-    clients.wait_until_idle()
-    started = time.perf_counter()
-    clients.run(api, lambda: lmql.run(text))
-    seconds = time.perf_counter() - started
-    sent = [prediction.chunks for prediction in list(api.predictions.values())[before:]]
-    return seconds, sum(chunk.count("TOKEN ") for chunks in sent for chunk in chunks)
+    from benchmarks.lmql_client import model_clause
 
-
-def _row(name: str, work: str, ours: list[float], theirs: list[float], targets: tuple[float, float], note: str) -> Row:
-    return Row(
-        name=name,
-        work=work,
-        against="LMQL's own server",
-        unit="s",
-        ours=ours,
-        peer=theirs,
-        at_least=targets[0],
-        goal=targets[1],
-        note=note,
-    )
+    asked = text(name, model_clause(plan.weights), 100 + run)
+    seconds, predictions = clients.timed(api, lambda: lmql.run(asked))
+    return seconds, sum(chunk.count("TOKEN ") for prediction in predictions for chunk in prediction.chunks)

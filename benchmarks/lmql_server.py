@@ -1,12 +1,11 @@
-"""LMQL's own server behind the part of Cog's HTTP interface that Replicate's stand-in uses.
+"""LMQL's own server behind the part of Cog's HTTP interface that the Replicate stand-in uses.
 
-What LMQL's predictor for Replicate does, without Cog around it: one scheduler of LMQL's loads the model through LMQL's
-Transformers backend, every prediction gets a token session of LMQL's, its operations go in, and what the session sends
-comes out as lines. All of the work is code of the PyPI package `lmql`; this file only carries messages. Where there was
-a choice it is LMQL's favour: predictions run at once, so that the scheduler can batch them, and one event loop serves
-them all.
+It does what LMQL's predictor for Replicate does, without Cog. One LMQL scheduler loads the model through LMQL's
+Transformers backend. Every prediction gets an LMQL token session; its operations go in, and the session's replies come
+out as lines. All the work is code of the PyPI package `lmql`; this file only passes messages. Every choice favours
+LMQL: predictions run concurrently, so that the scheduler can batch them, on one event loop.
 
-Run it as `python -m benchmarks.lmql_server --weights DIRECTORY`; it prints `Ready: URL` once the model is loaded.
+Run it as `python -m benchmarks.lmql_server --weights DIRECTORY`. It prints `Ready: URL` once the model is loaded.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from lmql.models.lmtp.lmtp_async import LMTPAsyncTransport
 from lmql.models.lmtp.lmtp_scheduler import Scheduler, TokenSession
 
 LOADING = "<unavailable>"
-"""What the scheduler says about its model until it is loaded."""
+"""The scheduler's model information until the model is loaded."""
 
 
 class Predictor:
@@ -33,21 +32,21 @@ class Predictor:
         self._scheduler = Scheduler.instance(weights, self._arguments, user=None, sync=False)
 
     async def loaded(self) -> None:
-        """Return once predictions are answered without waiting for the model."""
+        """Wait until the model is loaded."""
         while self._scheduler.model_info() == LOADING:
             if not self._scheduler.worker_thread.is_alive():
                 raise RuntimeError(f"{TransformersLLM.__name__} did not load {self._model}")
             await asyncio.sleep(0.05)
 
     async def predict(self, ops_batch_json: str) -> AsyncIterator[str]:
-        """Answer a batch of LMTP operations in lines."""
+        """Run a batch of LMTP operations; yield its reply lines."""
         replies: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
         session = TokenSession(LMTPAsyncTransport(replies), self._arguments, static=True, longrunning=True)
         names: list[Any] = []
         try:
             for name, payload in json.loads(ops_batch_json):
                 names.append(payload["stream_id"])
-                # Within the session streams are numbered; a client's own id may be anything.
+                # The session needs numbers; a client's stream id may be anything.
                 await session.handle(name, {**payload, "stream_id": len(names) - 1, "model": self._model})
             unfinished = set(range(len(names)))
             while unfinished:
@@ -63,7 +62,7 @@ class Predictor:
 
 
 class Server:
-    """Predictions over HTTP, as server-sent events named as Cog names them."""
+    """Predictions over HTTP, with Cog's server-sent events."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
@@ -76,11 +75,11 @@ class Server:
         return application
 
     async def schema(self, request: web.Request) -> web.Response:
-        """No schema: the stand-in only hands it on."""
+        """An empty schema: the stand-in only passes it on."""
         return web.json_response({})
 
     async def create(self, request: web.Request) -> web.StreamResponse:
-        """Run a prediction; its lines are sent as they come."""
+        """Run a prediction and stream its lines."""
         body = await request.json()
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
@@ -99,7 +98,7 @@ class Server:
 
 
 async def serve(weights: str, dtype: str) -> None:
-    """Load the model and serve until the process is ended."""
+    """Load the model and serve until the process ends."""
     predictor = Predictor(weights, dtype)
     await predictor.loaded()
     runner = web.AppRunner(Server(predictor).application())
@@ -110,7 +109,7 @@ async def serve(weights: str, dtype: str) -> None:
 
 
 def main() -> None:
-    """Serve until the process is ended."""
+    """Run the server from the command line."""
     parser = argparse.ArgumentParser(description="LMQL's own server, for script/benchmark.")
     parser.add_argument("--weights", required=True, help="the directory with the model's files")
     parser.add_argument("--dtype", default="bfloat16", help="torch's name of the dtype (default: %(default)s)")

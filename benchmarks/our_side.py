@@ -1,4 +1,4 @@
-"""This project's engine in a process of its own, set up by the predictor as in the container."""
+"""This project's engine, set up by the predictor as in the container. All use of the engine's API is in this file."""
 
 import asyncio
 import dataclasses
@@ -15,13 +15,13 @@ from predict import Predictor
 
 
 class Engine:
-    """Runs predictions and tells when each token came and how long each step spent in the model.
+    """Runs predictions; records when each token arrives and how long each step spends in the runner.
 
-    WEIGHTS_DIR, DTYPE and COMPILE come from the environment, as for the predictor.
+    The predictor reads its settings, such as WEIGHTS_DIR, DTYPE and COMPILE, from the environment.
     """
 
     def __init__(self, endless: bool = True) -> None:
-        """``endless``: no token ends a stream, so that every stream is as long as it was asked to be."""
+        """``endless``: no token ends a stream, so that every stream has the requested length."""
         predictor = Predictor()
         predictor.setup()
         self._engine = predictor.engine
@@ -31,19 +31,19 @@ class Engine:
         self._time_steps()
 
     def describe(self) -> str:
-        """Which runner serves the model."""
+        """The runner that serves the model."""
         return self._engine.runner.description
 
     def chat(self, prompts: list[str]) -> list[list[int]]:
-        """The prompts' tokens, each in the model's own chat template."""
+        """Tokens of each prompt in the model's chat template."""
         return [text.render_prompt(self._engine.tokenizer, prompt) for prompt in prompts]
 
     def run(self, predictions: list[dict[str, Any]]) -> dict[str, Any]:
         """Run predictions, each ``{"operations": [...], "after": seconds}``.
 
-        Returns ``seconds`` until the last was done, ``tokens`` in all, ``arrivals``: for each stream when its tokens
-        came, ``texts``: each stream's text where it asked for it, ``steps``: rows, most tokens of a row, start and
-        seconds inside the runner, and the tokens ``computed``. Times are in seconds from the start.
+        Returns ``seconds`` until the last prediction ended; ``tokens`` in all; ``arrivals``, the times of each
+        stream's tokens; ``texts``, each stream's text if requested; ``steps``, each with its rows, the tokens of its
+        longest row, its start and its seconds inside the runner; and ``computed`` tokens. Times count from the start.
         """
         self._steps.clear()
         before = self._engine.counters.computed_tokens
@@ -62,12 +62,12 @@ class Engine:
             "tokens": sum(len(stream) for stream in streams),
             "arrivals": [[came for came, _ in stream] for stream in streams],
             "texts": ["".join(piece for _, piece in stream) for stream in streams],
-            "steps": [[rows, most, start - started, spent] for rows, most, start, spent in self._steps],
+            "steps": [[rows, longest, start - started, spent] for rows, longest, start, spent in self._steps],
             "computed": self._engine.counters.computed_tokens - before,
         }
 
     def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, str]]]:
-        """For each stream its tokens: when each came, and its text."""
+        """Time and text of each token of each stream."""
         if after:
             time.sleep(max(started + after - time.perf_counter(), 0))
         batch = protocol.parse_batch(operations)

@@ -1,9 +1,11 @@
-"""What Cog's runtime and this project's Python add to the model's time in a step.
+"""The time that Cog's runtime and this project's Python add to the model's time in a step.
 
-A step as a client sees it is timed through the real server: 32 predictions at once over HTTP, each streamed as
-server-sent events; from the moment all of them have their first token to the moment the first one has its last, divided
-by the tokens that came in between. The model's time is what 32 such streams take inside the runner in an engine of
-their own, as one prediction: one listener wakes up once a step, and no server and no client is on the machine's cores.
+`overhead` is a step as clients see it: STREAMS predictions at once over HTTP, each streamed as server-sent events. It
+is the time between the moment when all streams have their first token and the moment when the first stream has its
+last, divided by the tokens of a stream in between.
+
+The model's time is the runner's time in a step with as many streams in an engine of its own. There the streams are one
+prediction, so that one listener wakes up per step, and no server and no client uses the cores.
 """
 
 import asyncio
@@ -11,25 +13,25 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from statistics import mean
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from benchmarks import prompts
-from benchmarks.decode import our_engine
+from benchmarks import engines, prompts
 from benchmarks.plan import Plan, say
-from benchmarks.report import Row
+from benchmarks.report import Row, cost
 from benchmarks.servers import our_server
 from benchmarks.side import Side
 
 ROWS = ("overhead", "overhead-engine")
 STREAMS = 32
 NEW_TOKENS = 96
-FEWEST_STEPS = 4
+MIN_STEPS = 4
 
 
 class Arrivals(asyncio.Protocol):
-    """One prediction over a connection of its own: only notes when bytes came, to leave the cores to the server."""
+    """One prediction on its own connection. It only records when bytes arrive, to leave the cores to the server."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -42,20 +44,20 @@ class Arrivals(asyncio.Protocol):
             transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Note what came."""
+        """Record the bytes and their time."""
         self.pieces.append((time.perf_counter(), data))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The server closes the connection after the last event, as the request asked it to."""
+        """The server closes the connection after the last event, as requested."""
         if not self.done.done():
             self.done.set_result(None)
 
     def tokens(self) -> list[float]:
-        """When each token came. Raises RuntimeError where the prediction did not succeed."""
+        """The arrival time of each token. Raises RuntimeError if the prediction did not succeed."""
         body = b"".join(piece for _, piece in self.pieces)
         if b'"succeeded"' not in body:
             raise RuntimeError(f"a prediction failed: {body[-500:].decode(errors='replace')}")
-        streamed = body.index(b"event: completed")  # the last event holds the whole output once more
+        streamed = body.index(b"event: completed")  # this event repeats the whole output
         times, received = [], 0
         for when, piece in self.pieces:
             times += [when] * piece[: max(streamed - received, 0)].count(b"TOKEN {")
@@ -65,94 +67,112 @@ class Arrivals(asyncio.Protocol):
 
 def measure(plan: Plan) -> Iterator[Row]:
     """The rows overhead and overhead-engine."""
-    streams = plan.size(STREAMS, 4)
-    new_tokens = plan.size(NEW_TOKENS, 16)
-
-    def operations(run: int, side: str) -> list[list[Any]]:
-        return [
-            ["GENERATE", {"stream_id": i, "prompt": prompts.story("overhead", side, run, i), "max_tokens": new_tokens}]
-            for i in range(streams)
-        ]
-
     with ExitStack() as stack:
-        engine = our_engine(plan, stack)
+        engine = engines.our_engine(plan, stack)
         server = stack.enter_context(our_server(plan))
-        say(f"  {streams} predictions over HTTP and within an engine")
-        through_http, within, forward = plan.alternate(
-            lambda run: asyncio.run(_through_http(server.url, operations(run, "http"))),
-            lambda run: _within(engine, operations(run, "engine")),
-            lambda run: _forward(engine, operations(run, "model")),
+        say(f"  {streams(plan)} predictions over HTTP and within an engine")
+        http, within, forward = plan.alternate(
+            lambda run: step_seconds(through_http(plan, server.url, run)),
+            partial(_within, plan, engine),
+            partial(_forward, plan, engine),
         )
-    yield Row(
-        name="overhead",
-        work=f"a decoding step of {streams} predictions through Cog's server, as its clients see it",
-        against="the runner's time in that step",
-        unit="s",
-        ours=through_http,
-        peer=forward,
-        kind="cost",
-        at_least=1.1,
+    yield cost(
+        "overhead",
+        f"a decoding step of {streams(plan)} predictions through Cog's server, as its clients see it",
+        "the runner's time in that step",
+        "s",
+        [http, forward],
+        at_most=1.1,
         goal=1.05,
-        note="seen from outside: the time in which all predictions get one more token; against the time inside "
-        "the runner in an engine without server and clients, the streams being one prediction",
+        note="seen from outside: the time in which all predictions get one more token. The runner's time is that of an "
+        "engine without server and clients, with the streams as one prediction",
     )
-    yield Row(
-        name="overhead-engine",
-        work="the same step in an engine without Cog and HTTP, from its start to the next one's",
-        against="the runner's time in that step",
-        unit="s",
-        ours=within,
-        peer=forward,
-        kind="cost",
-        at_least=1.1,
+    yield cost(
+        "overhead-engine",
+        "the same step in an engine without Cog and HTTP, from its start to the next one's",
+        "the runner's time in that step",
+        "s",
+        [within, forward],
+        at_most=1.1,
         goal=1.05,
         note="the part of the row overhead that is this project's Python",
     )
 
 
-async def _through_http(url: str, operations: list[list[Any]]) -> float:
-    """Seconds a step."""
-    address = urlsplit(url)
-    connections = []
-    for operation in operations:
-        connection = Arrivals(_request(address.netloc, {"input": {"ops_batch_json": json.dumps([operation])}}))
-        await asyncio.get_running_loop().create_connection(
-            lambda connection=connection: connection,  # type: ignore[misc]
-            address.hostname or "",
-            address.port or 80,
-        )
-        connections.append(connection)
-        await asyncio.sleep(0.01)  # coglet 0.23.1 may refuse one of two requests that come at the same instant
+def streams(plan: Plan) -> int:
+    """Predictions at once."""
+    return plan.size(STREAMS, 4)
+
+
+def _operations(plan: Plan, side: str, run: int) -> list[Any]:
+    stories = [prompts.story("overhead", side, run, i) for i in range(streams(plan))]
+    return prompts.operations(stories, max_tokens=plan.size(NEW_TOKENS, 16))
+
+
+def through_http(plan: Plan, url: str, run: int) -> list[list[float]]:
+    """Run the predictions over HTTP; the arrival time of each token of each stream."""
+    return asyncio.run(_through_http(url, _operations(plan, "http", run)))
+
+
+async def _through_http(url: str, operations: list[Any]) -> list[list[float]]:
+    predictions = []
     async with asyncio.timeout(300):
-        await asyncio.gather(*(connection.done for connection in connections))
-    return step_seconds([connection.tokens() for connection in connections])
+        for operation in operations:
+            predictions.append(asyncio.create_task(_predict(urlsplit(url), operation)))
+            await asyncio.sleep(0.01)
+        return [(await prediction).tokens() for prediction in predictions]
+
+
+async def _predict(address: SplitResult, operation: Any) -> Arrivals:
+    """Run a prediction, again if it is refused: coglet 0.23.1 may answer 409 to one of two simultaneous requests."""
+    request = _request(address.netloc, {"input": {"ops_batch_json": json.dumps([operation])}})
+    while True:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            partial(Arrivals, request), address.hostname or "", address.port or 80
+        )
+        await connection.done
+        if not connection.pieces or not connection.pieces[0][1].startswith(b"HTTP/1.1 409"):
+            return connection
+
+
+def _shared(arrivals: list[list[float]]) -> tuple[float, list[int]]:
+    """The seconds in which all streams are running, and the tokens of each stream in them."""
+    first = max(times[0] for times in arrivals)
+    last = min(times[-1] for times in arrivals)
+    counts = [sum(first < when <= last for when in times) for times in arrivals]
+    if max(counts) < MIN_STEPS:
+        raise RuntimeError(f"all streams ran together for only {max(counts)} steps; one of them ended too soon")
+    return last - first, counts
 
 
 def step_seconds(arrivals: list[list[float]]) -> float:
-    """Seconds a step, while all streams are under way, from when each stream's tokens came."""
-    first = max(times[0] for times in arrivals)
-    last = min(times[-1] for times in arrivals)
-    counted = max(sum(first < when <= last for when in times) for times in arrivals)
-    if counted < FEWEST_STEPS:
-        raise RuntimeError(f"the streams had only {counted} steps in common; one of them ended too soon")
-    return (last - first) / counted
+    """Seconds a step while all streams are running, from the arrival times of each stream's tokens."""
+    seconds, counts = _shared(arrivals)
+    return seconds / max(counts)
 
 
-def _within(engine: Side, operations: list[list[Any]]) -> float:
-    """Seconds from step to step, every operation being a prediction."""
-    full = _full_steps(engine, [[operation] for operation in operations], len(operations))
+def tokens_per_second(arrivals: list[list[float]]) -> float:
+    """Tokens a second of all streams, while all of them are running."""
+    seconds, counts = _shared(arrivals)
+    return sum(counts) / seconds
+
+
+def _within(plan: Plan, engine: Side, run: int) -> float:
+    """Seconds from step to step, with a prediction for each operation."""
+    full = _full_steps(engine, [[operation] for operation in _operations(plan, "engine", run)])
     return (full[-1][0] - full[0][0]) / (len(full) - 1)
 
 
-def _forward(engine: Side, operations: list[list[Any]]) -> float:
+def _forward(plan: Plan, engine: Side, run: int) -> float:
     """Seconds inside the runner in a step."""
-    return mean(spent for _, spent in _full_steps(engine, [operations], len(operations)))
+    return mean(spent for _, spent in _full_steps(engine, [_operations(plan, "model", run)]))
 
 
-def _full_steps(engine: Side, batches: list[list[list[Any]]], streams: int) -> list[tuple[float, float]]:
-    """Start and seconds inside the runner of the steps in which all streams decode."""
+def _full_steps(engine: Side, batches: list[list[Any]]) -> list[tuple[float, float]]:
+    """Start, and seconds inside the runner, of the steps in which all streams decode."""
     steps = engine.call("run", predictions=[{"operations": batch} for batch in batches])["steps"]
-    return [(start, spent) for rows, most, start, spent in steps if rows == streams and most == 1]
+    total = sum(map(len, batches))
+    return [(start, spent) for rows, most, start, spent in steps if rows == total and most == 1]
 
 
 def _request(host: str, body: dict[str, Any]) -> bytes:

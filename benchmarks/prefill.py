@@ -1,12 +1,14 @@
-"""A long prompt beside one plain forward pass over it."""
+"""A long prompt, against one plain forward pass over it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
-from benchmarks import prompts
-from benchmarks.decode import greedy, our_engine, transformers
+from benchmarks import engines, prompts
 from benchmarks.plan import Plan
-from benchmarks.report import Row
+from benchmarks.report import Row, cost
+from benchmarks.side import Side
 
 ROWS = ("prefill",)
 TOKENS = 2000
@@ -14,26 +16,28 @@ TOKENS = 2000
 
 def measure(plan: Plan) -> Iterator[Row]:
     """The row prefill."""
-    length = plan.size(TOKENS, 200)
     with ExitStack() as stack:
-        ours, theirs = our_engine(plan, stack), transformers(plan, stack)
-
-        def first_token(run: int) -> float:
-            operations = greedy([prompts.tokens(length, "prefill", run)], 1)
-            return float(ours.call("run", predictions=[{"operations": operations}])["seconds"])
-
-        def forward(run: int) -> float:
-            return float(theirs.call("forward", prompt=prompts.tokens(length, "prefill", run)))
-
-        our_samples, their_samples = plan.alternate(first_token, forward)
-        yield Row(
-            name="prefill",
-            work=f"a prompt of {length:,} tokens to its first new token",
-            against="one plain forward pass, logits of the last position only",
-            unit="s",
-            ours=our_samples,
-            peer=their_samples,
-            kind="cost",
-            at_least=1.1,
+        ours, theirs = engines.our_engine(plan, stack), engines.transformers(plan, stack)
+        results, forward = plan.alternate(partial(first_token, plan, ours), partial(_forward, plan, theirs))
+        yield cost(
+            "prefill",
+            f"a prompt of {plan.size(TOKENS, 200):,} tokens to its first new token",
+            "one plain forward pass, logits of the last position only",
+            "s",
+            [engines.seconds(results), engines.seconds(forward)],
+            at_most=1.1,
             goal=1.02,
         )
+
+
+def first_token(plan: Plan, engine: Side, run: int) -> dict[str, Any]:
+    """This project's engine generates one token."""
+    return engines.run(engine, prompts.operations([_prompt(plan, run)], max_tokens=1), 1)
+
+
+def _forward(plan: Plan, peer: Side, run: int) -> dict[str, Any]:
+    return {"seconds": peer.call("forward", prompt=_prompt(plan, run))}
+
+
+def _prompt(plan: Plan, run: int) -> list[int]:
+    return prompts.tokens(plan.size(TOKENS, 200), "prefill", run)

@@ -1,4 +1,4 @@
-"""What was measured: rows with their ratios and targets, as a table, as files and as a plot."""
+"""Results: rows with ratios and targets, as a table, as files and as a plot."""
 
 import platform
 import re
@@ -14,54 +14,79 @@ import psutil
 from msgspec import Struct
 
 TOLERANCE = 1e-9
-"""Counts meet their target exactly or not at all; a quotient of floats may miss it by its last bit."""
+"""Slack for the rounding error of a ratio that meets its target exactly."""
 
 
 class Row(Struct, frozen=True, kw_only=True):
-    """One comparison: both sides' samples of one work, taken in turns, and what their ratio should be."""
+    """One comparison: samples of the same work on both sides, taken in turns, with targets for their ratio."""
 
     name: str
     work: str
-    """What was done, in words."""
+    """What both sides did, in words."""
     against: str
     """The peer, in words."""
     unit: str
+    """A unit per second, such as tokens/s, is a rate: more is better."""
     ours: list[float]
     peer: list[float]
     kind: Literal["speedup", "cost"] = "speedup"
-    """`speedup`: how many times as fast as the peer, to be at least the target. `cost`: ours over the peer's, to be at
-    most the target."""
-    more_is_better: bool = False
-    """Whether the samples are rates and not times."""
+    """`speedup`: how many times as fast as the peer; the target is a minimum. `cost`: our figure over the peer's; the
+    target is a maximum."""
+    paired: bool = False
+    """Whether the ratio is the median of each turn's ratio, which cancels slow drift of the machine's speed."""
     at_least: float
+    """The target; for a cost, the maximum."""
     goal: float
     note: str = ""
     measured: str = ""
 
     @property
     def ratio(self) -> float:
-        """The ratio of the medians, in the sense of `kind`."""
-        ours, peer = median(self.ours), median(self.peer)
-        return ours / peer if self.kind == "cost" or self.more_is_better else peer / ours
+        """Ratio of the medians, or median of the paired ratios, in the sense of `kind`."""
+        turns = zip(self.ours, self.peer, strict=True) if self.paired else [(median(self.ours), median(self.peer))]
+        ours_first = self.kind == "cost" or self.unit.endswith("/s")
+        return median(ours / peer if ours_first else peer / ours for ours, peer in turns)
 
     @property
     def reached(self) -> Literal["goal", "yes", "no"]:
-        """Which of its targets the ratio reaches."""
+        """Which target the ratio reaches."""
         return "goal" if self._reaches(self.goal) else "yes" if self._reaches(self.at_least) else "no"
 
     def _reaches(self, target: float) -> bool:
         return self.ratio <= target + TOLERANCE if self.kind == "cost" else self.ratio >= target - TOLERANCE
 
 
+Samples = list[list[float]]
+"""Ours and the peer's, as Plan.alternate returns them."""
+
+
+def speedup(
+    name: str, work: str, against: str, unit: str, samples: Samples, *, at_least: float, goal: float, note: str = ""
+) -> Row:
+    """A row that says how many times as fast as the peer this project is."""
+    ours, peer = samples
+    return Row(
+        name=name, work=work, against=against, unit=unit, ours=ours, peer=peer, at_least=at_least, goal=goal, note=note
+    )
+
+
+def cost(
+    name: str, work: str, against: str, unit: str, samples: Samples, *, at_most: float, goal: float, note: str = ""
+) -> Row:
+    """A row that says what something costs, the peer's figure being 1."""
+    row = speedup(name, work, against, unit, samples, at_least=at_most, goal=goal, note=note)
+    return msgspec.structs.replace(row, kind="cost")
+
+
 class Skipped(Struct, frozen=True):
-    """Rows that were not measured, and why."""
+    """Rows that were not measured, and the reason."""
 
     rows: list[str]
     why: str
 
 
 class Report(Struct, kw_only=True):
-    """A machine and what was measured on it."""
+    """A machine and the rows measured on it."""
 
     machine: dict[str, str]
     rows: list[Row]
@@ -69,7 +94,7 @@ class Report(Struct, kw_only=True):
 
 
 class _Line(Struct):
-    """A row as the JSON file holds it: what follows from the samples is written down too."""
+    """A row in the JSON file, with the values derived from its samples."""
 
     row: Row
     median_ours: float
@@ -85,7 +110,7 @@ class _Document(Struct, kw_only=True):
 
 
 def machine(dtype: str) -> dict[str, str]:
-    """The machine by name, and the versions that the figures depend on."""
+    """The machine, and the versions that the figures depend on."""
     return {
         "CPU": _processor(),
         "cores": str(psutil.cpu_count()),
@@ -97,13 +122,15 @@ def machine(dtype: str) -> dict[str, str]:
 
 
 def slug(machine: dict[str, str]) -> str:
-    """The machine's name as a file's name."""
-    plain = re.sub(r"\((r|tm)\)", "", machine["CPU"].lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{plain} {machine['cores']} cores").strip("-")
+    """A file name: the machine, the dtype unless it is bfloat16, and the checkout compared with, if any."""
+    words = [re.sub(r"\((r|tm)\)", "", machine["CPU"].lower()), machine["cores"], "cores"]
+    words += [machine["dtype"]] * (machine["dtype"] != "bfloat16")
+    words += ["against", machine["against"]] if "against" in machine else []
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-")
 
 
 def table(rows: Iterable[Row]) -> list[list[str]]:
-    """The head and the rows of the report, in text."""
+    """The header and the rows, as text."""
     lines = [["row", "work", "ours", "peer", "unit", "against", "ratio", "at least", "goal", "reached"]]
     for row in rows:
         sign = "≤" if row.kind == "cost" else "≥"
@@ -114,7 +141,7 @@ def table(rows: Iterable[Row]) -> list[list[str]]:
 
 
 def plain(report: Report) -> str:
-    """The table for a terminal, without the words of `work`, and what was skipped."""
+    """The table for a terminal, without the column `work`, then notes and skipped rows."""
     lines = [[*line[:1], *line[2:]] for line in table(report.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -124,7 +151,7 @@ def plain(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The report as a page."""
+    """The report as a Markdown page."""
     head, *lines = table(report.rows)
     named = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     page = [
@@ -132,8 +159,8 @@ def markdown(report: Report) -> str:
         "",
         f"{named}.",
         "",
-        "Both sides of a row ran in turns on this machine in one run; figures are medians. A ratio with ≥ is how many",
-        "times as fast as the peer this project is; one with ≤ is what it costs, the peer's figure being 1.",
+        "Both sides of a row ran in turns on this machine in one run; figures are medians. A ratio with ≥ says",
+        "how many times as fast as the peer this project is; one with ≤ says what it costs, the peer's figure being 1.",
         "",
         _markdown_line(head),
         _markdown_line(["---"] * len(head)),
@@ -145,9 +172,9 @@ def markdown(report: Report) -> str:
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """Write the machine's JSON, Markdown and plot into the directory; their paths.
+    """Write JSON, Markdown and a plot into the directory and return their paths.
 
-    Rows that this run did not measure stay as they were; each says when it was measured.
+    Rows that this run did not measure are kept; each row holds the time of its measurement.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stem = directory / slug(report.machine)
@@ -157,17 +184,17 @@ def write(report: Report, directory: Path) -> list[Path]:
     document = _Document(machine=whole.machine, rows=lines, skipped=whole.skipped)
     data.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
     page.write_text(markdown(whole), encoding="utf-8")
-    return [data, page, *([plot] if draw(whole, plot) else [])]
+    return [data, page, *([plot] if "against" not in whole.machine and draw(whole, plot) else [])]
 
 
 def read(path: Path) -> Report:
-    """A report out of the JSON that `write` wrote."""
+    """Read a report from the JSON that `write` wrote."""
     document = msgspec.json.decode(path.read_bytes(), type=_Document)
     return Report(machine=document.machine, rows=[line.row for line in document.rows], skipped=document.skipped)
 
 
 def merged(new: Report, old: Report | None) -> Report:
-    """The new report, with the old one's rows in the places of those that were not measured this time."""
+    """The new report, with the old report's rows where the new one has none."""
     if old is None:
         return new
     measured = {row.name: row for row in new.rows}
@@ -181,12 +208,12 @@ def merged(new: Report, old: Report | None) -> Report:
 
 
 def now() -> str:
-    """The time of a measurement."""
+    """The current time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def draw(report: Report, path: Path) -> bool:
-    """Plot tokens a second over streams, and the time of each LMQL query; False where there is nothing to plot with."""
+    """Plot tokens a second by streams, and the time of each LMQL query. False without matplotlib or such rows."""
     try:
         import matplotlib
     except ImportError:
@@ -230,7 +257,7 @@ def draw(report: Report, path: Path) -> bool:
 
 
 def decode_curves(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """For each engine, tokens a second by number of streams."""
+    """Tokens a second by number of streams, for each engine."""
     curves: dict[str, dict[int, float]] = {}
     for family, peer in (("decode", "Transformers generate"), ("vllm", "vLLM")):
         for row in rows:

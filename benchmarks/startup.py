@@ -1,26 +1,28 @@
-"""From the start of the process to predictions being accepted, beside what no start can do without."""
+"""Time from process start to accepted predictions, against the least that any start has to do."""
 
 import http.client
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.engines import our_variables
 from benchmarks.plan import ROOT, Plan, say
-from benchmarks.report import Row, Skipped
+from benchmarks.report import Row, Skipped, cost
+from tests.server import child
 
-ROWS = ("startup", "startup-compiled")
+MODES = {"startup": "off", "startup-compiled": "auto"}
+"""COMPILE by row."""
+ROWS = tuple(MODES)
+WORK = {"startup": "without compilation", "startup-compiled": "with a compiled step on disk"}
 READY_SECONDS = 300.0
 POLL_SECONDS = 0.02
 TARGETS = {"startup": (1.3, 1.1), "startup-compiled": (2.5, 1.5)}
 COMPILED = "compiled step"
-"""What setup's log says when the compiled step is in use."""
+"""In the setup log when the compiled step is in use."""
 
 FLOOR = """
 import sys
@@ -33,7 +35,7 @@ for path in sys.argv[1:]:
         while file.readinto(buffer):
             pass
 """
-"""Importing torch and transformers, with the two classes that every use of it begins with, and reading the weights."""
+"""Imports torch and two classes of transformers that every user of it needs, and reads the weights."""
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
@@ -45,63 +47,50 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
         subprocess.run([sys.executable, "-c", FLOOR, *files], check=True, timeout=READY_SECONDS)
         return time.perf_counter() - started
 
-    for name, compile_ in zip(ROWS, ("off", "auto"), strict=True):
+    for name in ROWS:
         if not plan.wants(name):
             continue
-        say(f"  starting with COMPILE={compile_}")
-        if compile_ == "auto" and COMPILED not in start(plan, compile_)[1]:
-            yield Skipped([name], "There is no compiled step for this model and machine: run `script/build` first.")
+        say(f"  starting with COMPILE={MODES[name]}")
+        if skipped := unavailable(plan, name):
+            yield skipped
             continue
-        ours, theirs = plan.alternate(lambda run, compile_=compile_: start(plan, compile_)[0], floor)  # type: ignore[misc]
-        yield Row(
-            name=name,
-            work="process start to READY, "
-            + ("without compilation" if compile_ == "off" else "with a compiled step on disk"),
-            against="importing torch and transformers and reading the weights once",
-            unit="s",
-            ours=ours,
-            peer=theirs,
-            kind="cost",
-            at_least=TARGETS[name][0],
-            goal=TARGETS[name][1],
+        at_most, goal = TARGETS[name]
+        yield cost(
+            name,
+            f"process start to READY, {WORK[name]}",
+            "importing torch and transformers and reading the weights once",
+            "s",
+            plan.alternate(lambda run, name=name: start(plan, name)[0], floor),  # type: ignore[misc]
+            at_most=at_most,
+            goal=goal,
         )
 
 
-def start(plan: Plan, compile_: str) -> tuple[float, str]:
-    """Start script/serve; seconds until its health check says READY, and what it logged. It is stopped again."""
+def unavailable(plan: Plan, name: str, root: Path = ROOT) -> Skipped | None:
+    """Why a row cannot be measured, if it cannot."""
+    if MODES[name] == "off" or COMPILED in start(plan, name, root)[1]:
+        return None
+    return Skipped([name], f"{root} has no compiled step for this model and machine: run its `script/build` first.")
+
+
+def start(plan: Plan, name: str, root: Path = ROOT) -> tuple[float, str]:
+    """Start script/serve and stop it again; seconds until its health check says READY, and its log."""
     port = _free_port()
-    environment = {"WEIGHTS_DIR": str(plan.weights), "DTYPE": plan.dtype, "COMPILE": compile_}
-    with tempfile.NamedTemporaryFile(prefix="benchmark-", suffix=".log") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "script/serve"), "--port", str(port)],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
-        try:
-            while (status := _status(port)) != "READY":
-                if (
-                    process.poll() is not None
-                    or status == "SETUP_FAILED"
-                    or time.perf_counter() > started + READY_SECONDS
-                ):
-                    raise RuntimeError("script/serve did not become ready:\n" + Path(log.name).read_text()[-2000:])
-                time.sleep(POLL_SECONDS)
-            seconds = time.perf_counter() - started
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        return seconds, Path(log.name).read_text(errors="replace")
+    command = [sys.executable, str(root / "script/serve"), "--port", str(port)]
+    started = time.perf_counter()
+    with child(command, root, **our_variables(plan, root), COMPILE=MODES[name]) as server:
+        # script/serve polls less often and would round the time up.
+        while (status := _status(port)) != "READY":
+            late = time.perf_counter() > started + READY_SECONDS
+            if server.process.poll() is not None or status == "SETUP_FAILED" or late:
+                raise RuntimeError(f"script/serve did not become ready:\n{server.tail()}")
+            time.sleep(POLL_SECONDS)
+        seconds = time.perf_counter() - started
+    return seconds, "".join(server.log)
 
 
 def _status(port: int) -> str:
-    """What the health check says; empty while nobody answers."""
+    """The status that the health check reports; empty while nothing answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/health-check")

@@ -1,4 +1,4 @@
-"""Transformers itself in a process of its own: `generate` and a plain forward pass."""
+"""Transformers as a peer: `generate` and a plain forward pass."""
 
 import json
 import time
@@ -20,12 +20,12 @@ class Bias(LogitsProcessor):
         self._bias = bias
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits ``[rows, vocabulary]`` with the mask."""
+        """Add the mask to the logits ``[rows, vocabulary]``."""
         return scores + self._bias
 
 
 class Transformers:
-    """The model as Transformers serves it; no token ends a sequence."""
+    """The model in Transformers. No token ends a sequence."""
 
     def __init__(self, weights: str, dtype: str) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
@@ -35,7 +35,7 @@ class Transformers:
         self._model.generation_config.pad_token_id = 0
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
-        """Greedy, all prompts in one batch; they are of one length. Seconds and new tokens."""
+        """Decode greedily, all prompts in one batch and of one length. Returns seconds and new tokens."""
         ids = torch.tensor(prompts)
         started = time.perf_counter()
         with torch.inference_mode():
@@ -46,10 +46,10 @@ class Transformers:
         return {"seconds": seconds, "tokens": output[:, ids.shape[1] :].numel()}
 
     def one_at_a_time(self, operations: list[Any]) -> dict[str, float]:
-        """LMTP's GENERATE operations one after the other, without waiting for their arrival. Seconds and new tokens."""
+        """Run GENERATE operations one after the other. Returns seconds and new tokens."""
         parsed = [each for each in protocol.parse_batch(json.dumps(operations)) if isinstance(each, Generate)]
         if len(parsed) != len(operations):
-            raise ValueError("only GENERATE operations that can be run")
+            raise ValueError("only valid GENERATE operations can run")
         produced = 0
         started = time.perf_counter()
         for operation in parsed:
@@ -68,7 +68,7 @@ class Transformers:
         return {"seconds": time.perf_counter() - started, "tokens": produced}
 
     def forward(self, prompt: list[int]) -> float:
-        """Seconds of one forward pass that gives the next token's logits and keeps keys and values."""
+        """Seconds of one forward pass with a KV cache, for the logits of the last position."""
         ids = torch.tensor([prompt])
         started = time.perf_counter()
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""vLLM in a process, and usually a virtual environment, of its own."""
+"""vLLM as a peer, usually in a virtual environment of its own."""
 
 import time
 from typing import Any
@@ -8,18 +8,15 @@ from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-
 
 
 class VLLM:
-    """The model as vLLM serves it; no token ends a sequence and no text is made of them."""
+    """The model in vLLM."""
 
     def __init__(self, weights: str, dtype: str) -> None:
         self._llm = LLM(model=weights, dtype=dtype, max_model_len=2048)
 
-    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
-        """Greedy, all prompts at once. Seconds and new tokens."""
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """Decode greedily, all prompts at once, without an end of sequence and without detokenizing."""
         options = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        started = time.perf_counter()
-        outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
+        return self._timed(prompts, [options] * len(prompts))
 
     def structured(
         self,
@@ -29,21 +26,18 @@ class VLLM:
         temperature: float,
         seeds: list[int],
     ) -> dict[str, Any]:
-        """JSON by a schema, all prompts at once, a seed each; here text is made. Seconds, new tokens and texts."""
-        options = [
-            SamplingParams(
-                temperature=temperature,
-                seed=seed,
-                max_tokens=max_tokens,
-                structured_outputs=StructuredOutputsParams(json=schema),
-            )
-            for seed in seeds
-        ]
+        """Generate JSON that follows a schema, all prompts at once, with a seed for each."""
+        constraint = StructuredOutputsParams(json=schema)
+        common = {"temperature": temperature, "max_tokens": max_tokens, "structured_outputs": constraint}
+        return self._timed(prompts, [SamplingParams(seed=seed, **common) for seed in seeds])
+
+    def _timed(self, prompts: list[list[int]], options: list[Any]) -> dict[str, Any]:
+        """Seconds, new tokens, and texts."""
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         started = time.perf_counter()
-        outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], options, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        outputs = [output.outputs[0] for output in self._llm.generate(inputs, options, use_tqdm=False)]
         return {
-            "seconds": seconds,
-            "tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
-            "texts": [output.outputs[0].text for output in outputs],
+            "seconds": time.perf_counter() - started,
+            "tokens": sum(len(output.token_ids) for output in outputs),
+            "texts": [output.text for output in outputs],
         }

@@ -1,8 +1,8 @@
-"""A stand-in for Replicate's HTTP API on loopback: what its clients need, in front of one running Cog server.
+"""A stand-in for Replicate's HTTP API on loopback, in front of one running Cog server.
 
-As on Replicate, every prediction is one call to the container, made with the prediction's own id, and goes on when the
-client that asked for it leaves. Shapes and events follow https://replicate.com/docs/reference/http and
-https://replicate.com/docs/topics/predictions/streaming, as far as the Python, Node and LMQL clients look at them.
+As on Replicate, every prediction is one call to the container, made with the prediction's own id, and continues after
+its client disconnects. Documents and events follow https://replicate.com/docs/reference/http and
+https://replicate.com/docs/topics/predictions/streaming, as far as the Python, Node and LMQL clients use them.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ JsonObject = dict[str, Any]
 
 @dataclass
 class StandIn:
-    """A running stand-in, seen from a test."""
+    """A running stand-in."""
 
     url: str
-    """Without a path; Replicate's is https://api.replicate.com."""
+    """Without a path, like Replicate's own https://api.replicate.com."""
     predictions: dict[str, "Prediction"]
-    """Everything that was asked of it, by id, in order."""
+    """All its predictions by id, oldest first."""
 
 
 @dataclass
 class Prediction:
-    """One prediction and what is known of it so far."""
+    """One prediction and its state."""
 
     id: str
     input: JsonObject
@@ -54,7 +54,7 @@ class Prediction:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def document(self, base: str) -> JsonObject:
-        """The prediction as the API shows it."""
+        """The prediction as the API returns it."""
         here = f"{base}/v1/predictions/{self.id}"
         return {
             "id": self.id,
@@ -75,7 +75,7 @@ class Prediction:
 
 @contextmanager
 def stand_in(cog: str) -> Iterator[StandIn]:
-    """Run the stand-in in front of the Cog server at the address `cog`, in a thread with an event loop of its own."""
+    """Run the stand-in for the Cog server at the address `cog`, in a thread with its own event loop."""
     ready: Future[tuple[StandIn, Callable[[], None]]] = Future()
     thread = threading.Thread(target=lambda: asyncio.run(_Api(cog).run(ready)), name="replicate stand-in")
     thread.start()
@@ -94,7 +94,7 @@ def now() -> str:
 
 
 def problem(status: int, title: str, detail: str) -> web.Response:
-    """An error as the API words it."""
+    """An error in the API's format."""
     return web.json_response({"title": title, "detail": detail, "status": status}, status=status)
 
 
@@ -144,7 +144,7 @@ class _Api:
     async def authenticate(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """A token is wanted in either spelling; the address of a stream is a secret and needs none."""
+        """Require a token, in either spelling. A stream's address is a secret and needs none."""
         given = request.headers.get("Authorization", "")
         if given not in (f"Bearer {TOKEN}", f"Token {TOKEN}") and not request.path.startswith("/v1/stream/"):
             return problem(401, "Unauthenticated", "You did not pass a valid authentication token")
@@ -202,7 +202,7 @@ class _Api:
         while (
             response := await self.session.put(address, json={"input": prediction.input}, headers=accept)
         ).status == 409:
-            # At capacity: Replicate's queue keeps the prediction. coglet 0.23.1 says so too where two come at once.
+            # At capacity: Replicate would queue the prediction. coglet 0.23.1 also answers 409 to simultaneous requests.
             response.close()
             await asyncio.sleep(0.002)
         if response.status != 200:
@@ -218,19 +218,19 @@ class _Api:
         return web.json_response(document, status=201)
 
     async def answer(self, prediction: Prediction, prefer: str) -> JsonObject:
-        """The new prediction, held back for `Prefer: wait` or `wait=SECONDS` until it is done or time is over."""
-        wish, _, seconds = prefer.partition("=")
-        if wish != "wait":
+        """The new prediction; with `Prefer: wait` or `wait=SECONDS`, once it is done or the time is over."""
+        preference, _, seconds = prefer.partition("=")
+        if preference != "wait":
             return prediction.document(self.base)
         with suppress(TimeoutError):
             async with asyncio.timeout(int(seconds or 60)):
                 await self.done(prediction)
         document = prediction.document(self.base)
-        # Clients go by this: they take any other status for the final one.
+        # Clients rely on this: they take any other status as final.
         return document if prediction.status in TERMINAL else {**document, "status": "starting"}
 
     async def follow(self, prediction: Prediction, response: aiohttp.ClientResponse) -> None:
-        """Take in what the container sends for a prediction."""
+        """Record the events that the container sends for a prediction."""
         async with response:
             async for name, data in server_sent_events(response):
                 async with prediction.changed:
@@ -264,7 +264,7 @@ class _Api:
 
     async def cancel(self, request: web.Request) -> web.Response:
         prediction = self.find(request)
-        # coglet 0.23.1 loses a cancellation that overtakes the start of its prediction, so it is sent until it is obeyed.
+        # coglet 0.23.1 loses a cancellation that arrives before its prediction starts, so retry until it takes effect.
         while prediction.status not in TERMINAL:
             async with self.session.post(f"/predictions/{prediction.id}/cancel"):
                 with suppress(TimeoutError):
@@ -272,7 +272,7 @@ class _Api:
         return web.json_response(prediction.document(self.base))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Server-sent events: one `output` for each chunk, from the first on, then `error` if it failed, and `done`."""
+        """Server-sent events: an `output` for each chunk from the first on, then `error` if it failed, then `done`."""
         prediction = self.find(request)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         with suppress(ConnectionResetError):
@@ -306,7 +306,7 @@ class _Api:
 
 
 async def server_sent_events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, JsonObject]]:
-    """Name and data of Cog's events, whose data is JSON on one line, however long."""
+    """Names and data of Cog's events. Data is JSON on one line of any length."""
     name, rest = "", b""
     async for part in response.content.iter_any():
         *lines, rest = (rest + part).split(b"\n")

@@ -1,4 +1,4 @@
-"""The benchmark's report, and what becomes of peers that are not there; nothing is measured here."""
+"""The benchmark's report, its plan and its processes, and how it skips absent peers. Nothing is measured here."""
 
 import importlib.util
 import random
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import arrivals, decode, lmql_queries, peers, prompts, report, reuse
-from benchmarks.overhead import step_seconds
+from benchmarks import against, arrivals, decode, engines, lmql_queries, peers, prompts, report, reuse
+from benchmarks.overhead import step_seconds, tokens_per_second
 from benchmarks.plan import Plan
 from benchmarks.report import Report, Row, Skipped
 from benchmarks.side import Side, SideError
@@ -30,7 +30,7 @@ def test_a_time_is_compared_by_how_many_times_as_fast() -> None:
 
 
 def test_a_rate_is_compared_by_how_many_times_as_fast() -> None:
-    compared = row("decode-1", [80.0], [20.0], more_is_better=True)
+    compared = row("decode-1", [80.0], [20.0], unit="tokens/s")
     assert compared.ratio == 4
     assert compared.reached == "goal"
 
@@ -40,8 +40,20 @@ def test_a_cost_must_stay_below_its_target() -> None:
     assert row("prefill", [1.2], [1.0], kind="cost", at_least=1.1, goal=1.02).reached == "no"
 
 
+def test_a_paired_ratio_is_the_median_of_the_ratios_of_each_turn() -> None:
+    slowing_down = row("score", [1, 2, 4], [2, 2, 2], paired=True)
+    assert slowing_down.ratio == 1
+    rates = row("decode-1", [10, 20, 5], [5, 5, 5], unit="tokens/s", paired=True)
+    assert rates.ratio == 2
+
+
+def test_a_comparison_with_a_checkout_or_in_another_dtype_has_its_own_file() -> None:
+    assert report.slug(MACHINE | {"dtype": "float32"}) == "some-processor-9-2ghz-2-cores-float32"
+    assert report.slug(MACHINE | {"against": "491efcc"}) == "some-processor-9-2ghz-2-cores-against-491efcc"
+
+
 def test_a_report_is_written_and_read(tmp_path: Path) -> None:
-    rows = [row("decode-1", [80], [20], more_is_better=True), row("queries-beam", [1], [3])]
+    rows = [row("decode-1", [80], [20], unit="tokens/s"), row("queries-beam", [1], [3])]
     written = report.write(Report(machine=MACHINE, rows=rows, skipped=[Skipped(["vllm-1"], "Not there.")]), tmp_path)
     assert {path.stem for path in written} == {"some-processor-9-2ghz-2-cores"}
     assert report.read(written[0]).rows == rows
@@ -52,7 +64,7 @@ def test_a_report_is_written_and_read(tmp_path: Path) -> None:
         assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_part_of_the_rows_replaces_only_those(tmp_path: Path) -> None:
+def test_measuring_some_rows_replaces_only_those(tmp_path: Path) -> None:
     first = [row("decode-1", [1], [1]), row("prefill", [1], [1])]
     report.write(Report(machine=MACHINE, rows=first, skipped=[Skipped(["mixed"], "Why.")]), tmp_path)
     second = [row("prefill", [2], [1]), row("mixed", [3], [1])]
@@ -61,7 +73,7 @@ def test_a_part_of_the_rows_replaces_only_those(tmp_path: Path) -> None:
     assert report.read(data).skipped == []
 
 
-def test_both_sides_take_turns_and_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_take_turns_and_the_warm_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
     order: list[str] = []
 
@@ -82,7 +94,7 @@ def test_a_family_name_stands_for_its_rows() -> None:
 
 
 def test_an_absent_vllm_is_skipped_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "our_engine", lambda plan, stack: None)
+    monkeypatch.setattr(engines, "our_engine", lambda plan, stack: None)
     monkeypatch.setattr(peers, "vllm_python", lambda: None)
     (skipped,) = decode.measure(Plan(Path(), only=["vllm"]))
     assert isinstance(skipped, Skipped)
@@ -98,19 +110,54 @@ def test_an_absent_lmql_is_skipped_with_how_to_install_it(suite: Any, monkeypatc
     assert "pip install 'lmql" in skipped.why
 
 
-def test_a_side_answers_calls_and_tells_what_went_wrong() -> None:
-    with Side("random:Random") as side:
+def test_rows_against_a_checkout_compare_both_engines_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
+
+    class Engine:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def call(self, method: str, predictions: Any = None) -> Any:
+            if method == "describe":
+                return "runner"
+            tokens = sum(operation[1]["max_tokens"] for operation in predictions[0]["operations"])
+            return {"tokens": tokens, "seconds": self.seconds}
+
+    other = Path("/other")
+    monkeypatch.setattr(engines, "our_engine", lambda plan, stack, root: Engine(3.0 if root == other else 1.5))
+    plan = Plan(Path(), runs=2, quick=True, only=["decode-8", "prefill"], against=other)
+    decoded, filled = against.measure(plan)
+    assert isinstance(decoded, Row)
+    assert (decoded.name, decoded.ratio, decoded.unit) == ("decode-8", 2, "tokens/s")
+    assert isinstance(filled, Row)
+    assert (filled.name, filled.ratio, filled.unit) == ("prefill", 2, "s")
+
+
+def test_a_side_answers_calls_and_reports_errors() -> None:
+    with Side("random:Random", {}) as side:
         side.make(x=7)
         assert side.call("randrange", start=10**6) == random.Random(7).randrange(10**6)
         with pytest.raises(SideError, match="no_such_method"):
             side.call("no_such_method")
 
 
-def test_a_step_is_counted_while_all_streams_are_under_way() -> None:
-    assert step_seconds([[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]) == 1
+def test_a_side_imports_from_its_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    (tmp_path / "benchmarks").symlink_to(Path(__file__).parents[2] / "benchmarks")
+    (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
+    (tmp_path / "predict.py").write_text("class Engine:\n    def name(self):\n        return 'other'\n")
+    with Side("predict:Engine", {}, root=tmp_path) as side:
+        side.make()
+        assert side.call("name") == "other"
 
 
-def test_prompts_depend_on_their_key_alone() -> None:
+def test_only_steps_while_all_streams_are_running_count() -> None:
+    times: list[list[float]] = [[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7]]
+    assert step_seconds(times) == 1
+    assert tokens_per_second(times) == 2
+
+
+def test_prompts_depend_only_on_their_key() -> None:
     assert prompts.tokens(9, "a", 1) == prompts.tokens(9, "a", 1) != prompts.tokens(9, "a", 2)
     operation = Generate(stream_id=0, prompt=[1], mask=prompts.half_mask("a"))
     bias = masks.bias_of(operation, prompts.VOCABULARY)
@@ -118,7 +165,7 @@ def test_prompts_depend_on_their_key_alone() -> None:
     assert 0.45 < bias.isneginf().float().mean() < 0.55
 
 
-def test_arrivals_begin_at_once_and_are_the_same_kinds_in_every_run() -> None:
+def test_arrivals_start_at_once_and_have_the_same_kinds_in_every_run() -> None:
     one, other = (arrivals.streams(Plan(Path()), run) for run in (1, 2))
     assert len(one) == 32
     assert one[0]["after"] == 0

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,13 @@ import pytest
 from replicate.client import Client
 from replicate.exceptions import ModelError, ReplicateError
 
-from tests.replicate_stand_in import MODEL, OWNER, TOKEN, VERSION, StandIn, stand_in
-from tests.server import ROOT, Server
+from tests.replicate_stand_in import MODEL, OWNER, TOKEN, VERSION, StandIn
+from tests.server import ENDLESS, ROOT
 
 NAME = f"{OWNER}/{MODEL}"
 QUESTION = {"prompt": "What is the capital of France?", "max_tokens": 20}
 ANSWER = "The capital of France is Paris."
-ENDLESS = {
-    "prompt": "Tell me a story.",
-    "max_tokens": 4000,
-    "logit_bias": '{"0": -100, "1": -100, "2": -100}',  # nothing that ends the text
-}
 NODE_PACKAGE = "replicate@1.4.0"
-
-
-@pytest.fixture(scope="module")
-def api(server: Server) -> Iterator[StandIn]:
-    """Replicate's API in front of the server."""
-    with stand_in(server.url) as api:
-        yield api
 
 
 @pytest.fixture
@@ -116,7 +103,7 @@ def node_modules() -> Path:
 class TestNode:
     @pytest.fixture
     def run(self, api: StandIn, node_modules: Path) -> Any:
-        """Run the body of an async function that has a client; give what it returns."""
+        """Run JavaScript as the body of an async function with a client; return its result."""
 
         def run(body: str) -> Any:
             program = f"""

@@ -34,7 +34,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lmtp.runners.slots import Memory
-from lmtp.weights.load import Manifest
+from lmtp.weights.manifest import Manifest
 
 FORMAT = 3
 """Part of a compiled step's name: to be raised when runner.ModelStep changes what it takes or returns."""

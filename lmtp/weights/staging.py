@@ -151,8 +151,8 @@ def require_space(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise WeightsError(
-            f"The target's disk has {free / 1e6:,.0f} MB free, {size / 1e6:,.0f} MB are needed besides the weights in place:"
-            " make room, or choose another disk with --to."
+            f"The target's disk has {free / 1e6:,.0f} MB free, {size / 1e6:,.0f} MB are needed besides the weights in"
+            " place: make room, or choose another disk with --to."
         )
 
 

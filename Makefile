@@ -7,7 +7,7 @@ VENV = .venv
 READY = $(VENV)/.ready
 MODEL = weights/manifest.json
 
-.PHONY: help predict serve test lint weights build bench clean
+.PHONY: help predict serve test lint docs weights build bench clean
 
 help:  ## List what make can do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,7 +26,10 @@ lint: $(READY)  ## Check format, lint and types
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/mypy
-	@for script in build download_weights predict serve benchmark; do $(VENV)/bin/mypy script/$$script || exit 1; done
+	@$(VENV)/bin/mypy --scripts-are-modules $$(grep -l '^#!.*python' script/*)
+
+docs: $(READY)  ## Write the inputs of predict.py into README.md
+	@script/inputs_table
 
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)

@@ -13,6 +13,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,11 @@ class TestServe:
         group = os.getpgid(worker(project))
         assert group not in (os.getpgid(0), os.getpgid(serving.pid))
         serving.kill()
-        assert eventually(lambda: not any(alive(process) for process in members(group)), seconds=5)
+        try:
+            assert eventually(lambda: not any(alive(process) for process in members(group)), seconds=5)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
     def test_sets_the_environment_of_the_container(self, project: Path) -> None:
         with serving(project, MALLOC_ARENA_MAX="4"):

@@ -5,15 +5,17 @@ A prediction is either a prompt or a batch of LMTP operations; both become opera
 
 import contextvars
 import gc
+import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Optional
 
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import cancellation, protocol, settings
+from lmtp import cancel_relay, cancellation, protocol, settings
+from lmtp.places import Places
 from lmtp.protocol import Failure, Generate, Operation, RequestError
 
 if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
@@ -21,8 +23,15 @@ if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be r
     from lmtp.prediction import Prediction
 
 
+MAX_CHUNK = 1_000_000
+"""Characters. The runtime sends a chunk of more than 6 MiB of JSON through a file, in a directory that is gone."""
+
+
 class Predictor(BasePredictor):
     """Serves the model in ``weights/``."""
+
+    def __init__(self) -> None:
+        self.places = Places(int(os.environ.get("COG_MAX_CONCURRENCY") or 1))
 
     def setup(self) -> None:
         """Load the weights and start the engine."""
@@ -33,6 +42,7 @@ class Predictor(BasePredictor):
         from lmtp.weights import load as weights
 
         cancellation.install()
+        cancel_relay.install()
         chosen = settings.read()
 
         def open_model() -> OpenModel:
@@ -51,8 +61,15 @@ class Predictor(BasePredictor):
             return OpenModel(loaded.model, loaded.tokenizer, runner)
 
         self.engine = Engine(open_model)
+        self.places.watch()
         gc.freeze()  # what exists now stays, so no collection during a step has to look at it
         gc.enable()
+
+    def healthcheck(self) -> bool:
+        """Raise if this server has to be replaced; the error is part of the answer to a health check."""
+        if problem := self.engine._broken or self.places.problem:
+            raise RuntimeError(problem)
+        return True
 
     @cog.streaming
     @cog.concurrent(max=64)
@@ -138,6 +155,8 @@ class Predictor(BasePredictor):
         from lmtp.completions import Completions
 
         started = time.monotonic()
+        context = contextvars.copy_context()
+        self.places.begin(context)
         if (prompt is None) == (ops_batch_json is None):
             raise RequestError(f"Give prompt or ops_batch_json{', not both' if prompt is not None else ''}.")
         operations: Sequence[Operation | Failure]
@@ -171,7 +190,7 @@ class Predictor(BasePredictor):
         cancellation.when_cancelled(prediction.cancel)
         # Cog's runtime 0.23.1 streams output only from a plain generator, which it runs on a thread of its own. What an
         # async generator yields is sent at the end.
-        chunks = self._chunks(prediction, completions, started, contextvars.copy_context())
+        chunks = self._chunks(prediction, completions, started, context)
         next(chunks)  # enters its `with`: from here on closing the generator ends the prediction
         return chunks
 
@@ -183,16 +202,15 @@ class Predictor(BasePredictor):
         The runtime finds by ``context`` which prediction logs and metrics belong to.
         """
         first_token: float | None = None
-        with prediction:
+        with self.places.hold(), prediction:
             yield ""
             for replies in prediction:
                 if first_token is None:
                     first_token = time.monotonic() - started
-                if chunk := completions.add(replies) if completions else protocol.encode(replies):
-                    yield chunk
-        counters = prediction.counters
-        if completions and (end := completions.end(counters.reused_tokens, counters.computed_tokens)):
-            yield end
+                yield from _pieces(completions.add(replies) if completions else protocol.encode(replies))
+            counters = prediction.counters
+            if completions:
+                yield from _pieces(completions.end(counters.reused_tokens, counters.computed_tokens))
         context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 
     def _record(
@@ -214,3 +232,11 @@ class Predictor(BasePredictor):
         self.record_metric("rows_per_step", round(counters.rows / max(counters.steps, 1), 2))
         self.record_metric("time_to_first_token", round(first_token, 4))
         self.record_metric("tokens_per_second", round(counters.output_tokens / seconds, 2))
+
+
+def _pieces(chunk: str) -> Iterator[str]:
+    """Cut what is too long for one chunk, at the ends of lines if they are near enough."""
+    while chunk:
+        end = len(chunk) if len(chunk) <= MAX_CHUNK else chunk.rfind("\n", 0, MAX_CHUNK) + 1 or MAX_CHUNK
+        yield chunk[:end]
+        chunk = chunk[end:]

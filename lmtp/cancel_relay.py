@@ -1,0 +1,150 @@
+"""Repeats the cancels that Cog's runtime loses.
+
+The server tells its worker once, over a control channel, to cancel what runs in a slot. The worker ignores that until it
+has taken the GIL for the slot's prediction (coglet 0.23.1, `PythonPredictHandler.cancel`), so a caller who leaves within
+milliseconds would leave a prediction that nobody can end. Just after, the worker raises an exception in the thread that
+starts the prediction. Between two calls into Python it is lost; inside one it fails the prediction.
+
+So a relay stands in the control channel. It holds a cancel back until the prediction has most likely started, and
+repeats it until the worker says that the slot is idle.
+"""
+
+import json
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import coglet
+
+WORKER_INPUT, WORKER_OUTPUT = 99, 100
+"""The worker's ends of the control channel: `fd_redirect.rs` of coglet."""
+
+HOLD_SECONDS = 0.05
+"""How long a cancel is held back."""
+
+MAX_WAIT_SECONDS = 1.0
+"""The longest time between two repetitions; it doubles from HOLD_SECONDS."""
+
+STALE_SECONDS = 0.02
+"""A cancel that comes so soon after its slot became idle may be meant for the prediction that has just ended."""
+
+
+def install() -> None:
+    """Put a relay into the control channel of this worker. Call it in setup, while the worker does not read."""
+    if coglet.server.active:
+        from_server, to_worker = _insert(WORKER_INPUT, 0)
+        to_server, from_worker = _insert(WORKER_OUTPUT, 1)
+        relay = Relay(from_server, to_worker, from_worker, to_server)
+        threading.Thread(target=relay.run, name="cancel-relay", daemon=True).start()
+
+
+def _insert(descriptor: int, end: int) -> tuple[int, int]:
+    """Make a descriptor one end of a new pipe; return what it was and the other end."""
+    before, pipe = os.dup(descriptor), os.pipe()
+    os.dup2(pipe[end], descriptor)
+    os.close(pipe[end])
+    return before, pipe[1 - end]
+
+
+@dataclass
+class Cancel:
+    """A cancel of a prediction that still runs."""
+
+    frame: bytes
+    due: float
+    wait: float = HOLD_SECONDS
+
+
+class Relay:
+    """Passes messages on between server and worker. A message is a JSON object after its length in four bytes."""
+
+    def __init__(self, from_server: int, to_worker: int, from_worker: int, to_server: int) -> None:
+        """All are file descriptors of pipes."""
+        self._from_server, self._to_worker = from_server, to_worker
+        self._from_worker, self._to_server = from_worker, to_server
+        self._cancels: dict[str, Cancel] = {}
+        """By slot."""
+        self._ended: list[tuple[float, bytes]] = []
+        """Idle messages of cancelled slots, and when to send them: once the worker has read the last cancel, which must
+        not reach the slot's next prediction."""
+        self._idle_since: dict[str, float] = {}
+        """Slots that became idle just now."""
+        self._unsent = bytearray()
+        """What the worker has yet to take. A write that blocks could leave worker and relay waiting for each other."""
+
+    def run(self) -> None:
+        """Relay until the server closes its end."""
+        # The server first: a cancel that crosses the idle message of its prediction is then dropped.
+        sources = {self._from_server: (bytearray(), self._down), self._from_worker: (bytearray(), self._up)}
+        while True:
+            pending = self._cancels or self._ended or self._unsent
+            readable = select.select(sources, [], [], HOLD_SECONDS / 2 if pending else None)[0]
+            for source, (buffer, pass_on) in list(sources.items()):
+                if source in readable:
+                    received = os.read(source, 1 << 16)
+                    buffer += received
+                    for frame in _frames(buffer):
+                        pass_on(frame)
+                    if not received:
+                        del sources[source]
+            self._tick(time.monotonic())
+            if self._from_server not in sources:
+                os.close(self._to_worker)
+                return
+
+    def _down(self, frame: bytes) -> None:
+        kind, slot = _describe(frame)
+        if kind == "cancel" and slot not in self._idle_since:
+            self._cancels.setdefault(slot, Cancel(frame, time.monotonic() + HOLD_SECONDS))
+        else:
+            self._unsent += frame
+
+    def _up(self, frame: bytes) -> None:
+        kind, slot = _describe(frame)
+        now = time.monotonic()
+        if kind in ("idle", "failed"):
+            if self._cancels.pop(slot, None):
+                self._ended.append((now + HOLD_SECONDS, frame))
+                return
+            self._idle_since[slot] = now
+        _write(self._to_server, frame)
+
+    def _tick(self, now: float) -> None:
+        self._idle_since = {slot: since for slot, since in self._idle_since.items() if now - since < STALE_SECONDS}
+        if self._unsent:
+            self._ended = [(now + HOLD_SECONDS, frame) for _, frame in self._ended]
+        while self._ended and self._ended[0][0] <= now:
+            _write(self._to_server, self._ended.pop(0)[1])
+        for cancel in self._cancels.values():
+            if cancel.due <= now:
+                self._unsent += cancel.frame
+                cancel.wait = min(cancel.wait * 2, MAX_WAIT_SECONDS)
+                cancel.due = now + cancel.wait
+        while self._unsent and select.select([], [self._to_worker], [], 0)[1]:
+            del self._unsent[: os.write(self._to_worker, self._unsent[: select.PIPE_BUF])]
+
+
+def _frames(buffer: bytearray) -> Iterator[bytes]:
+    """Take the complete messages out of a buffer, with their lengths."""
+    while len(buffer) >= 4 and len(buffer) >= (end := 4 + int.from_bytes(buffer[:4])):
+        yield bytes(buffer[:end])
+        del buffer[:end]
+
+
+def _describe(frame: bytes) -> tuple[Any, Any]:
+    """Return type and slot of a message, as far as it has them."""
+    try:
+        message = json.loads(frame[4:])
+        return message.get("type"), message.get("slot")
+    except (ValueError, AttributeError):
+        return None, None
+
+
+def _write(descriptor: int, frame: bytes) -> None:
+    view = memoryview(frame)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,9 +1,9 @@
 """Repeats the cancels that Cog's runtime loses.
 
-The server tells its worker once, over a control channel, to cancel what runs in a slot. The worker ignores that until it
-has taken the GIL for the slot's prediction (coglet 0.23.1, `PythonPredictHandler.cancel`), so a caller who leaves within
-milliseconds would leave a prediction that nobody can end. Just after, the worker raises an exception in the thread that
-starts the prediction. Between two calls into Python it is lost; inside one it fails the prediction.
+The server tells its worker once, over a control channel, to cancel what runs in a slot. The worker ignores that until
+it has taken the GIL for the slot's prediction (coglet 0.23.1, `PythonPredictHandler.cancel`), so a caller who leaves
+within milliseconds would leave a prediction that nobody can end. Just after, the worker raises an exception in the
+thread that starts the prediction. Between two calls into Python it is lost; inside one it fails the prediction.
 
 So a relay stands in the control channel. It holds a cancel back until the prediction has most likely started, and
 repeats it until the worker says that the slot is idle.
@@ -81,7 +81,7 @@ class Relay:
         # The server first: a cancel that crosses the idle message of its prediction is then dropped.
         sources = {self._from_server: (bytearray(), self._down), self._from_worker: (bytearray(), self._up)}
         while True:
-            pending = self._cancels or self._ended or self._unsent
+            pending = self._cancels or self._ended or self._unsent or self._idle_since
             readable = select.select(sources, [], [], HOLD_SECONDS / 2 if pending else None)[0]
             for source, (buffer, pass_on) in list(sources.items()):
                 if source in readable:

@@ -11,10 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from contextvars import Context
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import coglet
 
@@ -71,13 +70,12 @@ class Places:
             threading.Thread(target=self._watch, name="places", daemon=True).start()
 
     def _watch(self) -> None:
-        url = os.environ.get("HEALTH_CHECK_URL") or f"http://127.0.0.1:{os.environ.get('PORT') or 5000}/health-check"
+        host, port = os.environ.get("SERVER_HOST") or "127.0.0.1", int(os.environ.get("PORT") or 5000)
         while not self.problem:
             time.sleep(WATCH_SECONDS)
-            with suppress(OSError, http.client.HTTPException, ValueError):
-                parts = urlsplit(url)
-                connection = http.client.HTTPConnection(parts.netloc, timeout=WATCH_SECONDS)
-                connection.request("GET", parts.path)
+            connection = http.client.HTTPConnection(host, port, timeout=WATCH_SECONDS)
+            with suppress(OSError, http.client.HTTPException, ValueError), closing(connection):
+                connection.request("GET", "/health-check")
                 self.compare(json.load(connection.getresponse()).get("status") == "BUSY")
 
     def compare(self, busy: bool) -> None:
@@ -91,8 +89,8 @@ class Places:
         self._suspicions = self._suspicions + 1 if busy and missing * 2 > self.total else 0
         if self._suspicions == MAX_SUSPICIONS:
             self.problem = (
-                f"Cog's runtime has lost {missing} or more of its {self.total} places for predictions. It could not make"
-                f" directories in {DIRECTORIES}: is the disk full, or was an id no file name? Start the server again."
+                f"Cog's runtime has lost {missing} or more of its {self.total} places, because it could not make a"
+                f" directory in {DIRECTORIES}: the disk is full, or an id was no file name. Start the server again."
             )
 
 

@@ -36,6 +36,9 @@ POLL_SECONDS = 0.2
 WATCH_SECONDS = 2.0
 """How often to ask whether a server that was ready still works."""
 
+MAX_FAILURES = 3
+"""How many answers in a row say that it does not."""
+
 _LAYERS = r"^((worker setup failed( \(slot [\w-]+\))?|[Ss]etup failed|failed to load predictor): )+"
 
 
@@ -74,15 +77,20 @@ class Server:
         """Block until no more predictions are served; return why.
 
         A server whose worker has died runs on and fails every prediction; only its health check shows that. It has to
-        fail twice in a row, because a predictor's own health check may fail once in passing.
+        fail several times in a row: the predictor's own health check may take too long now and then.
         """
         failures = 0
-        while failures < 2:
+        health: dict[str, Any] = {}
+        while failures < MAX_FAILURES:
             time.sleep(WATCH_SECONDS)
             code = self.process.poll()
             if code is not None:
                 return f"The server ended by itself, with exit code {code}."
-            failures = 0 if _health(self).get("status") in ("READY", "BUSY") else failures + 1
+            health = _health(self)
+            failures = 0 if health.get("status") in ("READY", "BUSY") else failures + 1
+        own, _, reason = health.get("user_healthcheck_error", "").partition("Healthcheck failed: ")
+        if reason and not own:
+            return f"The predictor is not healthy: {reason.removeprefix('RuntimeError: ')}"
         return "The process that runs the predictor has died; the log above may say why."
 
 
@@ -114,11 +122,13 @@ def serving(host: str, port: int, signature: schema.Signature, logs: IO[Any] | i
     """
     schema.write(signature, ROOT)
     bound, port = _free_address(host, port)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
     environment = {
         **container_environment(),
         **os.environ,
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "PORT": str(port),
+        "SERVER_HOST": reachable,  # the predictor asks the server for its health, too
         # The server starts its worker with the first `python` on PATH.
         "PATH": os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath))),
     }
@@ -141,7 +151,6 @@ def serving(host: str, port: int, signature: schema.Signature, logs: IO[Any] | i
         guard = _guard(process)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
             server = Server(process, reachable, port)
             _wait_until_ready(server)
             yield server

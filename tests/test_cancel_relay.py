@@ -1,0 +1,191 @@
+"""The relay in the control channel between Cog's server and its worker."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lmtp import cancel_relay
+from lmtp.cancel_relay import HOLD_SECONDS, Relay
+
+LONG = 1.0
+"""Seconds in which anything that the relay will do has happened."""
+
+
+class End:
+    """One end of the control channel."""
+
+    def __init__(self, receives: int, sends: int) -> None:
+        self.receives, self.sends = receives, sends
+        self.arrived: list[tuple[float, bytes]] = []
+        self.closed = threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+
+    def send(self, **message: Any) -> None:
+        self.send_body(json.dumps(message).encode())
+
+    def send_body(self, body: bytes) -> None:
+        os.write(self.sends, len(body).to_bytes(4) + body)
+
+    def wait_for(self, count: int) -> list[Any]:
+        """The messages that have arrived, once there are so many."""
+        deadline = time.monotonic() + 10
+        while len(self.arrived) < count:
+            assert time.monotonic() < deadline, self.arrived
+            time.sleep(0.001)
+        return [body and json.loads(body) for _, body in self.arrived]
+
+    def _read(self) -> None:
+        with os.fdopen(self.receives, "rb") as file:
+            while length := file.read(4):
+                self.arrived.append((time.monotonic(), file.read(int.from_bytes(length))))
+        self.closed.set()
+
+
+class Channel:
+    """A server and a worker with a relay between them."""
+
+    def __init__(self) -> None:
+        from_server, server_sends = os.pipe()
+        worker_receives, to_worker = os.pipe()
+        from_worker, worker_sends = os.pipe()
+        server_receives, to_server = os.pipe()
+        self.server = End(server_receives, server_sends)
+        self.worker = End(worker_receives, worker_sends)
+        self._to_server = to_server
+        relay = Relay(from_server, to_worker, from_worker, to_server)
+        self.relay = threading.Thread(target=relay.run, daemon=True)
+        self.relay.start()
+        self.server.reader.start()
+
+    def close(self) -> None:
+        os.close(self.server.sends)
+        self.relay.join(10)
+        assert not self.relay.is_alive()
+        os.close(self.worker.sends)
+        os.close(self._to_server)
+
+
+@pytest.fixture
+def channel() -> Iterator[Channel]:
+    channel = Channel()
+    channel.worker.reader.start()
+    yield channel
+    channel.close()
+
+
+def test_messages_pass_unchanged_in_both_directions(channel: Channel) -> None:
+    channel.server.send(type="healthcheck", id="hc_1")
+    channel.server.send(type="shutdown")
+    channel.worker.send(type="log", source="stdout", data="x" * 300_000)
+    channel.worker.send(type="idle", slot="a")
+    assert channel.worker.wait_for(2) == [{"type": "healthcheck", "id": "hc_1"}, {"type": "shutdown"}]
+    log, idle = channel.server.wait_for(2)
+    assert len(log["data"]) == 300_000
+    assert idle == {"type": "idle", "slot": "a"}
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"not JSON", b'{"slot": 1}', b""])
+def test_a_message_that_the_relay_does_not_know_passes(channel: Channel, body: bytes) -> None:
+    channel.server.send_body(body)
+    channel.server.send(type="shutdown")
+    deadline = time.monotonic() + 10
+    while len(channel.worker.arrived) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [arrived for _, arrived in channel.worker.arrived] == [body, b'{"type": "shutdown"}']
+
+
+def test_a_cancel_is_held_back_and_repeated_until_its_slot_is_idle(channel: Channel) -> None:
+    sent = time.monotonic()
+    channel.server.send(type="cancel", slot="a")
+    assert channel.worker.wait_for(3) == [{"type": "cancel", "slot": "a"}] * 3
+    times = [arrived - sent for arrived, _ in channel.worker.arrived]
+    assert times[0] >= HOLD_SECONDS
+    assert times[2] - times[1] > times[1] - times[0]
+    channel.worker.send(type="idle", slot="a")
+    assert channel.server.wait_for(1) == [{"type": "idle", "slot": "a"}]
+    count = len(channel.worker.arrived)
+    time.sleep(LONG)
+    assert len(channel.worker.arrived) == count
+
+
+def test_a_cancelled_slot_is_idle_for_the_server_only_when_the_last_cancel_has_been_read(channel: Channel) -> None:
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.wait_for(1)
+    channel.worker.send(type="idle", slot="a")
+    channel.server.wait_for(1)
+    assert channel.server.arrived[0][0] - channel.worker.arrived[-1][0] >= HOLD_SECONDS / 2
+
+
+def test_a_cancel_of_a_prediction_that_ends_meanwhile_is_dropped(channel: Channel) -> None:
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.send(type="idle", slot="a")
+    channel.server.wait_for(1)
+    time.sleep(LONG)
+    assert channel.worker.arrived == []
+
+
+def test_a_cancel_that_crosses_an_idle_message_is_not_repeated(channel: Channel) -> None:
+    channel.worker.send(type="idle", slot="a")
+    channel.server.wait_for(1)
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.wait_for(1)
+    time.sleep(LONG)
+    assert len(channel.worker.arrived) == 1
+
+
+def test_the_next_prediction_of_a_slot_can_be_cancelled(channel: Channel) -> None:
+    channel.worker.send(type="idle", slot="a")
+    channel.server.wait_for(1)
+    time.sleep(2 * cancel_relay.STALE_SECONDS)
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.wait_for(2)
+
+
+def test_other_slots_do_not_wait_for_a_cancelled_one(channel: Channel) -> None:
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.send(type="idle", slot="b")
+    assert channel.server.wait_for(1) == [{"type": "idle", "slot": "b"}]
+    assert channel.worker.arrived == []
+
+
+def test_a_slot_that_the_worker_gives_up_is_cancelled_no_more(channel: Channel) -> None:
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.wait_for(1)
+    channel.worker.send(type="failed", slot="a", error="Socket write error")
+    channel.server.wait_for(1)
+    count = len(channel.worker.arrived)
+    time.sleep(LONG)
+    assert len(channel.worker.arrived) == count
+
+
+def test_a_worker_that_does_not_read_keeps_nobody_waiting() -> None:
+    channel = Channel()  # nothing reads at the worker's end
+    try:
+        for _ in range(2_000):
+            channel.server.send(type="healthcheck", id="x" * 100)
+        channel.worker.send(type="idle", slot="a")
+        assert channel.server.wait_for(1) == [{"type": "idle", "slot": "a"}]
+        channel.worker.reader.start()
+        channel.worker.wait_for(2_000)
+    finally:
+        channel.close()
+
+
+def test_the_worker_sees_that_the_server_has_ended() -> None:
+    channel = Channel()
+    channel.worker.reader.start()
+    channel.server.send(type="shutdown")
+    channel.close()
+    assert channel.worker.closed.wait(10)
+    assert channel.worker.wait_for(1) == [{"type": "shutdown"}]
+
+
+def test_a_process_that_is_no_worker_is_left_alone() -> None:
+    threads = threading.active_count()
+    cancel_relay.install()
+    assert threading.active_count() == threads

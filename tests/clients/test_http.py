@@ -1,16 +1,23 @@
 """The predictor behind Cog's HTTP runtime, as a client of the container sees it."""
 
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
+from pathlib import Path
+from random import Random
+from shutil import rmtree
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.server import Server
+from lmtp.places import DIRECTORIES
+from tests.server import Server, serving
 
 QUESTION = "What is the capital of France?"
 ENDLESS = {
@@ -19,6 +26,9 @@ ENDLESS = {
     "logit_bias": '{"0": -100, "1": -100, "2": -100}',  # nothing that ends the text
 }
 """Takes minutes; no test waits for its end."""
+
+REFUSED = {"input": {"prompt": ""}}
+"""A request whose prediction ends at once."""
 
 
 class Patient(httpx.HTTPTransport):
@@ -76,10 +86,8 @@ def stream(client: httpx.Client, **inputs: Any) -> Any:
 
 
 def cancelled(client: httpx.Client, id: str, answer: Future[httpx.Response]) -> dict[str, Any]:
-    """Cancel a prediction that another thread waits for; return the response that thread got.
-
-    coglet 0.23.1 loses a cancel that overtakes the start of its prediction, so this one repeats it.
-    """
+    """Cancel a prediction that another thread waits for, again until it has begun; return the response that thread
+    got."""
     deadline = time.monotonic() + 30
     while not answer.done():
         assert time.monotonic() < deadline, f"{id} was not cancelled"
@@ -233,6 +241,105 @@ class TestCancelling:
                 for id, answer in zip(ids, waiting, strict=True):
                     assert cancelled(client, id, answer)["status"] == "canceled"
         assert serves(client)
+
+
+def send(server: Server, id: str, accept: str) -> socket.socket:
+    """Begin a prediction that runs for minutes, on a connection of its own."""
+    body = json.dumps({"id": id, "input": ENDLESS}).encode()
+    address = urlsplit(server.url)
+    head = f"POST /predictions HTTP/1.1\r\nHost: test\r\nAccept: {accept}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection((address.hostname, address.port))
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+def still_running(client: httpx.Client, ids: Sequence[str], seconds: float) -> list[str]:
+    """Which of these predictions run even after a while."""
+    deadline = time.monotonic() + seconds
+    running = list(ids)
+    while running and time.monotonic() < deadline:
+        time.sleep(0.1)
+        # While it runs, a PUT with its id returns its state. Once it has ended, the id is free for another prediction.
+        running = [id for id in running if client.put(f"/predictions/{id}", json=REFUSED).status_code == 202]
+    return running
+
+
+class TestLeaving:
+    """A caller who leaves while the runtime starts the prediction leaves nothing that runs on."""
+
+    @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+    @pytest.mark.parametrize(("burst", "bursts"), [(1, 15), (8, 5), (16, 5), (60, 2)])
+    def test_a_connection_dropped_within_milliseconds_ends_its_prediction(
+        self, server: Server, client: httpx.Client, accept: str, burst: int, bursts: int
+    ) -> None:
+        random = Random(burst)
+        ids = [f"dropped-{accept[:4]}-{burst}-{index}" for index in range(burst * bursts)]
+
+        def drop(id: str) -> None:
+            connection = send(server, id, accept)
+            time.sleep(random.uniform(0, 0.012))
+            connection.close()
+
+        with ThreadPoolExecutor(burst) as pool:
+            for start in range(0, len(ids), burst):
+                list(pool.map(drop, ids[start : start + burst]))
+                time.sleep(0.2)
+        assert still_running(client, ids, seconds=20) == []
+        assert serves(client)
+
+    def test_one_cancel_is_enough_however_soon_it_comes(self, server: Server, client: httpx.Client) -> None:
+        random = Random(0)
+        ends = []
+        with ThreadPoolExecutor(8) as pool:
+            for start in range(0, 80, 8):
+                ids = [f"cancelled-{start + index}" for index in range(8)]
+                waiting = [pool.submit(client.put, f"/predictions/{id}", json={"input": ENDLESS}) for id in ids]
+                time.sleep(random.uniform(0, 0.012))
+                for id in ids:
+                    while client.post(f"/predictions/{id}/cancel").status_code == 404:  # it has not arrived yet
+                        pass
+                ends += [answer.result(timeout=20).json()["status"] for answer in waiting]
+        assert Counter(ends) == {"canceled": 80}
+
+    def test_more_requests_than_places_leave_all_places_free(self, server: Server, client: httpx.Client) -> None:
+        ids = [f"flood-{index}" for index in range(120)]
+        with ThreadPoolExecutor(120) as pool:
+            for connection in pool.map(lambda id: send(server, id, "application/json"), ids):
+                connection.close()
+        assert still_running(client, ids, seconds=20) == []
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: predict(client, prompt=QUESTION, max_tokens=2), range(60)))
+        assert {answer["status"] for answer in answers} == {"succeeded"}
+
+
+class TestDirectories:
+    """The runtime makes three directories for each prediction and removes none."""
+
+    def test_none_is_left_once_a_prediction_has_ended(self, client: httpx.Client) -> None:
+        for inputs in ({"prompt": QUESTION, "max_tokens": 2}, {"prompt": ""}):
+            assert client.put("/predictions/leaves-nothing", json={"input": inputs}).status_code == 200
+            assert not (DIRECTORIES / "leaves-nothing").exists()
+
+    @pytest.mark.parametrize("id", ["../escaped", "nested/id"])
+    def test_an_id_that_is_a_path_is_refused(self, client: httpx.Client, id: str) -> None:
+        answer = client.post("/predictions", json={"id": id, "input": {"prompt": QUESTION}}).json()
+        rmtree((DIRECTORIES / id).resolve())
+        assert answer["status"] == "failed"
+        assert "id cannot be a path" in answer["error"]
+
+    def test_a_server_that_has_lost_its_places_says_so(self, demo_weights: Path) -> None:
+        with serving(WEIGHTS_DIR=str(demo_weights), COMPILE="off", COG_MAX_CONCURRENCY="2") as server:
+            for id in ("x" * 300, "with\0NUL"):
+                httpx.post(f"{server.url}/predictions", json={"id": id, "input": {"prompt": QUESTION}}, timeout=20)
+            health = httpx.get(f"{server.url}/health-check").json()
+            assert health["status"] == "BUSY"
+            while health["status"] == "BUSY":
+                time.sleep(0.5)
+                health = httpx.get(f"{server.url}/health-check").json()
+            assert health["status"] == "UNHEALTHY"
+            assert "lost 2 or more of its 2 places" in health["user_healthcheck_error"]
+            assert server.process.wait(timeout=30) == 1
+            assert "The predictor is not healthy: Cog's runtime has lost" in server.log[-1]
 
 
 def test_predictions_at_the_same_time_get_what_each_gets_alone(client: httpx.Client) -> None:

@@ -47,6 +47,11 @@ class Predictor(BasePredictor):
         if behaviour == "hang":
             time.sleep(60)
 
+    def healthcheck(self) -> bool:
+        if (HERE / "ill").exists():
+            raise RuntimeError("The predictor has a cold.")
+        return True
+
     @cog.streaming
     @cog.concurrent(max=8)
     async def predict(
@@ -234,6 +239,13 @@ class TestServe:
             assert server.process.wait(timeout=30) == 1
             assert eventually(lambda: "has died" in server.log[-1])
 
+    def test_fails_with_the_message_of_a_health_check(self, project: Path) -> None:
+        with serving(project) as server:
+            (project / "ill").touch()
+            assert server.process.wait(timeout=30) == 1
+            assert server.log[-1] == "script/serve: The predictor is not healthy: The predictor has a cold.\n"
+            assert not alive(worker(project))
+
     @pytest.mark.parametrize("script", ["serve", "predict"])
     def test_fails_where_an_input_is_not_one_that_cog_serves(self, project: Path, script: str) -> None:
         (project / "predict.py").write_text(PREDICTOR.replace("default=3", "default=0"))
@@ -242,11 +254,19 @@ class TestServe:
         assert served.stderr == f"script/{script}: predict.py: invalid default for times: int: must be at minimum 1\n"
 
     @pytest.mark.parametrize("behaviour", ["", "hang"])
-    def test_leaves_nothing_running_when_it_is_killed(self, project: Path, start: Start, behaviour: str) -> None:
-        serving = start(project / "script/serve", "--port", "0", SETUP=behaviour)
-        if not behaviour:
-            assert serving.stdout.readline()
+    @pytest.mark.parametrize(
+        "command", ["serve --port 0", "predict -i text=hi -i times=1000 -i pause=0.1", "predict -i text=hang"]
+    )
+    def test_leaves_nothing_running_when_it_is_killed(
+        self, project: Path, start: Start, command: str, behaviour: str
+    ) -> None:
+        script, *arguments = command.split()
+        serving = start(project / "script" / script, *arguments, SETUP=behaviour)
+        if not behaviour and "hang" not in command:
+            assert serving.stdout.read(1)
         group = os.getpgid(worker(project))
+        if "hang" in command:
+            time.sleep(1)
         assert group not in (os.getpgid(0), os.getpgid(serving.pid))
         serving.kill()
         try:

@@ -197,7 +197,7 @@ class Predictor(BasePredictor):
     def _chunks(
         self, prediction: "Prediction", completions: "Completions | None", started: float, context: contextvars.Context
     ) -> Generator[str, None, None]:
-        """Yield an empty chunk, then the output: at most one chunk a step.
+        """Yield an empty chunk, then the output: a chunk a step, or several if they are long.
 
         The runtime finds by ``context`` which prediction logs and metrics belong to.
         """

@@ -30,7 +30,10 @@ MAX_WAIT_SECONDS = 1.0
 """The longest time between two repetitions; it doubles from HOLD_SECONDS."""
 
 STALE_SECONDS = 0.02
-"""A cancel that comes so soon after its slot became idle may be meant for the prediction that has just ended."""
+"""How long a cancel and the idle message of its prediction may be under way and cross."""
+
+TICK_SECONDS = 0.01
+"""How often to look whether something is due."""
 
 
 def install() -> None:
@@ -82,7 +85,7 @@ class Relay:
         sources = {self._from_server: (bytearray(), self._down), self._from_worker: (bytearray(), self._up)}
         while True:
             pending = self._cancels or self._ended or self._unsent or self._idle_since
-            readable = select.select(sources, [], [], HOLD_SECONDS / 2 if pending else None)[0]
+            readable = select.select(sources, [], [], TICK_SECONDS if pending else None)[0]
             for source, (buffer, pass_on) in list(sources.items()):
                 if source in readable:
                     received = os.read(source, 1 << 16)
@@ -108,7 +111,7 @@ class Relay:
         now = time.monotonic()
         if kind in ("idle", "failed"):
             if self._cancels.pop(slot, None):
-                self._ended.append((now + HOLD_SECONDS, frame))
+                self._ended.append((now + STALE_SECONDS, frame))
                 return
             self._idle_since[slot] = now
         _write(self._to_server, frame)
@@ -116,7 +119,7 @@ class Relay:
     def _tick(self, now: float) -> None:
         self._idle_since = {slot: since for slot, since in self._idle_since.items() if now - since < STALE_SECONDS}
         if self._unsent:
-            self._ended = [(now + HOLD_SECONDS, frame) for _, frame in self._ended]
+            self._ended = [(now + STALE_SECONDS, frame) for _, frame in self._ended]
         while self._ended and self._ended[0][0] <= now:
             _write(self._to_server, self._ended.pop(0)[1])
         for cancel in self._cancels.values():

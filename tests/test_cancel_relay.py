@@ -118,7 +118,7 @@ def test_a_cancelled_slot_is_idle_for_the_server_only_when_the_last_cancel_has_b
     channel.worker.wait_for(1)
     channel.worker.send(type="idle", slot="a")
     channel.server.wait_for(1)
-    assert channel.server.arrived[0][0] - channel.worker.arrived[-1][0] >= HOLD_SECONDS / 2
+    assert channel.server.arrived[0][0] - channel.worker.arrived[-1][0] >= cancel_relay.STALE_SECONDS / 2
 
 
 def test_a_cancel_of_a_prediction_that_ends_meanwhile_is_dropped(channel: Channel) -> None:

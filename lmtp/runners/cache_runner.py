@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lmtp.runners.slot_runner import input_device, only_wanted
+from lmtp.runners.model import input_device, only_wanted
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 

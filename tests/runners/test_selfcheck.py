@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_slots
-from lmtp.runners.slot_runner import SlotRunner, SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
 from lmtp.runners.step import StepInputs
 from tests.tiny import VOCABULARY, build
 

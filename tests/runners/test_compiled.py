@@ -90,7 +90,7 @@ def test_a_server_uses_the_step_that_script_build_made_unless_it_is_told_not_to(
     operations = [["GENERATE", {"stream_id": 0, "prompt": [5, 6, 7], "max_tokens": 12}]]
     outputs = []
     for mode, runner in (("auto", "slots, compiled step"), ("off", "slots")):
-        with serving(**environment, COMPILE=mode) as server:
+        with serving(ROOT, **environment, COMPILE=mode) as server:
             assert any(f"runner: {runner};" in line for line in server.log), server.log
             body = {"input": {"ops_batch_json": json.dumps(operations)}}
             outputs.append([line["token"] for line in lines(httpx.post(f"{server.url}/predictions", json=body))])

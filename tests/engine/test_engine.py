@@ -135,7 +135,7 @@ def test_a_cancelled_prediction_holds_no_slot_and_harms_no_other(any_model: Pair
     assert ids == own_greedy(model, short, 20)
 
 
-def test_who_waits_for_a_cancelled_prediction_is_told(any_model: Pair) -> None:
+def test_iterating_over_a_cancelled_prediction_raises(any_model: Pair) -> None:
     _, engine = any_model
     prediction = begin(engine, Generate(stream_id=0, prompt=prompts(10)[0], max_tokens=400, min_tokens=400))
     prediction.cancel()
@@ -351,7 +351,7 @@ def test_a_step_that_fails_ends_its_streams_with_an_error_and_the_engine_goes_on
     engine.stop()
 
 
-def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_fault_that_memory_cannot_recover_from_every_stream_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an illegal access on a GPU, where every later call fails, too."""
     engine = start(build("llama"))
     several = [Generate(stream_id=i, prompt=p, max_tokens=50, min_tokens=50) for i, p in enumerate(prompts(5, 6, 7))]

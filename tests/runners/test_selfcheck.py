@@ -84,7 +84,7 @@ def test_a_model_that_slots_serve_gets_them_and_the_limits_of_its_steps(model: P
         ("bloom", "ValueError: too many values to unpack"),
     ],
 )
-def test_another_model_gets_its_own_caches_and_the_reason_is_told(name: str, reason: str) -> None:
+def test_another_model_gets_its_own_caches_and_a_reason(name: str, reason: str) -> None:
     runner = open_runner(build(name))
     assert runner.description == "the model's own caches, one stream at a time"
     assert runner.reason.startswith("slots do not serve it: ")

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp import text
 from lmtp.engine import sampling
-from lmtp.engine.grammar import Compiler, Grammar, MaskFiller
+from lmtp.engine.compiler import Compiler
+from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed
 from lmtp.engine.scheduler import Scheduler
 from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
@@ -93,7 +94,7 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
-        self._compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
     def stop(self) -> None:
         """End the thread after the step it is in; streams that still run are told."""
@@ -121,7 +122,7 @@ class Engine:
             if isinstance(operation, Score) and isinstance(operation.scored, str):
                 ids = await self.tokenize(text.encode, self.tokenizer, operation.scored, False)
                 operation = msgspec.structs.replace(operation, scored=ids)
-            return operation, await self._compiler.grammar(operation) if isinstance(operation, Generate) else None
+            return operation, await self.compiler.grammar(operation) if isinstance(operation, Generate) else None
         except RequestError as error:
             return _failure(operation, str(error)), None
 

@@ -26,6 +26,7 @@ MAX_QUOTED = 400
 LIMITS = LLParserLimits(
     verbose_errors=False,
     max_items_in_row=20_000,  # an optional property takes four
+    initial_lexer_fuel=20_000_000,  # 100,000 choices take a tenth; vetting.py limits the time
 )
 
 

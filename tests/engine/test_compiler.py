@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ def tokenizer(demo_weights: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def compiler(tokenizer: PreTrainedTokenizerBase) -> Iterator[Compiler]:
+def compiler(tokenizer: PreTrainedTokenizerBase) -> Compiler:
     compiler = Compiler(tokenizer, len(tokenizer), ENDS)
     ask(compiler, regex="warm-up")
-    yield compiler
+    return compiler
 
 
 def ask(compiler: Compiler, **constraint: Any) -> Grammar:
@@ -194,10 +193,8 @@ def test_thousands_of_choices_are_followed(compiler: Compiler, tokenizer: PreTra
     for token in tokenizer.encode(words[count // 2]):
         grammar.advance(token)
     assert grammar.accepting
-    other = ask(compiler, choices=words)
     with pytest.raises(RequestError, match="cannot be followed here"):
-        for token in tokenizer.encode("k1"):
-            other.advance(token)
+        ask(compiler, choices=words).advance(tokenizer.encode("k")[0])
     assert ask(compiler, choices=words)
 
 

@@ -17,7 +17,7 @@ from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.engine.grammar import Compiled, Grammar
-from lmtp.engine.source import Source, compile_source, source_of
+from lmtp.engine.source import Source, compile_source, read_tokenizer, source_of
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -169,7 +169,7 @@ class Compiler:
         vetter = Vetter(text, self._vocabulary, self._end_of_sequence)
         starting = self._pool.submit(vetter.start)
         try:
-            tokenizer = LLTokenizer(text, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None)
+            tokenizer = read_tokenizer(text, self._vocabulary, self._end_of_sequence)
         except Exception as error:  # only constraints need the tokenizer in this form
             raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
         starting.result()

@@ -50,11 +50,9 @@ class Grammar:
     def forced(self) -> list[int]:
         """The tokens that must come next: each is the only one that the grammar allows there.
 
-        Characters that several token sequences can spell are split as the tokenizer splits them. Where it reads them as
-        a special token, which the grammar does not allow, none is forced.
+        Characters that several token sequences can spell are split as the tokenizer splits them.
         """
-        tokens = self.matcher.compute_ff_tokens()
-        return tokens[: self.matcher.validate_tokens(tokens)] if tokens else tokens
+        return self.matcher.compute_ff_tokens()
 
     def advance(self, token: int) -> None:
         """Go on by one token. Raises RequestError if the grammar cannot be followed any further."""

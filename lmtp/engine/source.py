@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -84,11 +85,43 @@ def _grammar(source: Source) -> str:
     if field == "json_schema":
         prepared, style = schema.prepare(text)
         return LLMatcher.grammar_from_json_schema(prepared, defaults=style)
-    lark = text if is_lark_syntax(text) else _lark(text)
-    for pattern in _LARK_REGEX.findall(lark):
-        if pattern:
-            check_pattern(pattern, field)
-    return LLMatcher.grammar_from_lark(lark)
+    return LLMatcher.grammar_from_lark(_checked(text if is_lark_syntax(text) else _lark(text)))
+
+
+def _checked(lark: str) -> str:
+    """The Lark grammar with checked patterns, and special tokens by the names that `read_tokenizer` gives them."""
+
+    def written(part: re.Match[str]) -> str:
+        if part["pattern"]:
+            check_pattern(part["pattern"], "grammar")
+        return f"{part[0][:-1]}{_MARK}>" if part["special"] else part[0]
+
+    return _LARK_PART.sub(written, lark)
+
+
+def read_tokenizer(tokenizer: str, vocabulary: int, end_of_sequence: Sequence[int]) -> LLTokenizer:
+    """llguidance's tokenizer from the JSON of a fast one. Raises ValueError.
+
+    llguidance tokenizes forced text as a prompt, with special tokens, which its grammars then refuse. So here they have
+    names that no text spells.
+    """
+    read = json.loads(tokenizer)
+    names = {
+        token["content"]: f"{token['content'][:-1]}{_MARK}{token['content'][-1:]}"
+        for token in read["added_tokens"]
+        if token["special"]
+    }
+    for token in read["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = read["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(name, name): token for name, token in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return LLTokenizer(json.dumps(read), n_vocab=vocabulary, eos_token=list(end_of_sequence) or None)
 
 
 def _one_of(options: list[str]) -> str:
@@ -98,7 +131,10 @@ def _one_of(options: list[str]) -> str:
     return f"start: CHOICE\nCHOICE: {' | '.join(given)}"
 
 
-_LARK_REGEX = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/((?:\\.|[^/\\\n])+)/')
+_MARK = "\ue000"
+_LARK_PART = re.compile(
+    r""""(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/(?P<pattern>(?:\\.|[^/\\\n])+)/|(?P<special><[^<>\s\[\]"/]+>)"""
+)
 _GBNF_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 

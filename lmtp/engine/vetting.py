@@ -27,7 +27,7 @@ from typing import IO, Any
 from llguidance import LLTokenizer
 
 from lmtp.engine.schema import is_valid
-from lmtp.engine.source import Source, compile_source
+from lmtp.engine.source import Source, compile_source, read_tokenizer
 from lmtp.protocol import RequestError
 from lmtp.settings import ROOT
 
@@ -131,8 +131,7 @@ def _main(control: socket.socket, setup: IO[bytes]) -> None:
     os.closerange(control.fileno() + 1, control.fileno() + 256)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(0)
-    tokenizer, vocabulary, end_of_sequence = json.load(setup)
-    matching = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=end_of_sequence or None)
+    matching = read_tokenizer(*json.load(setup))
     control.sendall(b"\0")
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)

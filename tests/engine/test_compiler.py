@@ -212,3 +212,100 @@ def test_a_panic_of_the_compiler_is_one_sentence_without_its_paths(compiler: Com
     assert "panic" not in message
     assert "/" not in message
     assert len(json.dumps(message)) < 200
+
+
+def allows(compiler: Compiler, tokenizer: PreTrainedTokenizerBase, text: str, **constraint: Any) -> bool:
+    grammar = ask(compiler, **constraint)
+    try:
+        for token in tokenizer.encode(text):
+            grammar.advance(token)
+    except RequestError:
+        return False
+    return grammar.accepting
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "forbidden"),
+    [
+        ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"b": "x"}', '{"\\u0061": "x"}'),
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a\\n\\\\"', '"\\""'),
+        ({"type": "string", "pattern": "^[^\\\\]b$"}, '"ab"', '"\\\\b"'),
+        ({"type": "string", "pattern": "^[^]a]$"}, '"b"', '"]"'),
+        ({"type": "string", "pattern": "^[^a]*$"}, '"\\""', '"\\u0061"'),
+        ({"type": "object", "patternProperties": {'^[^"]$': {}}, "additionalProperties": False}, '{"a": 1}', '{"\\"": 1}'),
+        ({"type": "number", "exclusiveMinimum": 0}, "0.5", "0.0"),
+        ({"type": "integer", "exclusiveMinimum": 0}, "1", "0"),
+        ({"$schema": "https://example.org/mine", "type": "array", "uniqueItems": False}, "[1, 1]", "[1, 1"),
+    ],
+)  # fmt: skip
+def test_a_schema_forbids_what_it_excludes_however_it_is_spelled(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, schema: Any, allowed: str, forbidden: str
+) -> None:
+    assert allows(compiler, tokenizer, allowed, json_schema=schema)
+    assert not allows(compiler, tokenizer, forbidden, json_schema=schema)
+
+
+def test_constants_keep_their_control_characters(compiler: Compiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    for constant, text in (("a\u0001b/\n", r'"a\u0001b/\n"'), ("\x7f", r'"\u007f"')):
+        assert json.loads(text) == constant
+        assert allows(compiler, tokenizer, text, json_schema={"const": constant})
+
+
+def test_a_grammar_may_ask_for_special_tokens_by_name(compiler: Compiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    grammar = 'start: "a" <filename> "<filename>"'
+    assert allows(compiler, tokenizer, "a", grammar=grammar) is False
+    assert ask(compiler, grammar=grammar).forced()[1] == tokenizer.convert_tokens_to_ids("<filename>")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (r'root ::= "\u0041\u00e9"', "Aé"),
+        (r"root ::= [\u0041-\u0043]+", "ABC"),
+        (r"root ::= [^\u005d\u0022]", "a"),
+        (r'root ::= "\U0001F600"', "😀"),
+        (r"root ::= [\U0001F600-\U0001F64F]", "😁"),
+        (r'root ::= "\\u0041" "\x41"', "\\u0041A"),
+    ],
+)
+def test_escapes_of_gbnf_are_read(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, grammar: str, text: str
+) -> None:
+    assert allows(compiler, tokenizer, text, grammar=grammar)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ({"regex": "a++"}, "regex: possessive quantifiers are not supported: '++' at character 2, in 'a++'"),
+        ({"regex": "[a&&b]"}, "regex: operations on character classes are not supported: '&&' at character 3"),
+        ({"regex": "a\\"}, "regex: ends with a single backslash"),
+        ({"grammar": "start: /a++/"}, "grammar: possessive quantifiers"),
+        ({"grammar": "root ::= [a--b]"}, "grammar: operations on character classes"),
+        ({"grammar": 'root ::= "\\ud800"'}, "grammar: \\ud800 is not a character."),
+        ({"json_schema": {"const": 2**60}}, "json_schema: const 1152921504606846976 is beyond 2^53"),
+    ],
+)
+def test_what_would_be_misread_is_refused(compiler: Compiler, constraint: dict[str, Any], message: str) -> None:
+    assert message in refusal(compiler, **constraint)
+
+
+def test_comments_and_strings_of_a_grammar_are_not_read_as_patterns(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    grammar = '// a++ /\nstart: "/a++/" WORD // [a&&b]\nWORD: /[a-z]+/\n'
+    assert allows(compiler, tokenizer, "/a++/word", grammar=grammar)
+
+
+def test_finished_texts_are_checked(compiler: Compiler) -> None:
+    def check(texts: list[str], **constraint: Any) -> list[bool | None]:
+        return compiler.check(Generate(stream_id=0, prompt="x", **constraint), texts)
+
+    date = {"type": "string", "format": "date"}
+    assert check(['"2024-02-29"', '"2023-02-29"'], json_schema=date) == [True, False]
+    assert check(["<filename>", "filename"], regex="<filename>") == [True, False]
+    assert check(["b", "", "c"], choices=["a", "b", ""]) == [True, True, False]
+    assert check(["x"], regex="(unclosed") == [None]
+    assert check(["[" * 90 + "]" * 90], json_schema={"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [
+        {"type": "array", "items": {"$ref": "#/$defs/a"}, "maxItems": 1, "minItems": i} for i in range(2)
+    ]}}}) in ([True], [None])  # fmt: skip

@@ -473,6 +473,23 @@ def test_a_grammar_is_compiled_once_for_all_who_use_it(
     assert compiled == ["ab", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    "options", [["<filename>"], ["yes<|im_end|>no"], ["<|im_start|>", "<|im_end|>"], ["a<|endoftext|>", "b<filename>"]]
+)
+def test_a_text_that_spells_a_special_token_is_followed(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, options: list[str]
+) -> None:
+    for constraint in (
+        {"choices": options},
+        {"regex": "|".join(map(re.escape, options))},
+        {"json_schema": {"enum": options}},
+    ):
+        tokens = one(engine, temperature=1.0, seed=1, **constraint).tokens()
+        text = text_of(tokens)
+        assert (json.loads(text) if "json_schema" in constraint else text) in options
+        assert not {token.token for token in tokens} & set(tokenizer.all_special_ids)
+
+
 def test_a_cancelled_constrained_prediction_holds_no_slot(engine: Engine) -> None:
     with begin(engine, Generate(stream_id=0, prompt="x", regex="[ab]{400}", max_tokens=400)) as abandoned:
         next(iter(abandoned))

@@ -17,7 +17,7 @@ from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.engine.grammar import Compiled, Grammar
-from lmtp.engine.source import Source, compile_source, read_tokenizer, source_of
+from lmtp.engine.source import Source, compile_source, hide_special_tokens, source_of
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -165,11 +165,11 @@ class Compiler:
         backend = copy(self._model_tokenizer.backend_tokenizer)
         backend.no_padding()
         backend.no_truncation()
-        text = backend.to_str()
-        vetter = Vetter(text, self._vocabulary, self._end_of_sequence)
-        starting = self._pool.submit(vetter.start)
         try:
-            tokenizer = read_tokenizer(text, self._vocabulary, self._end_of_sequence)
+            hidden = hide_special_tokens(backend.to_str())
+            vetter = Vetter(hidden, self._vocabulary, self._end_of_sequence)
+            starting = self._pool.submit(vetter.start)
+            tokenizer = LLTokenizer(hidden, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None)
         except Exception as error:  # only constraints need the tokenizer in this form
             raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
         starting.result()

@@ -40,6 +40,10 @@ EXTENSIONS = {
 }
 
 
+MAX_COMPILING = 2
+"""Constraints of one prediction that are compiled at once."""
+
+
 class OpenModel(NamedTuple):
     """A loaded model and the runner that serves it."""
 
@@ -103,7 +107,8 @@ class Engine:
 
     async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
         """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
-        prepared = await asyncio.gather(*map(self._prepare, operations))
+        turns = asyncio.Semaphore(MAX_COMPILING)
+        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in operations))
         prediction = Prediction(lambda ended: self._commands.put(End(ended)))
         self._commands.put(Begin(prediction, prepared))
         return prediction
@@ -113,7 +118,7 @@ class Engine:
         wait for it. There is one such thread, since tokenizers are not thread-safe."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
-    async def _prepare(self, operation: Operation | Failure) -> Prepared:
+    async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
         """Do what the engine's thread should never wait for."""
         try:
             if isinstance(operation, Generate | Score) and isinstance(operation.prompt, str):
@@ -122,7 +127,10 @@ class Engine:
             if isinstance(operation, Score) and isinstance(operation.scored, str):
                 ids = await self.tokenize(text.encode, self.tokenizer, operation.scored, False)
                 operation = msgspec.structs.replace(operation, scored=ids)
-            return operation, await self.compiler.grammar(operation) if isinstance(operation, Generate) else None
+            if not isinstance(operation, Generate):
+                return operation, None
+            async with turns:
+                return operation, await self.compiler.grammar(operation)
         except RequestError as error:
             return _failure(operation, str(error)), None
 

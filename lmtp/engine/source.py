@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -89,7 +88,7 @@ def _grammar(source: Source) -> str:
 
 
 def _checked(lark: str) -> str:
-    """The Lark grammar with checked patterns, and special tokens by the names that `read_tokenizer` gives them."""
+    """The Lark grammar with checked patterns, and special tokens by the names that `hide_special_tokens` gives them."""
 
     def written(part: re.Match[str]) -> str:
         if part["pattern"]:
@@ -99,13 +98,12 @@ def _checked(lark: str) -> str:
     return _LARK_PART.sub(written, lark)
 
 
-def read_tokenizer(tokenizer: str, vocabulary: int, end_of_sequence: Sequence[int]) -> LLTokenizer:
-    """llguidance's tokenizer from the JSON of a fast one. Raises ValueError.
+def hide_special_tokens(tokenizer: str) -> str:
+    """The JSON of a fast tokenizer, with names for its special tokens that no text spells.
 
-    llguidance tokenizes forced text as a prompt, with special tokens, which its grammars then refuse. So here they have
-    names that no text spells.
+    llguidance tokenizes forced text as a prompt, with special tokens, which its grammars then refuse.
     """
-    read = json.loads(tokenizer)
+    read = msgspec.json.decode(tokenizer)
     names = {
         token["content"]: f"{token['content'][:-1]}{_MARK}{token['content'][-1:]}"
         for token in read["added_tokens"]
@@ -114,14 +112,13 @@ def read_tokenizer(tokenizer: str, vocabulary: int, end_of_sequence: Sequence[in
     for token in read["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = read["model"]
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(name, name): token for name, token in vocab.items()}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): token for name, token in model["vocab"].items()}
     else:
-        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+        model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
     if "unk_token" in model:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    return LLTokenizer(json.dumps(read), n_vocab=vocabulary, eos_token=list(end_of_sequence) or None)
+    return msgspec.json.encode(read).decode()
 
 
 def _one_of(options: list[str]) -> str:

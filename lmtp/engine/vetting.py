@@ -24,10 +24,11 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
+import msgspec
 from llguidance import LLTokenizer
 
 from lmtp.engine.schema import is_valid
-from lmtp.engine.source import Source, compile_source, read_tokenizer
+from lmtp.engine.source import Source, compile_source
 from lmtp.protocol import RequestError
 from lmtp.settings import ROOT
 
@@ -53,8 +54,8 @@ class Vetter:
     """Asks the parent process, and starts it when it is needed."""
 
     def __init__(self, tokenizer: str, vocabulary: int, end_of_sequence: Sequence[int]) -> None:
-        """``tokenizer`` is the JSON of a fast tokenizer."""
-        self._setup = json.dumps([tokenizer, vocabulary, list(end_of_sequence)]).encode()
+        """``tokenizer`` is the JSON of a fast tokenizer, as LLTokenizer takes it."""
+        self._setup = msgspec.json.encode([tokenizer, vocabulary, list(end_of_sequence)])
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -131,7 +132,8 @@ def _main(control: socket.socket, setup: IO[bytes]) -> None:
     os.closerange(control.fileno() + 1, control.fileno() + 256)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(0)
-    matching = read_tokenizer(*json.load(setup))
+    tokenizer, vocabulary, end_of_sequence = msgspec.json.decode(setup.read())
+    matching = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=end_of_sequence or None)
     control.sendall(b"\0")
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)

@@ -444,6 +444,22 @@ def test_a_slow_schema_stalls_no_other_stream_and_gives_up_in_time(engine: Engin
     assert whole < 1.5
 
 
+def test_a_batch_of_explosive_schemas_leaves_other_predictions_their_turn(engine: Engine) -> None:
+    explosive = {"type": "string", "allOf": [{"pattern": f".*a.{{{i}}}.*"} for i in range(22)]}
+    batch = [
+        Generate(stream_id=i, prompt="x", json_schema=explosive | {"description": f"{i} of this batch"})
+        for i in range(4)
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        several = [pool.submit(answers, engine, *batch[i : i + 2], *batch[:i]) for i in (0, 2)]
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert text_of(one(engine, choices=["a new constraint"]).tokens()) == "a new constraint"
+        assert time.monotonic() - started < 0.5
+        for attempt in several:
+            assert all("not compiled within" in attempt.result().error(i) for i in attempt.result().replies)  # type: ignore[arg-type]
+
+
 def test_a_grammar_is_compiled_once_for_all_who_use_it(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

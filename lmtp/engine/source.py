@@ -23,11 +23,11 @@ MAX_SOURCE = {"choices": 2**22, "regex": 2**20, "json_schema": 2**20, "grammar":
 MAX_QUOTED = 400
 """Characters of an error message."""
 
-LIMITS = LLParserLimits(
-    verbose_errors=False,
-    max_items_in_row=20_000,  # an optional property takes four
-    initial_lexer_fuel=20_000_000,  # 100,000 choices take a tenth; vetting.py limits the time
-)
+LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
+"""llguidance's own. An optional property takes four items of a row."""
+
+CHOICES_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=40_000_000)
+"""100,000 choices take a twentieth of the fuel."""
 
 
 class Source(NamedTuple):
@@ -60,7 +60,8 @@ def compile_source(source: Source, tokenizer: LLTokenizer) -> LLMatcher:
     """Compile a constraint. Raises RequestError for one that cannot be used."""
     field = source.field
     try:
-        matcher = LLMatcher(tokenizer, _grammar(source), log_level=0, limits=LIMITS)
+        limits = CHOICES_LIMITS if field == "choices" else LIMITS
+        matcher = LLMatcher(tokenizer, _grammar(source), log_level=0, limits=limits)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise

@@ -41,10 +41,15 @@ STACK = 2**28
 QUICK_SECONDS = 0.05
 """From then on a child yields the processor to the engine."""
 
-NICE = 10
+NICE = 5
+
+POLL_SECONDS = 0.02
 
 START_SECONDS = 60
 """For the parent to read the tokenizer."""
+
+PATIENCE = 1.25
+"""Seconds for a child to get a second of the processor, which others need too."""
 
 MARGIN = 1.0
 """Seconds in which a child in native code is ended after its time is up."""
@@ -62,7 +67,8 @@ class Vetter:
     def vet(self, source: Source, seconds: float) -> tuple[float, int]:
         """Compile a constraint in a child. Returns the seconds that it took and the bytes of the result.
 
-        Raises RequestError for one that cannot be used, and TimeoutError for one that takes longer than ``seconds``.
+        Raises RequestError for one that cannot be used, and TimeoutError for one that takes more than ``seconds`` of
+        processor time.
         """
         answer = self._ask({"source": source, "seconds": seconds})
         if answer is None:
@@ -92,7 +98,7 @@ class Vetter:
         with ours:
             with theirs, self._lock:
                 socket.send_fds(self._parent(), [b"\0"], [theirs.fileno()])
-            ours.settimeout(request["seconds"] + 2 * MARGIN)
+            ours.settimeout(request["seconds"] * PATIENCE + 2 * MARGIN)
             ours.sendall(json.dumps(request).encode())
             ours.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError), ours.makefile("rb") as answers:
@@ -150,7 +156,8 @@ def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:
     """A child: answer one request within its limits."""
     with connection.makefile("rb") as requests:
         request = json.loads(requests.read())
-    signal.setitimer(signal.ITIMER_REAL, request["seconds"] + MARGIN)  # its default action needs no Python
+    seconds, started = request["seconds"], time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, seconds * PATIENCE + MARGIN)  # its default action needs no Python
     most = _pages() * resource.getpagesize() + STACK + COMPILE_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     threading.stack_size(STACK)
@@ -162,10 +169,11 @@ def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    worker.join(QUICK_SECONDS)
-    if worker.is_alive():
+    worker.join(min(QUICK_SECONDS, seconds))
+    if worker.is_alive() and seconds > QUICK_SECONDS:
         os.setpriority(os.PRIO_PROCESS, worker.native_id or 0, NICE)
-        worker.join(request["seconds"] - QUICK_SECONDS)
+    while worker.is_alive() and time.process_time() < seconds and time.monotonic() - started < seconds * PATIENCE:
+        worker.join(POLL_SECONDS)
     connection.sendall(json.dumps(answer).encode())
 
 

@@ -455,7 +455,7 @@ def test_a_batch_of_explosive_schemas_leaves_other_predictions_their_turn(engine
         time.sleep(0.2)
         started = time.monotonic()
         assert text_of(one(engine, choices=["a new constraint"]).tokens()) == "a new constraint"
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 1.0
         for attempt in several:
             assert all("not compiled within" in attempt.result().error(i) for i in attempt.result().replies)  # type: ignore[arg-type]
 

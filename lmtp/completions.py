@@ -8,7 +8,7 @@ whole texts: then each of them is a SCORE, and the completions are chosen when a
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -24,7 +24,6 @@ PROMPT = "prompt"
 MAX_COMPARED = 64
 """More ``choices`` than this are generated token by token."""
 
-Normalize = Literal["sum", "mean"]
 Check = Callable[[Generate, Sequence[str]], Sequence[bool | None]]
 """Tells whether finished texts satisfy an operation's constraint; None where that cannot be told."""
 
@@ -39,11 +38,11 @@ class Completions:
         output: str,
         n: int = 1,
         prompt_logprobs: bool = False,
-        normalize: Normalize = "sum",
+        normalize: str = "sum",
     ) -> None:
         """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
-        or ``json``. ``normalize`` says which log-probability of a compared choice counts: of the text, or per token.
-        Raises RequestError for settings that contradict each other."""
+        or ``json``. ``normalize`` says which log-probability of a compared choice counts: ``sum``, that of the text, or
+        ``mean``, per token. Raises RequestError for settings that contradict each other."""
         if output == "text" and n > 1:
             raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
@@ -182,7 +181,7 @@ class Completions:
             document["distribution"] = distribution
         if PROMPT in self._scored:
             document["prompt_logprobs"] = [_token(token) for token in self._scored[PROMPT]]
-        generated = sum(len(completion["tokens"]) for completion in completions)
+        generated = sum(map(len, self._completed.values()))
         document["usage"] = {"input_token_count": len(self._generate.prompt), "output_token_count": generated, **usage}
         return document
 

@@ -23,7 +23,7 @@ PIECES = {piece: i for i, piece in enumerate(dict.fromkeys(LETTERS))}
 )
 def test_special_tokens_keep_their_ids_and_no_text_spells_them(model: WordLevel | BPE | Unigram) -> None:
     tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<unk>", "</s>", "<added>"])
     assert tokenizer.encode("</s>").ids == [1]
     hidden = hide_special_tokens(tokenizer.to_str())

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import copy
 from functools import partial
 
@@ -118,7 +118,7 @@ class Compiler:
         self._compiling: dict[bytes, Future[Compiled]] = {}
         self._cache = Cache(CACHE_BYTES)
         self._live = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a constraint may be released by whoever holds it
 
     async def grammar(self, operation: Generate) -> Grammar | None:
         """The operation's grammar, at its beginning; None if it has no constraint of this kind.
@@ -172,7 +172,7 @@ class Compiler:
             tokenizer = LLTokenizer(hidden, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None)
         except Exception as error:  # only constraints need the tokenizer in this form
             raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
-        starting.result()
+        wait([starting])  # should it have failed, the next constraint tries again
         return tokenizer, vetter
 
     def _compile(self, source: Source) -> Future[Compiled]:
@@ -217,6 +217,8 @@ class Compiler:
             raise Later(
                 f"{source.field}: not compiled within {limit} s; make it smaller, or ask again later."
             ) from None
+        except OSError as error:
+            raise Later(f"{source.field}: cannot be compiled now: {error}; ask again later.") from error
         with self._lock:
             if self._live + size > LIVE_BYTES:
                 raise Later(f"{source.field}: constraints in use take too much memory; ask again later.")
@@ -231,7 +233,8 @@ class Compiler:
         return compiled
 
     def _release(self, size: int) -> None:
-        self._live -= size
+        with self._lock:
+            self._live -= size
 
 
 def _follows(compiled: Compiled, tokenizer: LLTokenizer, text: str) -> bool:

@@ -83,7 +83,7 @@ class Vetter:
         """Whether each text is JSON that the schema allows; None where that cannot be told."""
         try:
             answer = self._ask({"schema": schema, "texts": texts, "seconds": seconds})
-        except TimeoutError:
+        except OSError:
             answer = None
         return answer["valid"] if answer else [None] * len(texts)
 
@@ -127,7 +127,7 @@ class Vetter:
                 setup.write(self._setup)
             self._control.settimeout(START_SECONDS)
             if self._control.recv(1) != b"\0":
-                raise RequestError("the process that compiles constraints does not start; see docs/architecture.md.")
+                raise OSError("the process for it does not start")
         return self._control
 
 

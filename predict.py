@@ -121,9 +121,10 @@ class Predictor(BasePredictor):
         grammar: str = Input(
             default="", description="Grammar that the answer follows, in GBNF or in llguidance's Lark dialect."
         ),
-        best_of_choices: bool = Input(
-            default=False,
-            description="With choices: score every choice as a whole and answer with the most probable one.",
+        normalize: str = Input(
+            default="sum",
+            choices=["sum", "mean"],
+            description="With up to 64 choices: compare the log-probabilities of the texts, or their means per token.",
         ),
         n: int = Input(
             default=1,
@@ -184,7 +185,7 @@ class Predictor(BasePredictor):
                 top_logprobs=int(top_logprobs),
                 text=True,
             )
-            completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, best_of_choices)
+            completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, normalize)
             operations = completions.operations
         prediction = await self.engine.predict(operations)
         cancellation.when_cancelled(prediction.cancel)
@@ -210,7 +211,8 @@ class Predictor(BasePredictor):
                 yield from _pieces(completions.add(replies) if completions else protocol.encode(replies))
             counters = prediction.counters
             if completions:
-                yield from _pieces(completions.end(counters.reused_tokens, counters.computed_tokens))
+                check = self.engine.compiler.check
+                yield from _pieces(completions.end(counters.reused_tokens, counters.computed_tokens, check))
         context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 
     def _record(
@@ -218,10 +220,14 @@ class Predictor(BasePredictor):
     ) -> None:
         counters = prediction.counters
         if completions and completions.constraint:
-            unfinished = counters.unfinished_constraints
-            self.record_metric("constraint_finished", unfinished == 0)
-            if unfinished:
-                print(f"{unfinished} ended inside the constraint, at max_tokens or a stop sequence: not valid text.")
+            finished = completions.finished and counters.unfinished_constraints == 0
+            self.record_metric("constraint_finished", finished)
+            if None not in completions.valid:
+                self.record_metric("constraint_valid", all(completions.valid))
+            if not finished:
+                print("A text ended inside the constraint, at max_tokens or a stop sequence: it is not valid.")
+            elif not all(completions.valid):
+                print("A text ended as the constraint allows, but it is not known to be valid; see docs/protocol.md.")
         self.record_metric("input_token_count", counters.input_tokens)
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)

@@ -1,11 +1,13 @@
 """One prompt's completions: the operations they need, and the answer read from the replies.
 
 A prompt is answered as text, as protocol lines, or as one JSON document. The operations are the same for all three: a
-GENERATE for each completion, a SCORE over the prompt for ``prompt_logprobs``, and a SCORE for each option for
-``best_of_choices``.
+GENERATE for each completion, and a SCORE over the prompt for ``prompt_logprobs``. A few ``choices`` are compared as
+whole texts: then each of them is a SCORE, and the completions are chosen when all are known.
 """
 
 import math
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,11 +15,17 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 
-from lmtp import protocol, text
+from lmtp import protocol
 from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Score, Token
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
+
+MAX_COMPARED = 64
+"""More ``choices`` than this are generated token by token."""
+
+Check = Callable[[Generate, Sequence[str]], Sequence[bool | None]]
+"""Tells whether finished texts satisfy an operation's constraint; None where that cannot be told."""
 
 
 class Completions:
@@ -30,104 +38,152 @@ class Completions:
         output: str,
         n: int = 1,
         prompt_logprobs: bool = False,
-        best_of_choices: bool = False,
+        normalize: str = "sum",
     ) -> None:
         """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
-        or ``json``. Raises RequestError for settings that contradict each other."""
+        or ``json``. ``normalize`` says which log-probability of a compared choice counts: ``sum``, that of the text, or
+        ``mean``, per token. Raises RequestError for settings that contradict each other."""
         if output == "text" and n > 1:
             raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
             raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
-        if best_of_choices and not generate.choices:
-            raise RequestError("best_of_choices needs choices: give the texts to compare.")
-        if best_of_choices and n > 1:
-            raise RequestError(f"n is {n}: best_of_choices has one answer, so leave n at 1.")
         self.constraint = protocol.constraint_of(generate)
+        self.finished = True
+        """Whether every compared choice was sent whole. GENERATE streams are counted by the engine."""
+        self.valid: Sequence[bool | None] = []
+        """For each completion, whether its text satisfies the constraint; None where that could not be told."""
+        self._generate = generate
         self._output = output
-        self._prompt = list(generate.prompt)
-        self._options = list(dict.fromkeys(generate.choices or [])) if best_of_choices else []
-        self._streams: dict[protocol.StreamId, list[Token]] = {}
+        self._n = n
+        self._normalize = normalize
+        options = list(dict.fromkeys(generate.choices or []))
+        whole = len(options) <= MAX_COMPARED and not generate.logit_bias and not generate.stop
+        self._options = options if whole else []
+        self._scored: dict[protocol.StreamId, list[Token]] = {}
+        """The tokens of the prompt and of the options."""
+        self._completed: dict[protocol.StreamId, list[Token]] = {}
+        """The tokens of the completions."""
+        self._texts: dict[protocol.StreamId, str] = {}
+        """The texts of the completions."""
         self.operations: list[Operation] = []
         if prompt_logprobs:  # first: the other streams reuse its keys and values
-            top = generate.top_logprobs
-            self._add(Score(stream_id=PROMPT, prompt=[], scored=generate.prompt, top_logprobs=top, text=True))
+            self._score(PROMPT, [], generate.prompt)
         for i, option in enumerate(self._options):
-            ids = text.encode(tokenizer, option, begins_sequence=False)
-            if not ids:
-                raise RequestError("best_of_choices: choices holds an empty text, which has no probability; remove it.")
-            top = generate.top_logprobs
-            self._add(Score(stream_id=i, prompt=generate.prompt, scored=ids, top_logprobs=top, text=True))
-        for i in range(0 if best_of_choices else n):
-            seed = None if generate.seed is None else generate.seed + i
-            self._add(replace(generate, stream_id=i, seed=seed))
+            if not option and tokenizer.eos_token_id is None:
+                raise RequestError("choices holds an empty text, but this model has no token that ends a text.")
+            self._score(i, generate.prompt, option or [tokenizer.eos_token_id])
+        for i in range(0 if self._options else n):
+            self.operations.append(replace(generate, stream_id=i, seed=self._seed(i)))
+            self._completed[i], self._texts[i] = [], ""
 
-    def _add(self, operation: Operation) -> None:
-        self.operations.append(operation)
-        self._streams[operation.stream_id] = []
+    def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
+        top = self._generate.top_logprobs
+        self.operations.append(Score(stream_id=stream_id, prompt=prompt, scored=scored, top_logprobs=top, text=True))
+        self._scored[stream_id] = []
+
+    def _seed(self, index: int) -> int | None:
+        return None if self._generate.seed is None else self._generate.seed + index
 
     def add(self, replies: list[Reply]) -> str:
         """Take one step's replies and return the output to send now.
 
         Raises RequestError if a stream failed: one failed stream fails the whole answer.
         """
-        tokens = []
+        sent: list[Token] = []
         for reply in replies:
             if isinstance(reply, Failure):
                 raise RequestError(reply.error)
-            if isinstance(reply, Token):
-                self._streams[reply.stream_id].append(reply)
-                tokens.append(reply)
+            if not isinstance(reply, Token):
+                continue
+            if reply.stream_id in self._scored:
+                if self._output == "json" or reply.stream_id != PROMPT:
+                    self._scored[reply.stream_id].append(reply)
+                if reply.stream_id != PROMPT:
+                    continue
+            else:
+                self._texts[reply.stream_id] += _text([reply])
+                if self._output == "json":
+                    self._completed[reply.stream_id].append(reply)
+            sent.append(reply)
         if self._output == "lmtp":
-            return protocol.encode(replies)
-        return _text(tokens) if self._output == "text" and not self._options else ""
+            return protocol.encode(sent)
+        return _text(sent) if self._output == "text" else ""
 
-    def end(self, reused: int, computed: int) -> str:
-        """Return the output to send after the last reply. The arguments are the prediction's token counts."""
+    def end(self, reused: int, computed: int, check: Check) -> str:
+        """Return the output to send after the last reply.
+
+        ``reused`` and ``computed`` are the prediction's token counts. ``check`` may take a second.
+        """
+        distribution: list[dict[str, Any]] = []
+        if self._options:
+            distribution = self._choose()
+            self.valid = [text in self._options for text in self._texts.values()]
+        elif self.constraint:
+            self.valid = check(self._generate, list(self._texts.values()))
         if self._output == "json":
             usage = {"reused_token_count": reused, "computed_token_count": computed}
-            return msgspec.json.encode(self._document(usage)).decode()
-        return self._distribution()[0]["choice"] if self._options and self._output == "text" else ""
-
-    def _document(self, usage: dict[str, int]) -> dict[str, Any]:
-        scored = self._streams.pop(PROMPT, None)
-        document: dict[str, Any] = {}
+            return msgspec.json.encode(self._document(distribution, usage)).decode()
         if self._options:
-            distribution = self._distribution()
-            best = self._options.index(distribution[0]["choice"])
-            document["choices"] = [_completion(0, self._streams[best])]
-            document["distribution"] = distribution
-        else:
-            document["choices"] = [_completion(i, tokens) for i, tokens in enumerate(self._streams.values())]
-        if scored is not None:
-            document["prompt_logprobs"] = [_token(token) for token in scored]
-        generated = sum(len(completion["tokens"]) for completion in document["choices"])
-        document["usage"] = {"input_token_count": len(self._prompt), "output_token_count": generated, **usage}
-        return document
+            return self._texts[0] if self._output == "text" else "".join(map(protocol.encode, self._completed.values()))
+        return ""
 
-    def _distribution(self) -> list[dict[str, Any]]:
-        """Every option with its log-probability after the prompt and its share of all options' probability, most likely
-        first."""
-        logprobs = [math.fsum(token.logprob for token in self._streams[i]) for i in range(len(self._options))]
+    def _choose(self) -> list[dict[str, Any]]:
+        """Choose among the options. Returns each with its log-probability after the prompt and its probability among
+        all of them, most likely first."""
+        logprobs = [self._logprob(self._scored[i]) for i in range(len(self._options))]
         highest = max(logprobs)
-        total = math.fsum(math.exp(logprob - highest) for logprob in logprobs)
-        rows = [
+        temperature = self._generate.temperature
+        weights = [math.exp((logprob - highest) / (temperature or 1.0)) for logprob in logprobs]
+        total = math.fsum(weights)
+        for i in range(self._n):
+            best = logprobs.index(highest)
+            if temperature:
+                seed = self._seed(i)
+                draw = random.Random(None if seed is None else str(seed))
+                (best,) = draw.choices(range(len(weights)), weights)
+            self._completed[i], self._texts[i] = self._answer(i, best)
+        rows = zip(self._options, logprobs, weights, strict=True)
+        return sorted(
+            (
+                {"choice": option, "logprob": protocol.finite(logprob), "probability": round(weight / total, 6)}
+                for option, logprob, weight in rows
+            ),
+            key=lambda row: -row["logprob"],
+        )
+
+    def _logprob(self, tokens: list[Token]) -> float:
+        total = math.fsum(token.logprob for token in tokens)
+        return total / len(tokens) if self._normalize == "mean" else total
+
+    def _answer(self, index: int, option: int) -> tuple[list[Token], str]:
+        """An option as a completion of at most ``max_tokens``."""
+        whole = self._scored[option]
+        tokens = [replace(token, stream_id=index) for token in whole[: self._generate.max_tokens]]
+        if len(tokens) == len(whole):
+            return tokens, self._options[option]
+        self.finished = False
+        return [*tokens[:-1], replace(tokens[-1], finish_reason="length")], _text(tokens)
+
+    def _document(self, distribution: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        completions = [
             {
-                "choice": option,
-                "logprob": protocol.finite(logprob),
-                "probability": round(math.exp(logprob - highest) / total, 6),
+                "index": i,
+                "text": self._texts[i],
+                "finish_reason": tokens[-1].finish_reason,
+                "tokens": [_token(token) for token in tokens],
             }
-            for option, logprob in zip(self._options, logprobs, strict=True)
+            for i, tokens in self._completed.items()
         ]
-        return sorted(rows, key=lambda row: -row["logprob"])
-
-
-def _completion(index: int, tokens: list[Token]) -> dict[str, Any]:
-    return {
-        "index": index,
-        "text": _text(tokens),
-        "finish_reason": tokens[-1].finish_reason,
-        "tokens": [_token(token) for token in tokens],
-    }
+        for completion, valid in zip(completions, self.valid, strict=False):
+            completion["constraint_valid"] = valid
+        document: dict[str, Any] = {"choices": completions}
+        if distribution:
+            document["distribution"] = distribution
+        if PROMPT in self._scored:
+            document["prompt_logprobs"] = [_token(token) for token in self._scored[PROMPT]]
+        generated = sum(map(len, self._completed.values()))
+        document["usage"] = {"input_token_count": len(self._generate.prompt), "output_token_count": generated, **usage}
+        return document
 
 
 def _token(token: Token) -> dict[str, Any]:

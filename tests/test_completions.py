@@ -31,7 +31,7 @@ def demo(demo_weights: Path) -> Iterator[Demo]:
 
 
 def completions(demo: Demo, output: str, question: str = "Name three colours.", **settings: Any) -> Completions:
-    own = {name: settings.pop(name) for name in ("n", "prompt_logprobs", "best_of_choices") if name in settings}
+    own = {name: settings.pop(name) for name in ("n", "prompt_logprobs", "normalize") if name in settings}
     tokenizer = demo[0].tokenizer
     prompt = render_prompt(tokenizer, question)
     generate = Generate(stream_id=0, prompt=prompt, text=True, max_tokens=settings.pop("max_tokens", 12), **settings)
@@ -45,7 +45,7 @@ def read(demo: Demo, output: str, **settings: Any) -> tuple[str, Counters]:
     prediction = begin(demo[1], *asked.operations)
     sent = "".join(map(asked.add, prediction))
     counters = prediction.counters
-    return sent + asked.end(counters.reused_tokens, counters.computed_tokens), counters
+    return sent + asked.end(counters.reused_tokens, counters.computed_tokens, demo[1].compiler.check), counters
 
 
 def test_n_completions_match_their_seeds_and_share_one_computed_prompt(demo: Demo) -> None:
@@ -84,7 +84,7 @@ def test_the_distribution_over_choices_is_exact_and_the_best_is_the_answer(demo:
     review = "We had a great stay. Hiking in the mountains was fabulous, and the food in the hotel was good, too. "
     question = review * 2 + "Is the sentiment of this review positive, negative or neutral?"
     options = ["positive", "negative", "neutral", "a mixture of all"]
-    settings = {"question": question, "choices": options, "best_of_choices": True}
+    settings = {"question": question, "choices": options}
     sent, counters = read(demo, "json", **settings)
     document = json.loads(sent)
     prompt = render_prompt(loaded.tokenizer, question)
@@ -104,6 +104,92 @@ def test_the_distribution_over_choices_is_exact_and_the_best_is_the_answer(demo:
     assert counters.computed_tokens < len(prompt) + 20
 
 
+SKY = {"question": "Is the sky blue? Answer yes or no.", "choices": ["Yes", "No", "Not sure", "Not at all", ""]}
+
+
+def test_choices_are_drawn_from_their_exact_distribution(demo: Demo) -> None:
+    sent, _ = read(demo, "json", **SKY, temperature=4.0, n=16, seed=0)
+    document = json.loads(sent)
+    rows = {row["choice"]: row for row in document["distribution"]}
+    weights = {choice: math.exp(row["logprob"] / 4.0) for choice, row in rows.items()}
+    for choice, weight in weights.items():
+        assert rows[choice]["probability"] == pytest.approx(weight / sum(weights.values()), abs=1e-4)
+    drawn = [json.loads(read(demo, "json", **SKY, temperature=4.0, n=16, seed=16 * i)[0])["choices"] for i in range(6)]
+    texts = [completion["text"] for choices in drawn for completion in choices]
+    assert texts[:16] == [completion["text"] for completion in document["choices"]]
+    assert texts[3] == read(demo, "text", **SKY, temperature=4.0, seed=3)[0]
+    for choice, row in rows.items():
+        share, expected = texts.count(choice) / len(texts), row["probability"]
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(texts)) + 1e-9
+
+
+def test_an_empty_choice_counts_as_the_end_of_the_text(demo: Demo) -> None:
+    loaded, _ = demo
+    sent, _ = read(demo, "json", **SKY)
+    row = next(row for row in json.loads(sent)["distribution"] if row["choice"] == "")
+    prompt = render_prompt(loaded.tokenizer, str(SKY["question"]))
+    end = torch.log_softmax(own_logits(loaded.model, prompt)[-1], -1)[loaded.tokenizer.eos_token_id].item()
+    assert row["logprob"] == pytest.approx(end, abs=1e-3)
+    assert read(demo, "text", question="Say nothing.", choices=["", ""])[0] == ""
+
+
+def test_choices_can_be_compared_by_their_mean_per_token(demo: Demo) -> None:
+    sent, mean = (json.loads(read(demo, "json", **SKY, normalize=kind)[0])["distribution"] for kind in ("sum", "mean"))
+    by_sum = {row["choice"]: row["logprob"] for row in sent}
+    for row in mean:
+        count = len(demo[0].tokenizer.encode(row["choice"])) or 1
+        assert row["logprob"] == pytest.approx(by_sum[row["choice"]] / count, abs=1e-4)
+
+
+def test_compared_choices_come_as_token_lines_of_the_answer_alone(demo: Demo) -> None:
+    sent, _ = read(demo, "lmtp", **SKY, n=2, prompt_logprobs=True)
+    lines = [json.loads(line.removeprefix("TOKEN ")) for line in sent.splitlines()]
+    answer = read(demo, "text", **SKY)[0]
+    assert answer in SKY["choices"]
+    for index in range(2):
+        assert "".join(line["text"] for line in lines if line["stream_id"] == index) == answer
+        assert [line["finish_reason"] for line in lines if line["stream_id"] == index][-1] == "stop"
+    assert {line["stream_id"] for line in lines} == {0, 1, "prompt"}
+
+
+def test_a_compared_choice_is_cut_at_max_tokens_and_then_not_valid(demo: Demo) -> None:
+    asked = completions(demo, "json", choices=["one two three four", "one two three five"], max_tokens=2)
+    prediction = begin(demo[1], *asked.operations)
+    assert "".join(map(asked.add, prediction)) == ""
+    (completion,) = json.loads(asked.end(0, 0, demo[1].compiler.check))["choices"]
+    assert (completion["text"], completion["finish_reason"]) == ("one two", "length")
+    assert completion["constraint_valid"] is False
+    assert (asked.finished, list(asked.valid)) == (False, [False])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"choices": [str(number) for number in range(65)]},
+        {"choices": ["yes", "no"], "logit_bias": {5: 1.0}},
+        {"choices": ["yes", "no"], "stop": ["."]},
+    ],
+)
+def test_other_choices_are_generated_token_by_token(demo: Demo, settings: dict[str, Any]) -> None:
+    (operation,) = completions(demo, "json", **settings).operations
+    assert isinstance(operation, Generate)
+    document = json.loads(read(demo, "json", **settings)[0])
+    assert "distribution" not in document
+    assert document["choices"][0]["text"] in settings["choices"]
+    assert document["choices"][0]["constraint_valid"] is True
+
+
+def test_a_text_that_ends_as_its_constraint_allows_is_checked_all_the_same(demo: Demo) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    document = json.loads(read(demo, "json", json_schema=schema, n=2, temperature=1.0, seed=1, max_tokens=60)[0])
+    for completion in document["choices"]:
+        assert completion["constraint_valid"] is (completion["finish_reason"] == "stop")
+    cut = json.loads(read(demo, "json", json_schema=schema, max_tokens=2)[0])["choices"][0]
+    assert (cut["finish_reason"], cut["constraint_valid"]) == ("length", False)
+    free = json.loads(read(demo, "json")[0])["choices"][0]
+    assert "constraint_valid" not in free
+
+
 def test_output_lmtp_holds_the_streams_of_every_completion_and_of_the_prompt(demo: Demo) -> None:
     sent, _ = read(demo, "lmtp", n=2, prompt_logprobs=True, max_tokens=3, temperature=1.0, seed=1)
     streams = [json.loads(line.removeprefix("TOKEN "))["stream_id"] for line in sent.splitlines()]
@@ -116,10 +202,7 @@ def test_output_lmtp_holds_the_streams_of_every_completion_and_of_the_prompt(dem
     [
         ("text", {"n": 2}, "n is 2: choose output json or lmtp"),
         ("text", {"prompt_logprobs": True}, "prompt_logprobs: choose output json or lmtp"),
-        ("json", {"best_of_choices": True}, "best_of_choices needs choices"),
-        ("json", {"best_of_choices": True, "choices": ["a", ""]}, "choices holds an empty text"),
-        ("json", {"best_of_choices": True, "choices": ["a"], "n": 2}, "best_of_choices has one answer"),
-        ("json", {"best_of_choices": True, "choices": ["a"], "regex": "a"}, "choices and regex: give one constraint"),
+        ("json", {"choices": ["a"], "regex": "a"}, "choices and regex: give one constraint"),
     ],
 )
 def test_contradictory_settings_are_refused(demo: Demo, output: str, settings: dict[str, Any], message: str) -> None:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp import text
 from lmtp.engine import sampling
-from lmtp.engine.grammar import Compiler, Grammar, MaskFiller
+from lmtp.engine.compiler import Compiler
+from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed
 from lmtp.engine.scheduler import Scheduler
 from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
@@ -36,6 +37,10 @@ EXTENSIONS = {
     "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
 }
+
+
+MAX_COMPILING = 2
+"""Constraints of one prediction that are compiled at once."""
 
 
 class LoadedModel(NamedTuple):
@@ -92,7 +97,7 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
-        self._compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
     def stop(self) -> None:
         """End the thread after the step it is in. Running streams get an error reply."""
@@ -101,7 +106,8 @@ class Engine:
 
     async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
         """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
-        prepared = await asyncio.gather(*map(self._prepare, operations))
+        turns = asyncio.Semaphore(MAX_COMPILING)
+        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in operations))
         prediction = Prediction(lambda ended: self._commands.put(End(ended)))
         self._commands.put(Begin(prediction, prepared))
         return prediction
@@ -111,7 +117,7 @@ class Engine:
         wait for it. There is one such thread, since tokenizers are not thread-safe."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
-    async def _prepare(self, operation: Operation | Failure) -> Prepared:
+    async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
         """Do what the engine's thread should never wait for."""
         try:
             if isinstance(operation, Generate | Score) and isinstance(operation.prompt, str):
@@ -120,7 +126,10 @@ class Engine:
             if isinstance(operation, Score) and isinstance(operation.scored, str):
                 ids = await self.tokenize(text.encode, self.tokenizer, operation.scored, False)
                 operation = msgspec.structs.replace(operation, scored=ids)
-            return operation, await self._compiler.grammar(operation) if isinstance(operation, Generate) else None
+            if not isinstance(operation, Generate):
+                return operation, None
+            async with turns:
+                return operation, await self.compiler.grammar(operation)
         except RequestError as error:
             return _failure(operation, str(error)), None
 

@@ -135,9 +135,11 @@ class TestSynchronous:
         prediction = predict(client, prompt=QUESTION, regex=r"The capital is (Rome|Paris)\.")
         assert "".join(prediction["output"]) == "The capital is Paris."
         assert prediction["metrics"]["constraint_finished"] is True
+        assert prediction["metrics"]["constraint_valid"] is True
         cut = predict(client, prompt=QUESTION, choices='["The capital is Paris."]', max_tokens=2)
         assert "".join(cut["output"]) == "The capital"
         assert cut["metrics"]["constraint_finished"] is False
+        assert cut["metrics"]["constraint_valid"] is False
         assert "not valid" in cut["logs"]
 
     def test_a_prompt_with_output_json_gives_one_document(self, client: httpx.Client) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp.engine import grammar as constraints
+from lmtp.engine.compiler import Compiler
 from lmtp.engine.engine import Engine
+from lmtp.engine.grammar import Grammar
+from lmtp.engine.schema import JSON_STYLE
+from lmtp.engine.source import Source, compile_source
 from lmtp.engine.stream import OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Token
 from lmtp.runners.cache_runner import CacheRunner
@@ -208,7 +211,7 @@ def test_logprobs_are_those_of_one_plain_forward_pass_under_the_grammars_masks(
     temperature: float,
 ) -> None:
     grammars: dict[str, tuple[Any, str]] = {
-        "json_schema": (COLOURS, LLMatcher.grammar_from_json_schema(COLOURS, defaults=constraints.JSON_STYLE)),
+        "json_schema": (COLOURS, LLMatcher.grammar_from_json_schema(COLOURS, defaults=JSON_STYLE)),
         "regex": (r"Call [0-9]{3}-[0-9]{4} or [a-z]+\.", LLMatcher.grammar_from_regex(r"Call [0-9]{3}-[0-9]{4} or [a-z]+\.")),
         "choices": (["yes", "yesterday", "no"], LLMatcher.grammar_from_lark('start: "yes" | "yesterday" | "no"')),
     }  # fmt: skip
@@ -441,21 +444,35 @@ def test_a_slow_schema_stalls_no_other_stream_and_gives_up_in_time(engine: Engin
     assert whole < 1.5
 
 
+def test_a_batch_of_explosive_schemas_leaves_other_predictions_their_turn(engine: Engine) -> None:
+    explosive = {"type": "string", "allOf": [{"pattern": f".*a.{{{i}}}.*"} for i in range(22)]}
+    batch = [
+        Generate(stream_id=i, prompt="x", json_schema=explosive | {"description": f"{i} of this batch"})
+        for i in range(4)
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        several = [pool.submit(answers, engine, *batch[i : i + 2], *batch[:i]) for i in (0, 2)]
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert text_of(one(engine, choices=["a new constraint"]).tokens()) == "a new constraint"
+        assert time.monotonic() - started < 1.0
+        for attempt in several:
+            assert all("not compiled within" in attempt.result().error(i) for i in attempt.result().replies)  # type: ignore[arg-type]
+
+
 def test_a_grammar_is_compiled_once_for_all_who_use_it(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
-    compile_ = constraints._compile
 
-    def counting(source: tuple[str, str], by: Future[LLTokenizer], begun: Future[None]) -> LLMatcher:
-        compiled.append(source[1])
-        return compile_(source, by, begun)
+    def counting(source: Source, by: LLTokenizer) -> LLMatcher:
+        compiled.append(source.text)
+        return compile_source(source, by)
 
-    monkeypatch.setattr(constraints, "_compile", counting)
-    monkeypatch.setattr(constraints, "CACHED_GRAMMARS", 2)
-    compiler = constraints.Compiler(tokenizer, len(tokenizer), ENDS)
+    monkeypatch.setattr("lmtp.engine.compiler.compile_source", counting)
+    compiler = Compiler(tokenizer, len(tokenizer), ENDS)
 
-    async def ask_for(*patterns: str) -> list[constraints.Grammar | None]:
+    async def ask_for(*patterns: str) -> list[Grammar | None]:
         return await asyncio.gather(
             *(compiler.grammar(Generate(stream_id=0, prompt="x", regex=pattern)) for pattern in patterns)
         )
@@ -467,10 +484,26 @@ def test_a_grammar_is_compiled_once_for_all_who_use_it(
     one.advance(one.forced()[0])
     assert one.complete
     assert other.forced()
-    asyncio.run(ask_for("c", "ab", "d", "ab"))
+    for pattern in ("c", "ab", "d", "ab", "c"):
+        asyncio.run(ask_for(pattern))
     assert compiled == ["ab", "c", "d"]
-    asyncio.run(ask_for("c"))
-    assert compiled == ["ab", "c", "d", "c"]
+
+
+@pytest.mark.parametrize(
+    "options", [["<filename>"], ["yes<|im_end|>no"], ["<|im_start|>", "<|im_end|>"], ["a<|endoftext|>", "b<filename>"]]
+)
+def test_a_text_that_spells_a_special_token_is_followed(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, options: list[str]
+) -> None:
+    for constraint in (
+        {"choices": options},
+        {"regex": "|".join(map(re.escape, options))},
+        {"json_schema": {"enum": options}},
+    ):
+        tokens = one(engine, temperature=1.0, seed=1, **constraint).tokens()
+        text = text_of(tokens)
+        assert (json.loads(text) if "json_schema" in constraint else text) in options
+        assert not {token.token for token in tokens} & set(tokenizer.all_special_ids)
 
 
 def test_a_cancelled_constrained_prediction_holds_no_slot(engine: Engine) -> None:
@@ -489,7 +522,7 @@ def test_models_that_slots_cannot_serve_follow_grammars_too(
     assert isinstance(engine.runner, CacheRunner)
     prompt = tokenizer.encode("x y z")
     tokens = answers(engine, Generate(stream_id=0, prompt=prompt, json_schema=COLOURS, top_logprobs=3)).tokens()
-    grammar = LLMatcher.grammar_from_json_schema(COLOURS, defaults=constraints.JSON_STYLE)
+    grammar = LLMatcher.grammar_from_json_schema(COLOURS, defaults=JSON_STYLE)
     check_logprobs(model, LLMatcher(matching, grammar), prompt, tokens, greedy=True)
     engine.stop()
 
@@ -523,7 +556,7 @@ def test_a_long_chain_of_rules_is_compiled_or_refused_but_ends_no_process(demo_w
     program = f"""
 import asyncio
 from transformers import AutoTokenizer
-from lmtp.engine.grammar import Compiler
+from lmtp.engine.compiler import Compiler
 from lmtp.protocol import Generate, RequestError
 
 tokenizer = AutoTokenizer.from_pretrained({str(demo_weights)!r})
@@ -547,7 +580,7 @@ for count in (2_500, 20_000):
 
 
 async def test_many_constraints_at_once_wait_for_their_turn(tokenizer: PreTrainedTokenizerBase) -> None:
-    compiler = constraints.Compiler(tokenizer, len(tokenizer), ENDS)
+    compiler = Compiler(tokenizer, len(tokenizer), ENDS)
     several = [[f"{i} {j}" for j in range(2_000)] for i in range(24)]
     grammars = await asyncio.gather(
         *(compiler.grammar(Generate(stream_id=0, prompt=[1], choices=choices)) for choices in several)

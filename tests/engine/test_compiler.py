@@ -1,0 +1,324 @@
+"""Constraints from strangers: what they cost, what is kept of them, and that nobody else notices."""
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmtp.engine import compiler as compiling
+from lmtp.engine.compiler import Cache, Compiler
+from lmtp.engine.grammar import Grammar
+from lmtp.engine.vetting import Vetter
+from lmtp.protocol import Generate, RequestError
+
+ENDS = [0, 2]
+EXPLOSIVE = {"type": "string", "allOf": [{"pattern": f".*a.{{{i}}}.*"} for i in range(22)]}
+"""A kilobyte that takes a minute and gigabytes to compile."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_weights: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(demo_weights, local_files_only=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: PreTrainedTokenizerBase) -> Compiler:
+    compiler = Compiler(tokenizer, len(tokenizer), ENDS)
+    ask(compiler, regex="warm-up")
+    return compiler
+
+
+def ask(compiler: Compiler, **constraint: Any) -> Grammar:
+    grammar = asyncio.run(compiler.grammar(Generate(stream_id=0, prompt="x", **constraint)))
+    assert grammar is not None
+    return grammar
+
+
+def refusal(compiler: Compiler, **constraint: Any) -> str:
+    with pytest.raises(RequestError) as refused:
+        ask(compiler, **constraint)
+    return str(refused.value)
+
+
+def memory() -> int:
+    """Bytes of this process and its children."""
+    own = psutil.Process()
+    total: int = own.memory_info().rss
+    for child in own.children(recursive=True):
+        try:
+            total += child.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def test_an_explosive_schema_is_refused_within_a_second_and_leaves_no_memory(compiler: Compiler) -> None:
+    before, started = memory(), time.monotonic()
+    assert "json_schema: not compiled within 0.8 s" in refusal(compiler, json_schema=EXPLOSIVE)
+    assert time.monotonic() - started < 1.3
+    time.sleep(0.2)
+    assert memory() - before < 30e6
+
+
+def test_four_explosive_schemas_at_once_delay_no_other_constraint(compiler: Compiler) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        several = [
+            pool.submit(refusal, compiler, json_schema=EXPLOSIVE | {"description": f"{i} of 4"}) for i in range(4)
+        ]
+        time.sleep(0.1)
+        started = time.monotonic()
+        ask(compiler, regex="a small one beside them")
+        assert time.monotonic() - started < 0.5
+        assert not all(attempt.done() for attempt in several)
+        assert all("not compiled within" in attempt.result() for attempt in several)
+
+
+def test_what_takes_too_much_memory_or_stack_ends_only_its_own_attempt(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compiling.COMPILE_SECONDS, "json_schema", 20.0)
+    assert "json_schema: too large or complex to compile; 256 MB of memory is the most." in refusal(
+        compiler, json_schema=EXPLOSIVE | {"description": "with time enough"}
+    )
+    assert ask(compiler, regex="still served")
+
+
+def test_a_compiler_process_that_was_killed_is_started_again(compiler: Compiler) -> None:
+    _, vetter = compiler._start().result()
+    assert vetter._process is not None
+    vetter._process.kill()
+    vetter._process.wait()
+    assert ask(compiler, regex="after the kill")
+
+
+def test_a_process_that_cannot_be_started_fails_one_constraint_and_no_check(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler(tokenizer, len(tokenizer), ENDS)
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.executable", "/nonexistent")
+        assert "regex: cannot be compiled now: " in refusal(compiler, regex="a")
+        assert compiler.check(Generate(stream_id=0, prompt="x", json_schema={}), ["1"]) == [None]
+    assert ask(compiler, regex="a")
+
+
+def test_a_small_constraint_takes_milliseconds_and_a_known_one_takes_none(compiler: Compiler) -> None:
+    def seconds(names: list[str]) -> float:
+        times = []
+        for name in names:
+            started = time.monotonic()
+            ask(compiler, json_schema={"type": "object", "properties": {name: {"type": "integer"}}})
+            times.append(time.monotonic() - started)
+        return min(times)  # other processes may take the processor meanwhile
+
+    assert seconds([f"property {i}" for i in range(9)]) < 0.06
+    assert seconds(["property 1"] * 9) < 0.005
+
+
+def test_five_large_regexes_are_not_kept(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compiling.COMPILE_SECONDS, "regex", 10.0)
+    before = memory()
+    for letter in "abcde":
+        try:
+            ask(compiler, regex=letter * 150_000)
+        except RequestError as error:
+            assert "too large or complex" in str(error)  # noqa: PT017
+    assert memory() - before < 150e6
+
+
+def test_the_cache_is_bounded_in_bytes_and_new_entries_leave_used_ones_alone() -> None:
+    def entry(size: int) -> str:
+        return "x" * (size - compiling.OVERHEAD)
+
+    cache = Cache(64 * 2**16)
+    cache.add(b"used", entry(2**16))
+    assert cache.get(b"used")
+    for i in range(1_000):
+        cache.add(str(i).encode(), entry(2**16))
+    kept = [i for i in range(1_000) if str(i).encode() in cache._new]
+    assert kept == list(range(984, 1_000))
+    assert cache.get(b"used")
+    cache.add(b"too large", entry(17 * 2**16))
+    assert cache.get(b"too large") is None
+    for i in range(984, 1_000):
+        cache.get(str(i).encode())
+    cache.add(b"last", entry(2**16))
+    assert cache.get(b"last")
+
+
+def test_a_refusal_is_remembered_but_not_one_for_lack_of_time(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    vet = Vetter.vet
+
+    def counting(self: Vetter, source: Any, seconds: float) -> tuple[float, int]:
+        asked.append(source.text)
+        return vet(self, source, seconds)
+
+    monkeypatch.setattr(Vetter, "vet", counting)
+    assert refusal(compiler, regex="(unclosed") == refusal(compiler, regex="(unclosed")
+    assert asked == ["(unclosed"]
+    monkeypatch.setitem(compiling.COMPILE_SECONDS, "regex", 0.0)
+    assert "not compiled within" in refusal(compiler, regex="a" * 300_000)
+    monkeypatch.setitem(compiling.COMPILE_SECONDS, "regex", 5.0)
+    assert ask(compiler, regex="a" * 300_000)
+
+
+def test_constraints_in_use_have_a_bound_on_their_memory(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = ask(compiler, regex="one that a stream follows")
+    monkeypatch.setattr(compiling, "LIVE_BYTES", 2**10)
+    assert "constraints in use take too much memory" in refusal(compiler, regex="one more")
+    monkeypatch.undo()
+    assert ask(compiler, regex="one more")
+    assert used.forced()
+
+
+@pytest.mark.parametrize("count", [501, 1_500])
+def test_an_object_has_more_than_500_optional_properties(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compiling.COMPILE_SECONDS, "json_schema", 5.0)  # beside other tests
+    names = [f"p{i}" for i in range(count)]
+    schema = {"type": "object", "properties": {n: {"type": "boolean"} for n in names}, "additionalProperties": False}
+    grammar = ask(compiler, json_schema=schema)
+    for token in tokenizer.encode(f'{{"p3": true, "p{count - 1}": false}}'):
+        grammar.advance(token)
+    assert grammar.complete
+
+
+def test_too_many_optional_properties_are_refused_with_the_limit(compiler: Compiler) -> None:
+    many = {"type": "object", "properties": {f"p{i}": {} for i in range(12_000)}}
+    assert "an object has 12000 optional properties; 2000 is the most." in refusal(compiler, json_schema=many)
+
+
+@pytest.mark.parametrize("count", [2_000, 100_000])
+def test_thousands_of_choices_are_followed(compiler: Compiler, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    words = [f"{'abcdefghij'[i % 10]}{i * 7_919 % 999_983}" for i in range(count)]
+    grammar = ask(compiler, choices=words)
+    for token in tokenizer.encode(words[count // 2]):
+        grammar.advance(token)
+    assert grammar.accepting
+    with pytest.raises(RequestError, match="cannot be followed here"):
+        ask(compiler, choices=words).advance(tokenizer.encode("k")[0])
+    assert ask(compiler, choices=words)
+
+
+def test_a_deeply_nested_schema_fails_alone(compiler: Compiler) -> None:
+    nested: Any = {"type": "integer"}
+    for _ in range(300):
+        nested = {"type": "array", "items": nested}
+    assert "recursion limit exceeded" in refusal(compiler, json_schema=nested)
+
+
+def test_a_panic_of_the_compiler_is_one_sentence_without_its_paths(compiler: Compiler) -> None:
+    huge = {"anyOf": [{"properties": {f"{i} {j}": {"type": "integer"} for j in range(1_500)}} for i in range(8)]}
+    message = refusal(compiler, json_schema=huge)
+    assert message.count(".") == 1 or "0.8 s" in message
+    assert "panic" not in message
+    assert "/" not in message
+    assert len(json.dumps(message)) < 200
+
+
+def allows(compiler: Compiler, tokenizer: PreTrainedTokenizerBase, text: str, **constraint: Any) -> bool:
+    grammar = ask(compiler, **constraint)
+    try:
+        for token in tokenizer.encode(text):
+            grammar.advance(token)
+    except RequestError:
+        return False
+    return grammar.accepting
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "forbidden"),
+    [
+        ({"properties": {"a": {"type": "integer"}}, "type": "object"}, '{"b": "x"}', '{"\\u0061": "x"}'),
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a\\n\\\\"', '"\\""'),
+        ({"type": "string", "pattern": "^[^\\\\]b$"}, '"ab"', '"\\\\b"'),
+        ({"type": "string", "pattern": "^[^]a]$"}, '"b"', '"]"'),
+        ({"type": "string", "pattern": "^[^a]*$"}, '"\\""', '"\\u0061"'),
+        ({"type": "object", "patternProperties": {'^[^"]$': {}}, "additionalProperties": False}, '{"a": 1}', '{"\\"": 1}'),
+        ({"type": "number", "exclusiveMinimum": 0}, "0.5", "0.0"),
+        ({"type": "integer", "exclusiveMinimum": 0}, "1", "0"),
+        ({"$schema": "https://example.org/mine", "type": "array", "uniqueItems": False}, "[1, 1]", "[1, 1"),
+    ],
+)  # fmt: skip
+def test_a_schema_forbids_what_it_excludes_however_it_is_spelled(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, schema: Any, allowed: str, forbidden: str
+) -> None:
+    assert allows(compiler, tokenizer, allowed, json_schema=schema)
+    assert not allows(compiler, tokenizer, forbidden, json_schema=schema)
+
+
+def test_constants_keep_their_control_characters(compiler: Compiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    for constant, text in (("a\u0001b/\n", r'"a\u0001b/\n"'), ("\x7f", r'"\u007f"')):
+        assert json.loads(text) == constant
+        assert allows(compiler, tokenizer, text, json_schema={"const": constant})
+
+
+def test_a_grammar_may_ask_for_special_tokens_by_name(compiler: Compiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    grammar = 'start: "a" <filename> "<filename>"'
+    assert allows(compiler, tokenizer, "a", grammar=grammar) is False
+    assert ask(compiler, grammar=grammar).forced()[1] == tokenizer.convert_tokens_to_ids("<filename>")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (r'root ::= "\u0041\u00e9"', "Aé"),
+        (r"root ::= [\u0041-\u0043]+", "ABC"),
+        (r"root ::= [^\u005d\u0022]", "a"),
+        (r'root ::= "\U0001F600"', "😀"),
+        (r"root ::= [\U0001F600-\U0001F64F]", "😁"),
+        (r'root ::= "\\u0041" "\x41"', "\\u0041A"),
+    ],
+)
+def test_escapes_of_gbnf_are_read(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, grammar: str, text: str
+) -> None:
+    assert allows(compiler, tokenizer, text, grammar=grammar)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ({"regex": "a++"}, "regex: possessive quantifiers are not supported: '++' at character 2, in 'a++'"),
+        ({"regex": "[a&&b]"}, "regex: operations on character classes are not supported: '&&' at character 3"),
+        ({"regex": "a\\"}, "regex: ends with a single backslash"),
+        ({"grammar": "start: /a++/"}, "grammar: possessive quantifiers"),
+        ({"grammar": "root ::= [a--b]"}, "grammar: operations on character classes"),
+        ({"grammar": 'root ::= "\\ud800"'}, "grammar: \\ud800 is not a character."),
+        ({"json_schema": {"const": 2**60}}, "json_schema: const 1152921504606846976 is beyond 2^53"),
+    ],
+)
+def test_what_would_be_misread_is_refused(compiler: Compiler, constraint: dict[str, Any], message: str) -> None:
+    assert message in refusal(compiler, **constraint)
+
+
+def test_comments_and_strings_of_a_grammar_are_not_read_as_patterns(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    grammar = '// a++ /\nstart: "/a++/" WORD // [a&&b]\nWORD: /[a-z]+/\n'
+    assert allows(compiler, tokenizer, "/a++/word", grammar=grammar)
+
+
+def test_finished_texts_are_checked(compiler: Compiler) -> None:
+    def check(texts: list[str], **constraint: Any) -> list[bool | None]:
+        return compiler.check(Generate(stream_id=0, prompt="x", **constraint), texts)
+
+    date = {"type": "string", "format": "date"}
+    assert check(['"2024-02-29"', '"2023-02-29"'], json_schema=date) == [True, False]
+    assert check(["<filename>", "filename"], regex="<filename>") == [True, False]
+    assert check(["b", "", "c"], choices=["a", "b", ""]) == [True, True, False]
+    assert check(["x"], regex="(unclosed") == [None]
+    assert check(["[" * 90 + "]" * 90], json_schema={"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [
+        {"type": "array", "items": {"$ref": "#/$defs/a"}, "maxItems": 1, "minItems": i} for i in range(2)
+    ]}}}) in ([True], [None])  # fmt: skip

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -18,11 +19,27 @@ from tests.fuzz.inputs import batches, prompts
 from tests.soak.model import tiny_model, tokenizer_of
 from tests.tiny import answers, own_greedy, start
 
+Result = TypeVar("Result")
+
 CONTEXT = 128
 SECONDS = 30
 """No example takes longer."""
 
 PROMPT = [504, 3575, 282]
+
+
+def in_time(function: Callable[[], Result]) -> Result:
+    """What the function returns; raises TimeoutError if it takes longer than SECONDS."""
+    result: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(SECONDS)
 
 
 class Checked:
@@ -33,7 +50,6 @@ class Checked:
         self.predictor = Predictor()
         self.predictor.engine = engine
         self._expected = expected
-        self._pool = ThreadPoolExecutor(1)
 
     def replies(self, batch: str) -> list[Reply]:
         """All replies to a batch; raises TimeoutError if they do not end."""
@@ -42,7 +58,7 @@ class Checked:
             prediction = asyncio.run(self.engine.predict(parse_batch(batch)))
             return [reply for replies in prediction for reply in replies]
 
-        return self._pool.submit(run).result(SECONDS)
+        return in_time(run)
 
     def output(self, inputs: dict[str, Any]) -> str:
         """The output for the predictor's inputs."""
@@ -54,7 +70,7 @@ class Checked:
 
             return "".join(asyncio.run(predict()))
 
-        return self._pool.submit(run).result(SECONDS)
+        return in_time(run)
 
     def still_answers(self) -> None:
         """Check that a plain operation is answered rightly and that nothing else runs."""
@@ -75,7 +91,7 @@ def check_error(error: str) -> None:
     """An error is one short printable line about the request; nothing in it went wrong in here."""
     assert error.isprintable(), error
     assert 0 < len(error) < 2000, error
-    for words in ("internal error", "the model failed", "Traceback", "panicked", "Error:"):
+    for words in ("internal error", "the model failed", "the engine has stopped", "Traceback", "panicked"):
         assert words not in error, error
 
 

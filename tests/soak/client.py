@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +80,7 @@ class Client:
         answer = asyncio.create_task(self.predict(way, id, inputs))
         await asyncio.wait([answer], timeout=after)
         answer.cancel()
-        with suppress(asyncio.CancelledError, aiohttp.ClientError):
-            await answer
+        await asyncio.wait([answer])
 
     async def runs(self, id: str) -> bool:
         """Whether a prediction of this id runs: a PUT returns it. Else the PUT is a prediction that fails at once."""
@@ -122,7 +121,7 @@ class Client:
                 if event == "output":
                     chunks.append(data["chunk"])
                 elif event == "completed":
-                    if chunks != (data.get("output") or []):
+                    if data["status"] == "succeeded" and chunks != data["output"]:
                         raise ValueError(f"the events hold {chunks}, the last one {data.get('output')}")
                     return Answer(200, data)
         raise ValueError("the stream ended without a last event")

@@ -86,7 +86,6 @@ class Mix:
 
     def __post_init__(self) -> None:
         self._free = [row for row in self.rows if not row.allowed]
-        self._masked = [row for row in self.rows if row.allowed]
 
     def call(self, number: int) -> tuple[Call, random.Random]:
         """The prediction of this number, and the chances for what else happens to it."""
@@ -146,7 +145,7 @@ class Mix:
                 expect(choice["text"] == row.texts[count - 1], f"text {choice['text']!r}, not {row.texts[count - 1]!r}")
             expect(("prompt_logprobs" in document) == scored, "prompt_logprobs")
             if scored:
-                check_scored(row.ids, row.scores, document["prompt_logprobs"])
+                check_scored(row.ids, row.scores[: len(row.ids)], document["prompt_logprobs"])
             usage = document["usage"]
             expect(usage["input_token_count"] == len(row.ids) and usage["output_token_count"] == n * count, str(usage))
             return n * count
@@ -205,11 +204,10 @@ class Mix:
         known = row.ids + row.tokens
         start = chance.randrange(len(known) - 1)
         fields = {"prompt": known[:start], "scored": known[start:], "top_logprobs": chance.randint(0, 5)}
-        scores = [0.0, *row.scores[1:]] if start == 0 else row.scores[start:]
 
         def judge(tokens: list[Any]) -> int:
-            check_scored(known[start:], scores, tokens)
-            expect([token["finish_reason"] for token in tokens[-2:]][-1] == "stop", "finish_reason")
+            check_scored(known[start:], row.scores[start:], tokens)
+            expect(tokens[-1]["finish_reason"] == "stop", f"finish_reason {tokens[-1]['finish_reason']}")
             return len(tokens)
 
         return "SCORE", fields, judge
@@ -281,7 +279,7 @@ class Mix:
         return Call("constrained", inputs, check)
 
     def _best_of_choices(self, chance: random.Random) -> Call:
-        row = chance.choice(self._free)
+        row = chance.choice([row for row in self._free if row.options])
         options = chance.sample(list(row.options), chance.randint(1, len(row.options)))
         inputs = {"choices": json.dumps(options), "best_of_choices": True, "output": "json"}
 

@@ -26,7 +26,7 @@ import pytest
 from tests.server import Server, serving
 from tests.soak import model, table
 from tests.soak.client import WAYS, Client, Document, connected
-from tests.soak.mix import Call, Mix, StateError, WrongError
+from tests.soak.mix import ENDLESS_TOKENS, NO_END, Call, Mix, StateError, WrongError
 
 SECONDS = float(os.environ.get("SOAK_SECONDS") or 4)
 SEED = int(os.environ.get("SOAK_SEED") or 0)
@@ -173,7 +173,8 @@ async def leaks(client: Client, server: Server) -> list[str]:
     """What is still taken after everything has ended: places that are not free again, or streams that still run."""
     found = []
     info = {"ops_batch_json": '[["MODEL_INFO", {"stream_id": 1}]]'}
-    endless = {"ops_batch_json": json.dumps([["GENERATE", {"stream_id": 1, "prompt": [5], "max_tokens": 2000}]])}
+    fields = {"stream_id": 1, "prompt": [5], "max_tokens": ENDLESS_TOKENS, "logit_bias": NO_END}
+    endless = {"ops_batch_json": json.dumps([["GENERATE", fields]])}
     deadline = time.monotonic() + MAX_SECONDS + LEFT_SECONDS
     while (await client.health()).get("status") == "BUSY" and time.monotonic() < deadline:
         await asyncio.sleep(0.2)

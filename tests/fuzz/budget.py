@@ -39,7 +39,7 @@ def fuzz(check: Callable[[Example], None], examples: SearchStrategy[Example], sh
         nonlocal count, failed
         if time.monotonic() > deadline and not failed:
             return
-        count += 1
+        count += not failed  # then hypothesis tries to make the example simpler
         try:
             check(example)
         except BaseException:

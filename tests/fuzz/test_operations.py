@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from lmtp.engine.engine import Engine
-from lmtp.protocol import Failure, Generate, Info, Reply, RequestError, Token, encode, parse_batch
+from lmtp.protocol import BATCH_LIMIT, Failure, Generate, Info, Reply, RequestError, Token, encode, parse_batch
 from predict import Predictor
 from tests.fuzz.budget import fuzz
 from tests.fuzz.inputs import batches, prompts
@@ -95,12 +95,22 @@ def check_error(error: str) -> None:
         assert words not in error, error
 
 
+def holds_operations(batch: str) -> bool:
+    """Whether it is JSON with operations to answer, valid or not; false also where Python's json cannot tell."""
+    try:
+        entries = json.loads(batch, parse_constant=int)  # raises ValueError for NaN and Infinity
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entries, list) and 0 < len(entries) <= BATCH_LIMIT
+
+
 def test_every_operation_of_any_batch_has_one_terminal_reply(checked: Checked) -> None:
     def check(batch: str) -> None:
         try:
             operations = parse_batch(batch)
         except RequestError as error:
             check_error(str(error))
+            assert not holds_operations(batch), error
             return
         replies = checked.replies(batch)
         ended: Counter[int | str | None] = Counter()

@@ -110,7 +110,8 @@ def test_every_operation_of_any_batch_has_one_terminal_reply(checked: Checked) -
             operations = parse_batch(batch)
         except RequestError as error:
             check_error(str(error))
-            assert not holds_operations(batch), error
+            if holds_operations(batch):
+                pytest.fail(f"no operation is answered: {error}")
             return
         replies = checked.replies(batch)
         ended: Counter[int | str | None] = Counter()

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,13 +24,19 @@ from statistics import median
 import psutil
 import pytest
 
-from tests.server import Server, serving
+from tests.server import ROOT, Server, serving
 from tests.soak import model, table
 from tests.soak.client import WAYS, Client, Document, connected
 from tests.soak.mix import ENDLESS_TOKENS, NO_END, Call, Mix, StateError, WrongError
 
 SECONDS = float(os.environ.get("SOAK_SECONDS") or 4)
 SEED = int(os.environ.get("SOAK_SEED") or 0)
+NAME = f"soak-{os.getpid()}-"
+"""Every prediction's id begins with it."""
+
+DIRECTORIES = Path("/tmp/coglet/predictions")
+"""Where the runtime makes a directory for each prediction."""
+
 CLIENTS = 48
 PLACES = 64
 """Predictions that the server takes at once."""
@@ -75,21 +82,15 @@ class Figures:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("soak")
-
-
-@pytest.fixture(scope="module")
 def mix(demo_weights: Path) -> Mix:
     return Mix(table.make(model.tiny_model(), model.tokenizer_of(demo_weights)), SEED)
 
 
 @pytest.fixture(scope="module")
-def tiny_server(demo_weights: Path, directory: Path) -> Iterator[Server]:
-    weights = model.install(model.tiny_model(), demo_weights, directory)
-    with serving(
-        WEIGHTS_DIR=str(weights), DTYPE="float32", COMPILE="off", KV_CACHE_GB="0.1", MAX_SECONDS=str(MAX_SECONDS)
-    ) as server:
+def tiny_server(demo_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    weights = model.install(model.tiny_model(), demo_weights, tmp_path_factory.mktemp("soak"))
+    settings = {"KV_CACHE_GB": "0.1", "MAX_SECONDS": str(MAX_SECONDS)}
+    with serving(ROOT, WEIGHTS_DIR=str(weights), DTYPE="float32", COMPILE="off", **settings) as server:
         yield server
 
 
@@ -106,6 +107,11 @@ async def test_a_mix_of_everything_is_answered_rightly_and_leaves_nothing_behind
         watching.cancel()
         seconds = time.monotonic() - figures.started
         leaked = await leaks(client, tiny_server)
+    directories = list(DIRECTORIES.glob(f"{NAME}*"))
+    if len(directories) > PLACES:
+        leaked.append(f"the directories of {len(directories):,} predictions")
+    for directory in directories:
+        shutil.rmtree(directory)
     with capsys.disabled():
         report(figures, seconds, client.refusals, leaked)
     assert not figures.wrong
@@ -124,7 +130,7 @@ async def work(client: Client, mix: Mix, numbers: Iterator[int], figures: Figure
         reproduction = f"prediction {number}, {call.kind}, {json.dumps({'input': call.inputs})[:2000]}"
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                figures.tokens += await make(client, call, chance, f"soak-{number}", figures)
+                figures.tokens += await make(client, call, chance, f"{NAME}{number}", figures)
         except TimeoutError:
             figures.unanswered.append(reproduction)
         except StateError as error:
@@ -184,12 +190,12 @@ async def leaks(client: Client, server: Server) -> list[str]:
         found.append(f"the idle server computes for {load:.1f} of a second's time")
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            answer = await client.predict("wait", "leaks-info", info)
+            answer = await client.predict("wait", f"{NAME}info", info)
             if "model_info" not in "".join(answer.output):
                 found.append(f"MODEL_INFO is answered {answer}")
     except TimeoutError:
         found.append("MODEL_INFO is not answered")
-    ids = [f"leaks-{i}" for i in range(PLACES)]
+    ids = [f"{NAME}place-{i}" for i in range(PLACES)]
     begun = await asyncio.gather(*(begin(client, id, endless) for id in ids))
     places = sum(called is not None for called in begun)
     if places < PLACES:

@@ -25,10 +25,10 @@ serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
 test: $(READY) $(MODEL)  ## Run all tests
 	@$(VENV)/bin/python -m pytest
 
-soak: $(READY) $(MODEL)  ## Send a mix of everything for two minutes; NIGHTLY=1 or SOAK_SECONDS=600 for longer
+soak: $(READY)  ## Send a mix of everything for two minutes; NIGHTLY=1 or SOAK_SECONDS=600 for longer
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest tests/soak
 
-fuzz: $(READY) $(MODEL)  ## Send hostile input and kill downloads for two minutes; NIGHTLY=1 or FUZZ_SECONDS=600 for longer
+fuzz: $(READY)  ## Send hostile input and kill downloads for two minutes; NIGHTLY=1 or FUZZ_SECONDS=600 for longer
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(VENV)/bin/python -m pytest tests/fuzz -s
 
 lint: $(READY)  ## Check format, lint, types and import directions

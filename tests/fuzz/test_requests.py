@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,10 +20,12 @@ SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def client(demo_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    weights = install(tiny_model(CONTEXT), demo_weights, tmp_path_factory.mktemp("fuzz"))
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    weights = install(tiny_model(CONTEXT), tmp_path_factory.mktemp("fuzz"))
     with (
-        serving(WEIGHTS_DIR=str(weights), DTYPE="float32", COMPILE="off", KV_CACHE_GB="0.1") as server,
+        serving(
+            WEIGHTS_DIR=str(weights), DTYPE="float32", COMPILE="off", KV_CACHE_GB="0.1", OMP_NUM_THREADS="1"
+        ) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
         yield client

@@ -98,7 +98,7 @@ class Mix:
             self._sampled: 10,
             self._constrained: 10,
             self._best_of_choices: 4,
-            self._endless: 10,
+            self._endless: 6,
             self._refused: 10,
         }
         (make,) = chance.choices(list(kinds), list(kinds.values()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.soak.model import VOCABULARY
 from tests.tiny import END, own_logits
 
 LONGEST = 24
@@ -54,14 +55,22 @@ class Row:
 
 def make(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> list[Row]:
     """Rows of prompts of many lengths; some prompts begin alike."""
-    chance = random.Random(seed)
-    words = [word for word in map(tokenizer.decode, range(1000, 9000)) if word.strip().isascii() and word.strip()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model takes longer with more
+    try:
+        return _rows(model, tokenizer, random.Random(seed))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(model: PreTrainedModel, tokenizer: Any, chance: random.Random) -> list[Row]:
+    words = [word for word in map(tokenizer.decode, range(300, VOCABULARY)) if word.strip().isascii() and word.strip()]
     shared = "".join(chance.choices(words, k=150))
     rows = []
     for i in range(24):
         prompt = shared * (i % 4 == 0) + "".join(chance.choices(words, k=chance.choice((1, 4, 20, 60, 300))))
         system = "".join(chance.choices(words, k=8)) if i % 3 == 0 else ""
-        allowed = sorted({END, *chance.sample(range(100, 49000), 5)}) if i % 4 == 3 else []
+        allowed = sorted([END] * (i % 8 == 3) + chance.sample(range(300, VOCABULARY), 5)) if i % 4 == 3 else []
         row = _row(model, tokenizer, prompt, system, allowed)
         if len(row.tokens) >= 4 or row.ended:
             rows.append(row)

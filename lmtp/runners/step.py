@@ -14,9 +14,8 @@ from torch import Tensor
 class Stream:
     """What a runner knows of a stream."""
 
-    def __init__(self, tokens: list[int], prompt_length: int, max_length: int) -> None:
+    def __init__(self, tokens: list[int], max_length: int) -> None:
         self.tokens = tokens
-        self.prompt_length = prompt_length
         self.max_length = max_length
         """Tokens it may come to hold, prompt included: its memory must have room for them."""
         self.computed = 0
@@ -99,7 +98,7 @@ class StepInputs(NamedTuple):
     keys: list[Tensor]
     """Each layer's keys ``[slots, heads, capacity + 1, dim]``; the last column takes what padding writes."""
     values: list[Tensor]
-    """Each layer's values, likewise."""
+    """Each layer's values, in the same layout."""
 
 
 ModelStep = Callable[[StepInputs], Tensor]

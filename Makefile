@@ -6,8 +6,11 @@ SOURCE ?= demo
 VENV = .venv
 READY = $(VENV)/.ready
 MODEL = weights/manifest.json
+LONG = $(if $(NIGHTLY),14400,120)
+SOAK_SECONDS ?= $(LONG)
+FUZZ_SECONDS ?= $(LONG)
 
-.PHONY: help predict serve test lint docs weights build bench clean
+.PHONY: help predict serve test lint docs weights build bench soak fuzz clean
 
 help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +24,12 @@ serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
 
 test: $(READY) $(MODEL)  ## Run all tests
 	@$(VENV)/bin/python -m pytest
+
+soak: $(READY)  ## Send a mix of everything for two minutes; NIGHTLY=1 or SOAK_SECONDS=600 for longer
+	@SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest tests/soak
+
+fuzz: $(READY)  ## Send hostile input and kill downloads for two minutes; NIGHTLY=1 or FUZZ_SECONDS=600 for longer
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) $(VENV)/bin/python -m pytest tests/fuzz -s
 
 lint: $(READY)  ## Check format, lint, types and import directions
 	@$(VENV)/bin/ruff format --check

@@ -92,6 +92,7 @@ def verify(target: Path) -> None:
             _repair(target, manifest, broken)
             print(f"{target} is repaired: {len(broken)} of {len(manifest.files)} files replaced.")
         else:
+            discard_staging(target)  # of a repair that was interrupted at its end
             print(f"{target} is intact: all {len(manifest.files)} files are as its {MANIFEST} says.")
 
 

@@ -140,7 +140,7 @@ class TestHealth:
     def test_a_predictor_whose_engine_has_stopped_says_so(self, predictor: Predictor) -> None:
         predictor.engine._commands.put(None)  # type: ignore[arg-type]  # an error outside a step
         predictor.engine._thread.join(0.5)
-        with pytest.raises(RuntimeError, match="the engine has stopped and has to be started again"):
+        with pytest.raises(RuntimeError, match="the engine has stopped and must be restarted"):
             predictor.healthcheck()
         predictor.engine.stop()
 

@@ -8,6 +8,7 @@ from msgspec import Meta
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmtp import protocol
 from lmtp.protocol import RequestError
 
 CONTEXT_TOKENS = 8
@@ -98,21 +99,23 @@ class TextDecoder:
         return text
 
     def _possible_stop(self) -> int:
-        """How many of the last held characters may begin a stop sequence."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+        """How many of the last held characters may begin a stop sequence.
+
+        What cannot is sent, so every character is compared with every sequence once, and not again.
+        """
+        for start in range(len(self._held)):
+            rest = self._held[start:]
+            if any(stop.startswith(rest) for stop in self._stop):
+                return len(rest)
+        return 0
 
 
 def parse_stop_sequences(value: str) -> list[str] | None:
     """Parse stop sequences given as one text or as a JSON list of strings. Raises RequestError."""
-    if not value.startswith("["):
-        return [value] if value else None
     try:
-        return msgspec.json.decode(value, type=list[Annotated[str, Meta(min_length=1)]]) or None
-    except msgspec.DecodeError as error:
-        raise RequestError(f'stop_sequences must be one text or a JSON list like ["\\n", "END"]: {error}.') from None
+        if not value.startswith("["):
+            return msgspec.convert([value], protocol.Stops) if value else None
+        return msgspec.json.decode(value, type=protocol.Stops) or None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        reason = str(error).replace("`", "")
+        raise RequestError(f'stop_sequences must be one text or a JSON list like ["\\n", "END"]: {reason}.') from None

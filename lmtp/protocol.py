@@ -31,8 +31,8 @@ MAX_BATCH_BYTES = 2**26
 """The longest ``ops_batch_json``."""
 
 MAX_BIASES = 2**21
-"""Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take 100 times the
-memory of a ``mask``."""
+"""Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take
+100 times the memory of a ``mask``."""
 
 MAX_SPLIT = 2**24
 """Characters of a batch that `_split` looks through."""
@@ -327,7 +327,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def generate(**fields: Any) -> Generate:
-    """A GENERATE operation from values that did not come through `parse_batch`. Raises RequestError, naming the field."""
+    """A GENERATE operation from values that did not come as JSON. Raises RequestError, naming the field."""
     try:
         return msgspec.convert(fields, Generate)
     except msgspec.ValidationError as error:
@@ -373,7 +373,8 @@ def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operatio
         if operation.stream_id not in repeated:
             result.append(operation)
         elif seen[operation.stream_id] > 1:
-            error = f"stream_id {quoted(operation.stream_id)} is used by {seen[operation.stream_id]} operations of this batch."
+            count = seen[operation.stream_id]
+            error = f"stream_id {quoted(operation.stream_id)} is used by {count} operations of this batch."
             kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
             result.append(Failure(stream_id=operation.stream_id, error=error, kind=kind))
             seen[operation.stream_id] = 1

@@ -1,10 +1,8 @@
 """Text to tokens through a template, tokens back to text, and stop sequences."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

@@ -169,7 +169,7 @@ def test_what_the_json_parser_gives_up_ends_that_stream_and_no_other(operation: 
 
 @pytest.mark.parametrize("payload", [f"[7, {DEEP}", f"{DEEP}", '["\\ud800"', '["\\ud800"] 1', '[{"a": "\\ud800"} x]'])
 def test_what_is_no_array_is_refused_however_deep_it_is_nested(payload: str) -> None:
-    with pytest.raises(RequestError, match="must be a JSON array|is not JSON"):
+    with pytest.raises(RequestError, match=r"must be a JSON array|is not JSON"):
         parse_batch(payload)
 
 
@@ -195,9 +195,9 @@ def test_a_value_over_a_limit_is_refused_with_its_field_and_the_limit(field: str
 
 def test_values_that_did_not_come_as_json_have_the_same_limits() -> None:
     assert generate(stream_id=0, prompt=[1], top_k=3) == Generate(stream_id=0, prompt=[1], top_k=3)
-    with pytest.raises(RequestError, match="^top_k: expected int <= 2147483647.$"):
+    with pytest.raises(RequestError, match=r"^top_k: expected int <= 2147483647.$"):
         generate(stream_id=0, prompt=[1], top_k=2**63)
-    with pytest.raises(RequestError, match="^seed: expected int <= 9223372036854775807.$"):
+    with pytest.raises(RequestError, match=r"^seed: expected int <= 9223372036854775807.$"):
         generate(stream_id=0, prompt=[1], seed=2**63)
 
 

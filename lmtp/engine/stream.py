@@ -35,6 +35,8 @@ class OperationStream(Stream):
         super().__init__(tokens, prompt_length, max_length)
         self.prediction = prediction
         self.finished = False
+        self.admitted = -1
+        """The step before which it was last given memory; -1: not yet."""
 
     @property
     def decoding(self) -> bool:
@@ -226,7 +228,7 @@ class Scoring(OperationStream):
     @property
     @override
     def first_wanted(self) -> int:
-        return max(self.prompt_length - 1, 0)
+        return max(self._answered - 1, 0)  # past the prompt once some are answered, should it be preempted
 
     @override
     def rows(self, count: int) -> Sequence[Row]:

@@ -119,7 +119,14 @@ class Slot:
 
     stream: Stream | None = None
     tokens: list[int] = field(default_factory=list)
+    salt: object = Stream.SHARED
     last_used: int = 0
+
+    def shared(self, stream: Stream) -> int:
+        """How many of the stream's first tokens are also this slot's, whether computed by now or not; 0 if their salts
+        differ."""
+        salt, tokens = (self.stream.salt, self.stream.tokens) if self.stream else (self.salt, self.tokens)
+        return min(common_prefix(tokens, stream.tokens), stream.first_wanted) if salt == stream.salt else 0
 
     @property
     def held(self) -> tuple[list[int], int]:
@@ -152,9 +159,8 @@ class Slots:
         """How many of the stream's first tokens some slot holds now, and how many once the running streams are done."""
         now = soon = 0
         for slot in self._slots:
-            tokens, computed = slot.held
-            shared = min(common_prefix(tokens, stream.tokens), stream.first_wanted)
-            now = max(now, min(shared, computed))
+            shared = slot.shared(stream)
+            now = max(now, min(shared, slot.held[1]))
             if slot.stream is not None:
                 soon = max(soon, min(shared, slot.stream.goal))
         return now, max(now, soon)
@@ -191,6 +197,7 @@ class Slots:
         if not keep:
             self._memory.clear(stream.slot)
         slot.stream, slot.tokens = None, stream.tokens[: stream.computed] if keep else []
+        slot.salt = stream.salt
         slot.last_used = next(self._clock)
         last = self.active.pop()
         if last is not stream:
@@ -239,8 +246,7 @@ class Slots:
     def _longest_prefix(self, stream: Stream) -> tuple[Slot, int]:
         best, length = self._slots[-1], 0
         for slot in self._slots:
-            tokens, computed = slot.held
-            shared = min(common_prefix(tokens, stream.tokens), computed, stream.first_wanted)
+            shared = min(slot.shared(stream), slot.held[1])
             if shared > length:
                 best, length = slot, shared
         return best, length

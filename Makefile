@@ -7,7 +7,7 @@ VENV = .venv
 READY = $(VENV)/.ready
 MODEL = weights/manifest.json
 
-.PHONY: help predict serve test lint weights build bench clean
+.PHONY: help predict serve test lint docs weights build bench clean
 
 help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,11 +22,15 @@ serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
 test: $(READY) $(MODEL)  ## Run all tests
 	@$(VENV)/bin/python -m pytest
 
-lint: $(READY)  ## Check format, lint and types
+lint: $(READY)  ## Check format, lint, types and import directions
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/mypy
-	@for script in build download_weights predict serve benchmark; do $(VENV)/bin/mypy script/$$script || exit 1; done
+	@$(VENV)/bin/mypy --scripts-are-modules $$(grep -l '^#!.*python' script/*)
+	@$(VENV)/bin/lint-imports --no-cache
+
+docs: $(READY)  ## Write the inputs of predict.py into README.md
+	@script/inputs_table
 
 weights: $(READY)  ## Fetch a model into weights/: make weights SOURCE=org/name (default: the demo model)
 	@script/download_weights $(SOURCE)

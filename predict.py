@@ -3,29 +3,22 @@
 A prediction is either a prompt or a batch of LMTP operations; both become operations of the same generation loop.
 """
 
-import gc
-
-gc.disable()  # until setup is done: looking for garbage while modules are loaded takes a tenth of the start
-
 import contextvars
+import gc
 import time
 from collections.abc import Generator, Sequence
 from importlib.metadata import version
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import cog
 from cog import AsyncConcatenateIterator, BasePredictor, Input
 
-from lmtp import cancellation, protocol, settings, text
-from lmtp.completions import Completions
-from lmtp.engine.engine import Engine, OpenModel
-from lmtp.prediction import Prediction
+from lmtp import cancellation, protocol, settings
 from lmtp.protocol import Failure, Generate, Operation, RequestError
-from lmtp.runners import compiled
-from lmtp.runners.runner import open_runner
-from lmtp.weights import load as weights
 
-cancellation.install()
+if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
+    from lmtp.completions import Completions
+    from lmtp.prediction import Prediction
 
 
 class Predictor(BasePredictor):
@@ -33,6 +26,13 @@ class Predictor(BasePredictor):
 
     def setup(self) -> None:
         """Load the weights and start the engine."""
+        gc.disable()  # collecting garbage takes a tenth of the start
+        from lmtp.engine.engine import Engine, OpenModel
+        from lmtp.runners import compiled
+        from lmtp.runners.runner import open_runner
+        from lmtp.weights import load as weights
+
+        cancellation.install()
         chosen = settings.read()
 
         def open_model() -> OpenModel:
@@ -58,83 +58,88 @@ class Predictor(BasePredictor):
     @cog.concurrent(max=64)
     async def predict(
         self,
-        prompt: Optional[str] = Input(  # noqa: UP045 - cog build reads this file, and knows Optional in every version
-            default=None, description="The text to answer or continue. Give this or ops_batch_json."
+        prompt: Optional[str] = Input(  # noqa: UP045 - every version of cog build can read Optional
+            default=None, description="The text to answer or continue. Required unless ops_batch_json is given."
         ),
         system_prompt: str = Input(
-            default="", description="How the model should behave, for models whose template has a place for it."
+            default="", description="Instructions for how the model should behave, if its chat template takes them."
         ),
         prompt_template: str = Input(
             default="",
-            description="Text with {prompt} and maybe {system_prompt} in it. Empty: the model's own chat template.",
+            description="Text that contains {prompt} and optionally {system_prompt}. Empty: the model's chat template.",
         ),
-        max_tokens: int = Input(default=512, ge=1, description="New tokens to generate at most."),
+        max_tokens: int = Input(default=512, ge=1, description="Maximum number of tokens to generate."),
         temperature: float = Input(
-            default=0.0, ge=0.0, le=5.0, description="0 always takes the most likely token; higher is more varied."
+            default=0.0,
+            ge=0.0,
+            le=5.0,
+            description="0 always picks the most likely token. Higher values give more varied text.",
         ),
         top_p: float = Input(
             default=1.0,
             ge=0.0,
             le=1.0,
-            description="Draw only from the most likely tokens that together have this probability. 1 is off.",
+            description="Sample only from the most likely tokens whose probabilities add up to this. 1 turns it off.",
         ),
         top_k: int = Input(
-            default=0, ge=0, description="Draw only from this many of the most likely tokens. 0 is off."
+            default=0, ge=0, description="Sample only from this many of the most likely tokens. 0 turns it off."
         ),
         seed: Optional[int] = Input(  # noqa: UP045
-            default=None, description="The same seed gives the same text. Empty: a new one every time."
+            default=None, description="The same seed gives the same text. Empty: a random seed."
         ),
         stop_sequences: str = Input(
             default="",
-            description="Where to stop: one text, or several as a JSON list of strings. The output ends before them.",
+            description="Stop before this text. For several, give a JSON list of strings.",
         ),
         logit_bias: str = Input(
             default="",
-            description="JSON object from token id to number: -100 forbids a token, 100 allows only such tokens.",
+            description="JSON object of token ids and biases: -100 forbids a token, 100 allows only such tokens.",
         ),
         choices: str = Input(
-            default="", description="The answer is one of these texts: a JSON list of strings. One constraint at most."
+            default="",
+            description="JSON list of strings, one of which is the answer. Excludes regex, json_schema and grammar.",
         ),
-        regex: str = Input(default="", description="The answer matches this regular expression as a whole."),
-        json_schema: str = Input(
-            default="", description="The answer is JSON that this JSON Schema allows; true: any JSON."
-        ),
+        regex: str = Input(default="", description="Regular expression that the whole answer matches."),
+        json_schema: str = Input(default="", description="JSON Schema that the answer follows, or true for any JSON."),
         grammar: str = Input(
-            default="", description="The answer follows this grammar, in the Lark dialect of llguidance or in GBNF."
+            default="", description="Grammar that the answer follows, in GBNF or in llguidance's Lark dialect."
         ),
         best_of_choices: bool = Input(
             default=False,
-            description="With choices: compare the probabilities of the whole texts and answer with the likeliest.",
+            description="With choices: score every choice as a whole and answer with the most probable one.",
         ),
         n: int = Input(
             default=1,
             ge=1,
             le=16,
-            description="Completions of the prompt, with seeds from seed on. Not with output text.",
+            description="Number of completions, with seeds seed, seed + 1 and so on. Above 1, output cannot be text.",
         ),
         top_logprobs: int = Input(
             default=1,
             ge=0,
             le=1000,
-            description="With output lmtp and json: how many likely tokens to report with each.",
+            description="With output lmtp or json: how many of the most likely tokens to report at each position.",
         ),
         prompt_logprobs: bool = Input(
-            default=False, description="With output lmtp and json: log-probabilities of the tokens of the prompt, too."
+            default=False, description="With output lmtp or json: also report log-probabilities of the prompt's tokens."
         ),
         output: str = Input(
             default="text",
             choices=["text", "lmtp", "json"],
-            description="text: as it grows. lmtp: a line for every token. json: all of it as one document at the end.",
+            description="text: the text as it grows. lmtp: one line per token. json: one document at the end.",
         ),
         ops_batch_json: Optional[str] = Input(  # noqa: UP045
             default=None,
-            description="A JSON array of LMTP operations, as LMQL sends it. The inputs above are then not used.",
+            description="JSON array of LMTP operations, as LMQL sends them. Replaces prompt; other inputs are ignored.",
         ),
     ) -> AsyncConcatenateIterator[str]:
         """Answer a prompt, or run a batch of LMTP operations."""
+        from lmtp import text
+        from lmtp.completions import Completions
+
         started = time.monotonic()
         if (prompt is None) == (ops_batch_json is None):
-            raise RequestError(f"Give prompt or ops_batch_json, {'not both' if prompt is not None else 'one of them'}.")
+            raise RequestError(f"Give prompt or ops_batch_json{', not both' if prompt is not None else ''}.")
         operations: Sequence[Operation | Failure]
         completions: Completions | None = None
         if ops_batch_json is not None:
@@ -164,17 +169,19 @@ class Predictor(BasePredictor):
             operations = completions.operations
         prediction = await self.engine.predict(operations)
         cancellation.when_cancelled(prediction.cancel)
-        # Cog's runtime 0.23 sends what comes, as it comes, from a plain generator, which it runs on a thread of the
-        # prediction's own; what an async generator yields it collects and sends at the end.
+        # Cog's runtime 0.23.1 streams output only from a plain generator, which it runs on a thread of its own. What an
+        # async generator yields is sent at the end.
         chunks = self._chunks(prediction, completions, started, contextvars.copy_context())
-        next(chunks)  # from here on whatever ends it ends the prediction
+        next(chunks)  # enters its `with`: from here on closing the generator ends the prediction
         return chunks
 
     def _chunks(
-        self, prediction: Prediction, completions: Completions | None, started: float, context: contextvars.Context
+        self, prediction: "Prediction", completions: "Completions | None", started: float, context: contextvars.Context
     ) -> Generator[str, None, None]:
-        """The output, after one empty piece; one at most for every step. By the context the runtime knows whose logs
-        and metrics they are."""
+        """Yield an empty chunk, then the output: at most one chunk a step.
+
+        The runtime finds by ``context`` which prediction logs and metrics belong to.
+        """
         first_token: float | None = None
         with prediction:
             yield ""
@@ -189,7 +196,7 @@ class Predictor(BasePredictor):
         context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 
     def _record(
-        self, prediction: Prediction, completions: Completions | None, first_token: float, seconds: float
+        self, prediction: "Prediction", completions: "Completions | None", first_token: float, seconds: float
     ) -> None:
         counters = prediction.counters
         if completions and completions.constraint:

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from runtime import container_environment
+
 from benchmarks import peers
 from benchmarks.plan import ROOT, Plan, say
 from benchmarks.report import Skipped
@@ -20,7 +22,8 @@ def our_variables(plan: Plan, root: Path = ROOT) -> dict[str, str]:
     """
     manifest = root / "weights" / "manifest.json"
     has_own = root != ROOT and manifest.exists() and json.loads(manifest.read_text()).get("source") == "demo"
-    return {"WEIGHTS_DIR": str(manifest.parent if has_own else plan.weights), "DTYPE": plan.dtype}
+    weights = manifest.parent if has_own else plan.weights
+    return {**container_environment(root), "WEIGHTS_DIR": str(weights), "DTYPE": plan.dtype}
 
 
 def our_engine(plan: Plan, stack: ExitStack, endless: bool = True, root: Path = ROOT) -> Side:

@@ -1,4 +1,4 @@
-"""Every script's first step: run with the project's own Python, wherever and however it was started."""
+"""Every script's first step: run under the project's own Python, wherever it was started from."""
 
 import importlib.util
 import os
@@ -6,27 +6,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The project's directory; symbolic links to a script or to `script/` lead here too."""
+"""The project's directory, also when a script is started through a symbolic link."""
 
 REQUIRED = ("cog", "torch", "transformers")
-"""Without these no script can do its work."""
+"""Packages that every script needs."""
 
 
 def enter() -> None:
-    """Carry on with the project's environment, and with the project importable.
+    """Switch to the project's environment and make the project importable.
 
-    Where `.venv` exists, as `make` leaves it, and another interpreter is running, the process replaces itself by the
-    same command under `.venv`'s Python. Where it does not, as in the container image, nothing is replaced.
-    Call it before importing anything but the standard library. Exits with what to do when packages are missing.
+    If `.venv` exists and another interpreter is running, replace this process by the same command under `.venv`'s
+    Python. The container image has no `.venv`; nothing is replaced there. Call this before importing anything but the
+    standard library. If packages are missing, exit with a message that says what to do.
     """
     python = ROOT / ".venv" / "bin" / "python"
-    # The second comparison keeps a damaged .venv, whose Python reports another prefix, from replacing itself for ever.
+    # The Python of a damaged .venv reports another prefix. The second comparison keeps it from restarting for ever.
     running = Path(sys.prefix).resolve() == python.parent.parent.resolve() or Path(sys.executable) == python
     if python.exists() and not running:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(python, [str(python), *sys.argv])
-    # In front, so that a `script` or `tests` directory of somebody else's is not found first.
+    # First, so that no other `script` or `tests` package is found before.
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]

@@ -1,7 +1,7 @@
-"""Cog's runtime without Docker: started, watched and stopped, for script/serve and script/predict alike.
+"""Run Cog's runtime without Docker, for script/serve and script/predict.
 
-It is the server that the container runs, `python -m cog.server.http`, which starts a worker process of its own for the
-predictor. Both are kept in one process group, so that stopping reaches whatever they started.
+This is the server that the container runs, `python -m cog.server.http`. It starts a worker process for the predictor.
+Both are in one process group, so that stopping reaches whatever they started.
 """
 
 import http.client
@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import schema
+import yaml
 from environment import ROOT
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a script to stop: Ctrl-C, a supervisor, a closed terminal."""
+"""The signals that ask a script to stop: Ctrl-C, a supervisor, a closed terminal."""
 
 GRACE_SECONDS = 5.0
-"""How long running predictions may take to end before everything is killed."""
+"""How long running predictions get to end before everything is killed."""
 
 POLL_SECONDS = 0.2
 """How often to ask whether setup is done."""
@@ -38,11 +40,11 @@ _LAYERS = r"^((worker setup failed( \(slot [\w-]+\))?|[Ss]etup failed|failed to 
 
 
 class StartError(Exception):
-    """The runtime does not serve; one sentence that says why."""
+    """The runtime does not serve; says why in one sentence."""
 
 
 class Stopped(BaseException):
-    """A signal asked this script to stop. Not an Exception: nothing but the way out may catch it."""
+    """A signal asked this script to stop. Not an Exception, so that only the way out catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -65,14 +67,14 @@ class Server:
         return f"http://{host}:{self.port}/predictions"
 
     def connect(self, timeout: float | None = None) -> http.client.HTTPConnection:
-        """A connection of its own to the server, past any proxy. `timeout` in seconds; None waits for ever."""
+        """A new connection to the server that bypasses any proxy. `timeout` is in seconds; None waits for ever."""
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
 
     def wait(self) -> str:
-        """Block until no more predictions are served; say why.
+        """Block until no more predictions are served; return why.
 
-        The server outlives its worker process and then fails every prediction, which only its health check tells.
-        Twice in a row, because a predictor's own health check may fail in passing.
+        A server whose worker has died runs on and fails every prediction; only its health check shows that. It has to
+        fail twice in a row, because a predictor's own health check may fail once in passing.
         """
         failures = 0
         while failures < 2:
@@ -85,45 +87,45 @@ class Server:
 
 
 def stop_on_signals() -> None:
-    """From here on a signal of STOPPING raises Stopped in the main thread, once: the way out is not interrupted."""
+    """Raise Stopped in the main thread at the first signal of STOPPING. Later ones do not interrupt the way out."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         raise Stopped(number)
 
     for number in STOPPING:
-        # Under nohup SIGHUP is ignored, and stays so.
+        # Under nohup SIGHUP is ignored and stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
 
 
 @contextmanager
-def serving(host: str, port: int, logs: IO[Any] | int) -> Iterator[Server]:
+def serving(host: str, port: int, signature: schema.Signature, logs: IO[Any] | int) -> Iterator[Server]:
     """Run the runtime while the block runs; enter the block once predictions are accepted.
 
     Args:
         host: Name or address of the interface to listen on.
-        port: 0 picks one that is free.
+        port: 0 picks a free one.
+        signature: The predictor's.
         logs: Where the runtime and the predictor log to: a real file, or a constant of subprocess.
 
     Raises:
         StartError: The port is taken, setup failed, or the server ended before it was ready.
-        schema.SchemaError: predict.py's signature is not statically readable.
     """
-    signature = schema.read_signature(ROOT / "predict.py")
     schema.write(signature, ROOT)
     bound, port = _free_address(host, port)
     environment = {
+        **container_environment(),
         **os.environ,
         "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
         "PORT": str(port),
-        # The worker is whatever `python` is found first.
+        # The server starts its worker with the first `python` on PATH.
         "PATH": os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath))),
     }
-    # `cog build` sets this in the image from @cog.concurrent; the runtime itself does not read the decorator.
+    # `cog build` sets this in the image; the runtime itself does not read @cog.concurrent.
     environment.setdefault("COG_MAX_CONCURRENCY", str(signature.concurrency))
     environment.setdefault("LOG_FORMAT", "console")
-    # Between the start of the server and the `try` that stops it no signal may be handled.
+    # No signal may be handled between the start of the server and the `try` that stops it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         process = subprocess.Popen(
@@ -136,6 +138,7 @@ def serving(host: str, port: int, logs: IO[Any] | int) -> Iterator[Server]:
             start_new_session=True,
             preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),
         )
+        guard = _guard(process)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
@@ -145,12 +148,33 @@ def serving(host: str, port: int, logs: IO[Any] | int) -> Iterator[Server]:
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             _stop(process)
+            guard.kill()
+            guard.communicate()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def container_environment(root: Path = ROOT) -> dict[str, str]:
+    """The variables that cog.yaml sets in the container, less those that would override the operator's own choice."""
+    lines = yaml.safe_load((root / "cog.yaml").read_text(encoding="utf-8")).get("environment") or []
+    variables = dict(line.split("=", 1) for line in lines)
+    if "OMP_WAIT_POLICY" in os.environ:  # libgomp prefers GOMP_SPINCOUNT
+        variables.pop("GOMP_SPINCOUNT", None)
+    return variables
+
+
+def _guard(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Kill the server and its worker as soon as this script has ended, even by SIGKILL.
+
+    That closes the pipe that the guard reads from. The runtime would only notice once its worker is idle.
+    """
+    command = ["sh", "-c", f"read -r _; kill -s KILL -- -{process.pid}"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
 def _free_address(host: str, port: int) -> tuple[str, int]:
-    """Resolve a host and see that the port is free; (numeric host, port)."""
+    """Resolve a host and check that the port is free; return (numeric host, port)."""
     if not 0 <= port <= 65535:
         raise StartError(f"There is no port {port}; ports are 0 to 65535.")
     try:
@@ -192,13 +216,13 @@ def _health(server: Server) -> dict[str, Any]:
 
 
 def _setup_error(health: dict[str, Any]) -> str:
-    """The predictor's own message, on one line, without what the layers of the runtime put in front of it."""
+    """The predictor's own message on one line, without the runtime's prefixes."""
     logs: str = health.get("setup", {}).get("logs", "")
     return " ".join(re.sub(_LAYERS, "", logs).split()) or "the runtime does not say why."
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and all it started: asked first, killed when it does not listen."""
+    """Ask the server and all it started to end; kill what has not ended in time."""
     process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     while _group_lives(process) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: the two requests a download makes, and what can go wrong with them."""
+"""A small Hugging Face hub on loopback: the requests a download makes, and what can go wrong or be hostile in them."""
 
 import hashlib
 import json
@@ -14,6 +14,14 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_with_access"
 """The token of an account that was given access to every gated repository."""
 
+LFS = (".safetensors", ".bin", ".gguf")
+"""Files of these kinds are stored with LFS."""
+
+
+def git_blob_id(content: bytes) -> str:
+    """What git names a file by."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
 
 @dataclass
 class Repository:
@@ -23,7 +31,12 @@ class Repository:
     commit: str = "0123456789abcdef0123456789abcdef01234567"
     names: tuple[str, ...] = ("main",)
     gated: bool = False
-    announced_sizes: dict[str, int] = field(default_factory=dict)
+    announced: dict[str, dict[str, object]] = field(default_factory=dict)
+    """What the listing claims of a file instead of the truth."""
+    served: dict[str, bytes] = field(default_factory=dict)
+    """What is sent instead of a file."""
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Headers that replace those of a file's address."""
 
 
 @dataclass
@@ -80,6 +93,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: the tests read `Hub.requests`."""
 
+    def do_HEAD(self) -> None:
+        """A file's size and checksum, which huggingface_hub asks for before it fetches the file."""
+        self.do_GET()
+
     def do_GET(self) -> None:
         """Answer like huggingface.co: the model API, a redirect to the file store, or the store."""
         path = unquote(urlsplit(self.path).path)
@@ -94,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.redirect(self.hub.repositories[name], rest.partition("/")[2])
         elif path.startswith("/store/"):
             name, _, file = path.removeprefix("/store/").partition("//")
-            self.send_file(file, self.hub.repositories[name].files[file])
+            self.send_file(self.hub.repositories[name], file)
         else:
             self.answer(404)
 
@@ -107,11 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = []
             for name, content in repository.files.items():
-                size = repository.announced_sizes.get(name, len(content))
-                sibling: dict[str, object] = {"rfilename": name, "size": size, "blobId": "0" * 40}
-                if name.endswith((".safetensors", ".bin", ".gguf")):
+                size = repository.announced.get(name, {}).get("size", len(content))
+                sibling: dict[str, object] = {"rfilename": name, "size": size, "blobId": git_blob_id(content)}
+                if name.endswith(LFS):
                     sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
-                siblings.append(sibling)
+                siblings.append(sibling | repository.announced.get(name, {}))
             body = {"id": "org/name", "sha": repository.commit, "siblings": siblings}
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
 
@@ -121,10 +138,17 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated and self.headers.get("authorization") != f"Bearer {TOKEN}":
             self.answer(403 if "authorization" in self.headers else 401, {"X-Error-Code": "GatedRepo"})
         else:
-            self.answer(302, {"Location": f"/store/{name}//{file}", "X-Repo-Commit": repository.commit})
+            headers = {"Location": f"/store/{name}//{file}", "X-Repo-Commit": repository.commit}
+            self.answer(302, headers | repository.headers.get(file, {}))
 
-    def send_file(self, name: str, content: bytes) -> None:
+    def send_file(self, repository: Repository, name: str) -> None:
         """A file or the rest of it, with this hub's faults."""
+        content = repository.served.get(name, repository.files[name])
+        etag = hashlib.sha256(content).hexdigest() if name.endswith(LFS) else git_blob_id(content)
+        headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"'} | repository.headers.get(name, {})
+        if self.command == "HEAD":
+            self.answer(200, {"Content-Length": str(len(content))} | headers)
+            return
         first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         rest = memoryview(content)[first:]
         self.send_response(206 if first else 200)
@@ -146,8 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         """A response with nothing unusual about it."""
         self.send_response(status)
-        for key, value in (headers or {}).items():
+        for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -1,4 +1,4 @@
-"""Cancelling what Cog's runtime is just starting: by an exception in the thread that does, wherever that is."""
+"""Cancelling a prediction while Cog's runtime starts it: by an exception at a random point of the starting thread."""
 
 import asyncio
 import ctypes
@@ -23,7 +23,7 @@ SECONDS = 10
 
 @pytest.fixture
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop on a thread of its own, as the runtime has one for all predictions."""
+    """An event loop on its own thread, as the runtime has one for all predictions."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -34,18 +34,18 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 class Prediction:
-    """A prediction that notes when it is told to end."""
+    """A prediction that records whether it was told to end."""
 
     def __init__(self) -> None:
         self.told = threading.Event()
 
-    async def _ctx_wrapper(self) -> str:  # named as the runtime names what it starts
+    async def _ctx_wrapper(self) -> str:  # the runtime's name for it
         cancellation.when_cancelled(self.told.set)
         return "output"
 
 
 def cancelling() -> Callable[[], Any]:
-    """Cancels as the runtime does until it has the future: by an exception with this thread's next Python code."""
+    """Cancels as the runtime does before it has the future: by an exception in this thread's next Python code."""
     return partial(
         ctypes.pythonapi.PyThreadState_SetAsyncExc,
         ctypes.c_ulong(threading.get_ident()),
@@ -59,7 +59,7 @@ def test_a_prediction_that_is_not_cancelled_has_its_result(loop: asyncio.Abstrac
     assert not prediction.told.is_set()
 
 
-def test_what_others_submit_is_left_alone(loop: asyncio.AbstractEventLoop) -> None:
+def test_other_coroutines_are_left_alone(loop: asyncio.AbstractEventLoop) -> None:
     async def of_a_library() -> int:
         return 5
 
@@ -94,7 +94,7 @@ def test_a_prediction_cancelled_while_it_is_submitted_is_cancelled_and_told(
         future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
     with pytest.raises(CancelledError):
         future.result()
-    if when == "after":  # else it has not begun
+    if when == "after":  # before, it has not begun
         assert prediction.told.wait(SECONDS)
 
 
@@ -104,7 +104,7 @@ def test_a_prediction_cancelled_before_its_result_is_asked_for_is_cancelled_and_
     prediction = Prediction()
     future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
     with pytest.raises(CancelledError):
-        list(map(operator.call, [cancelling(), future.result]))  # without Python code between, as in the runtime
+        list(map(operator.call, [cancelling(), future.result]))  # no Python code in between, as in the runtime
     assert prediction.told.wait(SECONDS)
 
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from lmtp.runners.slot_runner import SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import StepInputs
-from lmtp.weights.load import Manifest
+from lmtp.weights.manifest import Manifest
 
 FORMAT = 4
 """Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns."""

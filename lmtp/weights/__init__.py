@@ -1,1 +1,1 @@
-"""`weights/`: one model's files and their manifest, fetched ahead of time and loaded offline."""
+"""A weights directory holds one model's files and their manifest: fetched ahead of time, loaded without network."""

@@ -1,4 +1,4 @@
-"""The predictor behind Cog's HTTP runtime: what a client of the container sees."""
+"""The predictor behind Cog's HTTP runtime, as a client of the container sees it."""
 
 import json
 import time
@@ -18,12 +18,12 @@ ENDLESS = {
     "max_tokens": 4000,
     "logit_bias": '{"0": -100, "1": -100, "2": -100}',  # nothing that ends the text
 }
-"""Takes minutes: what uses it does not wait for its end."""
+"""Takes minutes; no test waits for its end."""
 
 
 class Patient(httpx.HTTPTransport):
-    """Asks again where the runtime is busy: of two requests at the same instant coglet 0.23.1 may refuse one, with
-    409 and "At capacity", however many predictions it could still take."""
+    """Retries when the runtime says it is busy. Of two requests at the same instant coglet 0.23.1 may refuse one with
+    409 "At capacity", even if it could take many more predictions."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         while (response := super().handle_request(request)).status_code == 409:
@@ -47,7 +47,7 @@ def predict(client: httpx.Client, **inputs: Any) -> dict[str, Any]:
 
 
 def operate(client: httpx.Client, *operations: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The replies to a batch of operations: the word each line begins with, and its object."""
+    """The replies to a batch of operations: the first word of each line, and its object."""
     prediction = predict(client, ops_batch_json=json.dumps(operations))
     assert prediction["status"] == "succeeded", prediction
     replies = []
@@ -60,7 +60,7 @@ def operate(client: httpx.Client, *operations: Any) -> list[tuple[str, dict[str,
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The server-sent events of a prediction as they come: name and data."""
+    """Yield name and data of a prediction's server-sent events as they arrive."""
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")
@@ -71,14 +71,14 @@ def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def stream(client: httpx.Client, **inputs: Any) -> Any:
-    """A context with the response to a prediction that is streamed."""
+    """A context with the response to a streamed prediction."""
     return client.stream("POST", "/predictions", json={"input": inputs}, headers={"Accept": "text/event-stream"})
 
 
 def cancelled(client: httpx.Client, id: str, answer: Future[httpx.Response]) -> dict[str, Any]:
-    """Cancel a prediction that another thread waits for; the response it got.
+    """Cancel a prediction that another thread waits for; return the response that thread got.
 
-    coglet 0.23.1 loses a cancellation that overtakes the start of its prediction, so it is sent until it is obeyed.
+    coglet 0.23.1 loses a cancel that overtakes the start of its prediction, so this one repeats it.
     """
     deadline = time.monotonic() + 30
     while not answer.done():
@@ -89,7 +89,7 @@ def cancelled(client: httpx.Client, id: str, answer: Future[httpx.Response]) -> 
 
 
 def serves(client: httpx.Client) -> bool:
-    """Whether a prediction is served as if nothing had happened."""
+    """Whether the server answers a prediction."""
     ((word, reply),) = operate(client, ["MODEL_INFO", {"stream_id": 1}])
     return word == "MSG" and "model_info" in reply
 
@@ -214,18 +214,18 @@ class TestCancelling:
             try:
                 with impatient.stream("POST", "/predictions", json=body, headers={"Accept": accept}) as response:
                     received = events(response)
-                    while next(received)[0] != "output":  # by then its start has been seen everywhere in the runtime
+                    while next(received)[0] != "output":  # by then the whole runtime knows that it has started
                         pass
             except httpx.ReadTimeout:
                 pass
-        # While it runs, putting it again gives its state; once it has ended, the id is free for another prediction.
+        # While it runs, a PUT with its id returns its state. Once it has ended, the id is free for another prediction.
         deadline = time.monotonic() + 5
         while client.put(f"/predictions/{body['id']}", json={"input": {"prompt": ""}}).status_code == 202:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
     def test_cancelled_predictions_leave_room_for_others(self, client: httpx.Client) -> None:
-        """More of them one after the other than the runtime runs at once."""
+        """More of them in turn than the runtime runs at once."""
         with ThreadPoolExecutor(32) as pool:
             for start in range(0, 96, 32):
                 ids = [f"many-{start + index}" for index in range(32)]
@@ -252,7 +252,7 @@ def generate(**fields: Any) -> list[Any]:
 
 
 class TestBadInput:
-    """It is answered with one sentence about what is wrong and where, and the next prediction is served."""
+    """One sentence says what is wrong and where, and the next prediction is served."""
 
     @pytest.fixture(autouse=True)
     def _serves_the_next_prediction(self, client: httpx.Client) -> Iterator[None]:

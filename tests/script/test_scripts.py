@@ -4,6 +4,7 @@ import ast
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,11 +13,13 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import schema
+import yaml
 
 from tests.server import ROOT, Piped, serving
 
@@ -82,6 +85,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "script").mkdir()
     for name in ("environment.py", "schema.py", "runtime.py", "serve", "predict"):
         shutil.copy(ROOT / "script" / name, tmp_path / "script" / name)
+    shutil.copy(ROOT / "cog.yaml", tmp_path)
     (tmp_path / "predict.py").write_text(PREDICTOR)
     return tmp_path
 
@@ -132,6 +136,18 @@ def alive(process: int) -> bool:
     # A process that has ended and that nobody has waited for can still be signalled.
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def members(group: int) -> list[int]:
+    """The processes of a process group."""
+    found = subprocess.run(["ps", "-e", "-o", "pgid=,pid="], capture_output=True, text=True, check=True)
+    return [int(pid) for pgid, pid in map(str.split, found.stdout.splitlines()) if int(pgid) == group]
+
+
+def environment_of(process: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    lines = Path(f"/proc/{process}/environ").read_bytes().decode().rstrip("\0").split("\0")
+    return dict(line.split("=", 1) for line in lines)
 
 
 class TestServe:
@@ -218,11 +234,42 @@ class TestServe:
             assert server.process.wait(timeout=30) == 1
             assert eventually(lambda: "has died" in server.log[-1])
 
-    def test_fails_where_the_signature_is_not_statically_readable(self, project: Path) -> None:
-        (project / "predict.py").write_text(PREDICTOR.replace("default=3", "default=int('3')"))
-        served = run(project / "script/serve", "--port", "0")
-        assert served.returncode == 1
-        assert "predict's `times` is given `int('3')`" in served.stderr
+    @pytest.mark.parametrize("script", ["serve", "predict"])
+    def test_fails_where_an_input_is_not_one_that_cog_serves(self, project: Path, script: str) -> None:
+        (project / "predict.py").write_text(PREDICTOR.replace("default=3", "default=0"))
+        served = run(project / "script" / script)
+        assert (served.returncode, served.stdout) == (1, "")
+        assert served.stderr == f"script/{script}: predict.py: invalid default for times: int: must be at minimum 1\n"
+
+    @pytest.mark.parametrize("behaviour", ["", "hang"])
+    def test_leaves_nothing_running_when_it_is_killed(self, project: Path, start: Start, behaviour: str) -> None:
+        serving = start(project / "script/serve", "--port", "0", SETUP=behaviour)
+        if not behaviour:
+            assert serving.stdout.readline()
+        group = os.getpgid(worker(project))
+        assert group not in (os.getpgid(0), os.getpgid(serving.pid))
+        serving.kill()
+        try:
+            assert eventually(lambda: not any(alive(process) for process in members(group)), seconds=5)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+    def test_sets_the_environment_of_the_container(self, project: Path) -> None:
+        with serving(project, MALLOC_ARENA_MAX="4"):
+            found = environment_of(worker(project))
+        set_by_cog = dict(line.split("=", 1) for line in yaml.safe_load((ROOT / "cog.yaml").read_text())["environment"])
+        assert set(set_by_cog) == {
+            "GOMP_SPINCOUNT",
+            "MALLOC_ARENA_MAX",
+            "MALLOC_MMAP_THRESHOLD_",
+            "MALLOC_TRIM_THRESHOLD_",
+        }
+        assert {name: found[name] for name in set_by_cog} == set_by_cog | {"MALLOC_ARENA_MAX": "4"}
+
+    def test_leaves_the_spinning_of_openmp_to_whoever_sets_its_policy(self, project: Path) -> None:
+        with serving(project, OMP_WAIT_POLICY="passive"):
+            assert "GOMP_SPINCOUNT" not in environment_of(worker(project))
 
     def test_writes_the_schema_that_the_runtime_checks_inputs_by(self, project: Path) -> None:
         with serving(project) as server:
@@ -286,7 +333,8 @@ class TestPredict:
         ("given", "message"),
         [
             ("text", "-i text: an input is given as NAME=VALUE."),
-            ("txt=hi", "There is no input 'txt'. Inputs: text, times, pause, case, loud."),
+            ("txt=hi", "There is no input 'txt'. Did you mean 'text'? Inputs: text, times, pause, case, loud."),
+            ("xyz=hi", "There is no input 'xyz'. Inputs: text, times, pause, case, loud."),
             ("times=many", "-i times=many: this input is of type integer, as JSON writes it."),
             ("times=1.5", "-i times=1.5: this input is of type integer, as JSON writes it."),
             ("loud=yes", "-i loud=yes: this input is of type boolean, as JSON writes it."),
@@ -300,6 +348,11 @@ class TestPredict:
         predicted = run(project / "script/predict", "-i", given)
         assert (predicted.returncode, predicted.stdout) == (1, "")
         assert predicted.stderr == f"script/predict: {message}\n"
+
+    def test_explains_every_input(self, project: Path) -> None:
+        helped = run(project / "script/predict", "--help").stdout.splitlines()
+        for line in ("text What to say", "times How often to say it", "loud With an exclamation mark"):
+            assert line.split() in [found.split() for found in helped]
 
     @pytest.mark.parametrize("options", [(), ("--json",)])
     def test_fails_with_what_the_server_has_against_the_inputs(self, project: Path, options: tuple[str, ...]) -> None:
@@ -403,16 +456,34 @@ class TestEnvironment:
         assert helped.stdout.startswith(f"usage: {script} ")
 
 
-def read(signature: str, path: Path) -> schema.Signature:
-    """The signature of a predictor whose predict has these arguments."""
-    file = path / "predict.py"
-    file.write_text(f"class Predictor:\n    async def predict(self, {signature}) -> str: ...\n")
-    return schema.read_signature(file)
+Describe = Callable[[str], schema.Signature]
+
+
+@pytest.fixture
+def describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Describe:
+    """Describes the predictor in this source."""
+
+    def describe(source: str) -> schema.Signature:
+        (tmp_path / "predict.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(sys.modules, "predict", None)  # brings back at the end what is there now
+        del sys.modules["predict"]
+        return schema.read_signature()
+
+    return describe
+
+
+def predictor(arguments: str) -> str:
+    """The source of a predictor whose predict has these arguments."""
+    return (
+        "from typing import List, Optional\nimport typing\nfrom cog import Input\n"
+        f"class Predictor:\n    async def predict(self, {arguments}) -> str: ...\n"
+    )
 
 
 class TestSchema:
-    def test_is_the_one_that_cog_build_writes(self, project: Path) -> None:
-        document = schema.openapi(schema.read_signature(project / "predict.py"))
+    def test_is_the_one_that_cog_build_writes(self, describe: Describe) -> None:
+        document = schema.openapi(describe(PREDICTOR))
         schemas = document["components"]["schemas"]
         assert schemas["Input"] == {
             "title": "Input",
@@ -473,9 +544,14 @@ class TestSchema:
         }
         assert document["paths"]["/predictions"]["post"]["x-cog-streaming"] is True
 
-    def test_does_not_run_the_file(self, tmp_path: Path) -> None:
-        (tmp_path / "predict.py").write_text("raise SystemExit('it ran')\n" + PREDICTOR)
-        assert schema.read_signature(tmp_path / "predict.py").concurrency == 8
+    def test_knows_how_many_predictions_run_at_once(self, describe: Describe) -> None:
+        assert describe(PREDICTOR).concurrency == 8
+        assert describe(predictor("given: str")).concurrency == 1
+
+    def test_says_that_output_is_streamed_only_where_the_decorator_is(self, describe: Describe) -> None:
+        assert describe(PREDICTOR).streaming
+        document = schema.openapi(describe(PREDICTOR.replace("@cog.streaming", "")))
+        assert "x-cog-streaming" not in document["paths"]["/predictions"]["post"]
 
     @pytest.mark.parametrize(
         ("annotation", "expected"),
@@ -489,74 +565,66 @@ class TestSchema:
             ("Optional[List[float]]", {"type": "array", "items": {"type": "number"}, "nullable": True}),
         ],
     )
-    def test_reads_plain_types(self, tmp_path: Path, annotation: str, expected: dict[str, Any]) -> None:
-        assert read(f"given: {annotation}", tmp_path).inputs == {"given": expected}
+    def test_reads_plain_types(self, describe: Describe, annotation: str, expected: dict[str, Any]) -> None:
+        if "nullable" in expected:
+            expected = expected | {"default": None}
+        assert describe(predictor(f"given: {annotation}")).inputs == {"given": expected}
 
-    def test_an_input_is_required_where_it_has_no_default_and_is_not_optional(self, tmp_path: Path) -> None:
-        signature = read(
-            "plain: str, optional: Optional[str], literal: str = 'x', none: str = None, described: int = Input(ge=1),"
-            " cleared: int = Input(default=None), defaulted: int = Input(default=1)",
-            tmp_path,
+    def test_an_input_is_required_where_it_has_no_default_and_is_not_optional(self, describe: Describe) -> None:
+        signature = describe(
+            predictor(
+                "plain: str, optional: Optional[str], literal: str = 'x', none: str = None, described: int ="
+                " Input(ge=1), cleared: int = Input(default=None), defaulted: int = Input(default=1)"
+            )
         )
         assert signature.required == ["plain", "none", "described", "cleared"]
 
     @pytest.mark.parametrize(
-        ("argument", "problem"),
-        [
-            ("given", "has no type"),
-            ("given=1", "has no type"),
-            ("*given", "must be an ordinary argument"),
-            ("*, given: int", "must be an ordinary argument"),
-            ("given: dict", "has the type `dict`"),
-            ("given: list[list[str]]", "has the type `list[list[str]]`"),
-            ("given: int | str", "has the type `int | str`"),
-            ("given: int = LIMIT", "is given `LIMIT`, which only running the file would tell"),
-            ("given: int = Input(default=2 ** 10)", "is given `2 ** 10`"),
-            ("given: int = Input(ge=LOWEST)", "is given `LOWEST`"),
-            ("given: str = Input(choices=sorted(NAMES))", "is given `sorted(NAMES)`"),
-            ("given: str = Input(description=f'{1}')", "is given `f'{1}'`"),
-            ("given: int = Input(3)", "without its keyword"),
-            ("given: int = Input(default_factory=int)", "default_factory"),
-            ("given: int = Input(**OPTIONS)", "**"),
-            ("given: str = Input(description='one' ' two')", "which `cog build` reads differently"),
-            ("given: str = Input(description=('one'))", "in parentheses"),
-            (r"given: str = Input(default='\n')", "which `cog build` reads differently"),
-            ("given: str = Input(default=r'x')", "which `cog build` reads differently"),
-        ],
-    )
-    def test_says_which_argument_it_cannot_read_and_why(self, tmp_path: Path, argument: str, problem: str) -> None:
-        with pytest.raises(schema.SchemaError, match=r"^predict\.py, line 2: predict's `given` ") as raised:
-            read(argument, tmp_path)
-        assert problem in str(raised.value)
-
-    @pytest.mark.parametrize(
         ("source", "problem"),
         [
-            ("def predict(): ...", "predict.py has no class Predictor"),
-            ("class Predictor: ...", "predict.py: class Predictor has no method predict"),
-            ("class Predictor(:", "predict.py, line 1: invalid syntax"),
-            ("class Predictor:\n def predict(self, x: int): ...", "predict's `return` has no type"),
-            (
-                "class Predictor:\n @cog.concurrent(max=N)\n async def predict(self) -> str: ...",
-                "predict's `@concurrent` is given `N`",
-            ),
+            ("class Runner: ...", "predictor Predictor not found in predict"),
+            ("class Predictor: ...", "run or predict method not found"),
+            ("class Predictor(:", "invalid syntax (predict.py, line 1)"),
+            ("class Predictor:\n def predict(self, x: int): ...", "must have a return type annotation"),
+            (predictor("given"), "missing type annotation for input: given"),
+            (predictor("given: complex"), "complex"),
+            (predictor("*given"), "must not have *args"),
+            (predictor("given: int = Input(default=0, ge=1)"), "must be at minimum 1"),
         ],
     )
-    def test_says_what_is_wrong_with_the_file(self, tmp_path: Path, source: str, problem: str) -> None:
-        (tmp_path / "predict.py").write_text(source)
-        with pytest.raises(schema.SchemaError) as raised:
-            schema.read_signature(tmp_path / "predict.py")
+    def test_says_what_is_wrong_with_the_file(self, describe: Describe, source: str, problem: str) -> None:
+        with pytest.raises(schema.SchemaError, match=r"^predict\.py: ") as raised:
+            describe(source)
         assert problem in str(raised.value)
 
     def test_can_read_this_projects_predictor(self) -> None:
-        signature = schema.read_signature(ROOT / "predict.py")
+        signature = schema.read_signature()
         assert {"prompt", "max_tokens", "ops_batch_json"} <= set(signature.inputs)
         assert signature.streaming
+        assert signature.concurrency == 64
         assert signature.required == []
         assert all(described["description"] for described in signature.inputs.values())
 
 
+class TestInputsTable:
+    """The table of predict.py's inputs in README.md."""
+
+    def test_is_the_one_that_make_docs_writes(self, tmp_path: Path) -> None:
+        readme = (ROOT / "README.md").read_text()
+        (tmp_path / "README.md").write_text(re.sub("(?s)(<!-- inputs -->\n).*(\n<!-- /inputs -->)", r"\1\2", readme))
+        assert "| `prompt` |" not in (tmp_path / "README.md").read_text()
+        assert run(ROOT / "script/inputs_table", str(tmp_path / "README.md")).returncode == 0
+        assert (tmp_path / "README.md").read_text() == readme, "predict.py's inputs have changed: run `make docs`"
+
+    def test_is_not_written_where_nothing_marks_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "README.md").write_text("# Without markers\n")
+        written = run(ROOT / "script/inputs_table", str(tmp_path / "README.md"))
+        assert written.returncode == 1
+        assert written.stderr.endswith("README.md needs one <!-- inputs --> … <!-- /inputs -->.\n")
+        assert (tmp_path / "README.md").read_text() == "# Without markers\n"
+
+
 def test_scripts_are_written_for_any_python_3_that_starts_them() -> None:
     """They are parsed before the project's own Python takes over."""
-    for name in ("serve", "predict", "environment.py"):
+    for name in ("serve", "predict", "inputs_table", "environment.py"):
         ast.parse((ROOT / "script" / name).read_text(), feature_version=(3, 9))

@@ -1,0 +1,121 @@
+"""The manifest of a weights directory: where a model's files came from and what they must be.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+MANIFEST = "manifest.json"
+"""The manifest's file name; a weights directory without it is not loaded."""
+
+STAGING = ".download-"
+"""Prefix of the directories inside a weights directory in which new files are collected."""
+
+SEAL = "sealed.json"
+"""The manifest of a staging directory whose files are complete and ready to be exchanged in."""
+
+
+class WeightsError(Exception):
+    """The weights cannot be fetched or loaded; the message says what to do about it."""
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one file must be: `size` in bytes, `sha256` in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a model's files came from and what they must be.
+
+    `source` is a Hugging Face repository, an absolute directory, or `demo`. `revision` is the repository's commit, the
+    demo package's version, or None for a directory. `files` maps names relative to the weights directory. `model_args`
+    are passed to Transformers: `trust_remote_code`.
+    """
+
+    source: str
+    revision: str | None
+    files: dict[str, File]
+    model_args: dict[str, bool]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+                raise ValueError(f"{name!r} is outside the weights directory")
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the model's own Python code may run."""
+        return self.model_args.get("trust_remote_code", False)
+
+
+def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
+    """Read the directory's manifest.
+
+    Raises WeightsError if it is missing, naming the command that makes one, or if it cannot be read.
+    """
+    try:
+        content = (directory / name).read_bytes()
+    except FileNotFoundError:
+        raise WeightsError(_why_no_manifest(directory)) from None
+    try:
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise WeightsError(
+            f"{directory / name} is damaged ({error}): delete it and run script/download_weights again."
+        ) from None
+
+
+def write_manifest(directory: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Write the directory's manifest; an old one is replaced atomically."""
+    unfinished = directory / f".{name}"
+    unfinished.unlink(missing_ok=True)  # It may be a symbolic link to somewhere else.
+    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    unfinished.replace(directory / name)
+
+
+def verify_sizes(directory: Path, manifest: Manifest) -> None:
+    """Raise WeightsError naming the first file that is missing or has the wrong size. Nothing is hashed."""
+    for name, file in manifest.files.items():
+        path = directory / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != file.size:
+            found = "is missing" if actual is None else f"has {actual:,} bytes"
+            raise WeightsError(
+                f"{path} {found}, its manifest says {file.size:,} bytes: run `{fetch_command(directory, manifest)}`."
+            )
+
+
+def fetch_command(directory: Path, manifest: Manifest, *options: str) -> str:
+    """The command that fetches the manifest's files again, with further options."""
+    if manifest.revision is not None and manifest.source != "demo":
+        options = ("--revision", manifest.revision, *options)
+    if manifest.trust_remote_code:
+        options = (*options, "--trust-remote-code")
+    return _download_command(directory, manifest.source, *options)
+
+
+def _download_command(directory: Path, source: str, *options: str) -> str:
+    # `weights` is the script's default target, in the container too.
+    target = () if directory.name == "weights" else ("--to", str(directory))
+    return shlex.join(["script/download_weights", source, *options, *target])
+
+
+def _why_no_manifest(directory: Path) -> str:
+    if any(directory.glob(f"{STAGING}*/{SEAL}")):
+        return f"{directory} is half exchanged for other weights: run script/download_weights again to finish."
+    if (directory / "config.json").exists():
+        command = _download_command(directory, str(directory))
+        return f"{directory} holds a model but no {MANIFEST}: run `{command}` to write it."
+    return f"No weights in {directory}: run `{_download_command(directory, 'demo')}` (or `make weights`) first."

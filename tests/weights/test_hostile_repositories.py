@@ -1,0 +1,302 @@
+"""What a hostile repository, or a hostile hub, cannot do: write outside the target, run code, or destroy weights."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lmtp.weights.install import verify
+from lmtp.weights.load import load
+from lmtp.weights.manifest import WeightsError, read_manifest
+from tests.hub import Hub, Repository
+from tests.weights.conftest import Download
+from tests.weights.helpers import contents, names_in
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
+
+Prepare = Callable[[Repository, Path], None]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Makes a repository hostile, given a directory outside the target and a file that its code would write.
+
+    `refused` is part of the error, or empty where the download goes on without what is hostile.
+    """
+
+    name: str
+    prepare: Prepare
+    refused: str
+
+
+def code(outside: Path) -> bytes:
+    """Python code that leaves a file where it ran."""
+    return f"open({str(outside / 'ran')!r}, 'w')\n".encode()
+
+
+def index(*shards: str) -> Prepare:
+    """The model is stored in shards of these names; `{outside}` in a name is the directory outside the target."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        model = repository.files.pop("model.safetensors")
+        names = [shard.format(outside=outside) for shard in shards]
+        weight_map = {f"tensor{number}": name for number, name in enumerate(names)}
+        repository.files[INDEX] = json.dumps({"weight_map": weight_map}).encode()
+        repository.files |= {name: code(outside) if name.endswith(".py") else model for name in names}
+
+    return prepare
+
+
+def malformed(content: bytes) -> Prepare:
+    """The index is this."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        del repository.files["model.safetensors"]
+        repository.files[INDEX] = content
+
+    return prepare
+
+
+def extra(*names: str) -> Prepare:
+    """The repository has files of these names besides, each with code that leaves a mark."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.files |= {name.format(outside=outside): code(outside) for name in names}
+
+    return prepare
+
+
+def announced(name: str, **claims: object) -> Prepare:
+    """The listing claims this of a file."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.announced[name] = claims
+
+    return prepare
+
+
+def served(name: str, content: bytes) -> Prepare:
+    """The hub sends this in place of a file."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.served[name] = content
+
+    return prepare
+
+
+def headers(name: str, **values: str) -> Prepare:
+    """The hub answers with these headers; `{outside}` is the directory outside the target."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.headers[name] = {
+            key.replace("_", "-"): value.format(outside=outside) for key, value in values.items()
+        }
+
+    return prepare
+
+
+def another_file_in_its_place(repository: Repository, outside: Path) -> None:
+    repository.files["other.json"] = b'{"model_type": "other"}'
+    repository.headers["config.json"] = {"Location": "/store/org/tiny//other.json"}
+
+
+def huge_index(repository: Repository, outside: Path) -> None:
+    index(SHARD)(repository, outside)
+    repository.announced[INDEX] = {"size": 10**10}
+
+
+def remote_code(repository: Repository, outside: Path) -> None:
+    config = json.loads(repository.files["config.json"])
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    repository.files["config.json"] = json.dumps(config).encode()
+    repository.files["evil.py"] = code(outside)
+
+
+def own_manifest(repository: Repository, outside: Path) -> None:
+    manifest = {"source": "a", "revision": None, "files": {}, "model_args": {"trust_remote_code": True}}
+    for name in ("manifest.json", "sealed.json", ".manifest.json", "files/manifest.json", ".download-1/sealed.json"):
+        repository.files[name] = json.dumps(manifest).encode()
+    remote_code(repository, outside)
+
+
+def commit(value: str) -> Prepare:
+    """The hub names the commit so."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.commit = value
+
+    return prepare
+
+
+PLAIN = "is not safe to install: its model.safetensors.index.json names"
+MALFORMED = "has a malformed model.safetensors.index.json"
+ATTACKS = [
+    # Shard names
+    Attack("shard in the parent directory", index("../escaped.safetensors"), PLAIN),
+    Attack("shard with an absolute name", index("{outside}/escaped.safetensors"), PLAIN),
+    Attack("shard that goes up from a subdirectory", index("a/../../escaped.safetensors"), PLAIN),
+    Attack("shard in a nested directory", index("a/b/c.safetensors"), PLAIN),
+    Attack("shard with backslashes", index("..\\escaped.safetensors"), PLAIN),
+    Attack("shard with a drive", index("C:escaped.safetensors"), PLAIN),
+    Attack("shard with NUL", index("a\0.safetensors"), PLAIN),
+    Attack("shard with a line break", index("a\nTraceback: all is well.safetensors"), PLAIN),
+    Attack("shard with terminal control", index("\x1b[2Ja.safetensors"), PLAIN),
+    Attack("shard with a look-alike letter", index("mod\u0435l.safetensors"), PLAIN),
+    Attack("shard with a full-width dot and slash", index("．．／a.safetensors"), PLAIN),
+    Attack("shard with a lone surrogate", index("\ud800.safetensors"), MALFORMED),
+    Attack("shard with a line break at its end", index(SHARD + "\n"), PLAIN),
+    Attack("shard with a very long name", index("a" * 300 + ".safetensors"), PLAIN),
+    Attack("shard that is hidden", index(".download-1.safetensors"), PLAIN),
+    Attack("shard without a name", index(""), PLAIN),
+    Attack("shard that is the manifest", index("manifest.json"), PLAIN),
+    Attack("shard that is the seal", index("sealed.json"), PLAIN),
+    Attack("shard that is code", index("evil.py"), PLAIN),
+    Attack("shard that is a pickle", index("pytorch_model.bin"), PLAIN),
+    Attack("shard of other casing", index("MANIFEST.JSON"), PLAIN),
+    Attack("shard that is .gitignore", index(".gitignore"), PLAIN),
+    Attack("shards that differ in case only", index("A.safetensors", "a.safetensors"), "cannot tell apart"),
+    # The index
+    Attack("index that is no JSON", malformed(b"\x80\x04pickle"), MALFORMED),
+    Attack("index without weight_map", malformed(b"{}"), MALFORMED),
+    Attack("index that is a list", malformed(b"[]"), MALFORMED),
+    Attack("index whose weight_map is a string", malformed(b'{"weight_map": "evil.py"}'), MALFORMED),
+    Attack("index whose weight_map holds numbers", malformed(b'{"weight_map": {"a": 1}}'), MALFORMED),
+    Attack("index whose weight_map is empty", malformed(b'{"weight_map": {}}'), MALFORMED),
+    Attack("index that is nested deeply", malformed(b'{"x":' * 100_000), MALFORMED),
+    Attack("index that names what is not there", malformed(b'{"weight_map": {"a": "b.safetensors"}}'), "is incomplete"),
+    Attack(
+        "index that is said to be huge",
+        huge_index,
+        MALFORMED,
+    ),
+    # Other names
+    Attack("manifests of its own", own_manifest, ""),
+    Attack("code named by auto_map", remote_code, ""),
+    Attack("code that looks like a licence", extra("notice.py", "LICENSE.py", "license.bin", "use_policy.so"), ""),
+    Attack("files outside", extra("../config.json", "{outside}/config.json", "../../tokenizer.model"), ""),
+    Attack("accompanying files with unsafe names", extra("..\\a.model", "a\0.model", "\u017fpecial.model"), ""),
+    Attack("templates outside", extra("additional_chat_templates/../../a.jinja"), ""),
+    Attack("licences that differ in case only", extra("license"), "cannot tell apart"),
+    # What the hub says and sends
+    Attack("a size beyond every disk", announced("model.safetensors", size=10**18), "are needed"),
+    Attack("a negative size", announced("model.safetensors", size=-(10**18)), "cannot be verified"),
+    Attack("a size that is text", announced("config.json", size="1"), "cannot be verified"),
+    Attack("no checksum", announced("config.json", blobId=None), "cannot be verified"),
+    Attack("a checksum that is a path", announced("config.json", blobId="../../config.json"), "cannot be verified"),
+    Attack("other content of the same size", served("config.json", b"!"), "config.json arrived damaged"),
+    Attack("other content of a shard", served("model.safetensors", b"!"), "model.safetensors arrived damaged"),
+    Attack("content of another length than announced", headers("config.json", Content_Length="5"), "config.json"),
+    Attack("another file in its place", another_file_in_its_place, "config.json arrived damaged"),
+    Attack("a redirect to a local file", headers("config.json", Location="file:///etc/passwd"), ""),
+    Attack("an ETag that is a path", headers("config.json", ETag='"/../../../../escaped"'), ""),
+    Attack("a commit that is a path", commit("../../escaped"), "does not answer as a Hugging Face hub"),
+    Attack("a commit that is empty", commit(""), "does not answer as a Hugging Face hub"),
+]
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below the directory, hidden or not."""
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
+def test_an_attack_writes_nothing_outside_runs_nothing_and_leaves_the_old_weights(
+    attack: Attack, hub: Hub, download: Download, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    monkeypatch.chdir(outside)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    repository = hub.repositories["org/tiny"]
+    before = contents(weights)
+    attack.prepare(repository, outside)
+
+    error = None
+    try:
+        download("org/tiny", weights)
+    except WeightsError as refused:
+        error = str(refused)
+
+    if error is None:
+        assert not attack.refused
+        manifest = read_manifest(weights)
+        assert not manifest.trust_remote_code
+        assert names_in(weights) == {*manifest.files, "manifest.json", ".gitignore"}
+        assert {*manifest.files} <= {*before, "LICENSE", "chat_template.jinja"}
+        verify(weights)
+    else:
+        assert attack.refused in error
+        assert error.isprintable()
+        assert len(error) < 400
+        assert contents(weights) == before
+    if "evil" in (weights / "config.json").read_text():  # An auto_map: nothing follows it.
+        with pytest.raises(WeightsError, match="code of its own"):
+            load(weights)
+    else:
+        load(weights)
+    assert tree(outside) == {}
+    assert names_in(tmp_path) <= {"outside", "weights", "home", "modules"}
+    assert not tree(tmp_path / "modules")
+
+
+@pytest.mark.parametrize("attack", ATTACKS[:23], ids=[attack.name for attack in ATTACKS[:23]])
+def test_a_directory_with_such_an_index_is_refused_too(
+    attack: Attack, download: Download, tiny: Path, weights: Path, tmp_path: Path
+) -> None:
+    outside, source = tmp_path / "outside", tmp_path / "source"
+    outside.mkdir()
+    source.mkdir()
+    repository = Repository({path.name: path.read_bytes() for path in tiny.iterdir()})
+    attack.prepare(repository, outside)
+    for name, content in repository.files.items():
+        if "/" not in name and "\0" not in name and 0 < len(name) < 200 and "\ud800" not in name:
+            (source / name).write_bytes(content)
+    before = contents(weights)
+    with pytest.raises(WeightsError, match=attack.refused):
+        download(source, weights)
+    assert contents(weights) == before
+    assert tree(outside) == {}
+
+
+def test_code_is_taken_from_plain_names_only_even_where_it_is_trusted(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    extra(
+        "a b.py", "../evil.py", "{outside}/evil.py", ".evil.py", "a/../evil.py", "evil.PY", "a\0.py", "nested/good.py"
+    )(hub.repositories["org/tiny"], outside)
+    download("org/tiny", tmp_path / "weights", trust_remote_code=True)
+    manifest = read_manifest(tmp_path / "weights")
+    assert {name for name in manifest.files if name.lower().endswith(".py")} == {"modeling_tiny.py", "nested/good.py"}
+    assert tree(outside) == {}
+
+
+def test_a_shard_that_is_code_is_refused_even_where_code_is_trusted(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    index("evil.py")(hub.repositories["org/tiny"], tmp_path)
+    with pytest.raises(WeightsError, match=PLAIN):
+        download("org/tiny", tmp_path / "weights", trust_remote_code=True)
+    assert not os.path.lexists(tmp_path / "weights" / "evil.py")
+
+
+def test_an_interrupted_first_run_does_not_make_a_repositorys_manifest_ours(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    target, repository = tmp_path / "weights", hub.repositories["org/tiny"]
+    index(SHARD, "manifest.json")(repository, tmp_path)
+    own_manifest(repository, tmp_path)
+    for _ in range(2):  # The second run finds what the first one left.
+        with pytest.raises(WeightsError, match=PLAIN):
+            download("org/tiny", target)
+        with pytest.raises(WeightsError, match="No weights in"):
+            load(target)
+    assert [path.name.startswith(".download-") for path in target.iterdir()] == [True]
+    assert not list(target.rglob("manifest.json"))
+    assert not list(target.rglob("*.py"))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,171 @@
+"""Loading: the model and tokenizer that a weights directory holds, without network."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lmtp.weights.load import load
+from lmtp.weights.manifest import WeightsError, read_manifest
+from tests.weights.helpers import seal
+
+
+def test_a_loaded_model_computes_what_the_saved_one_does_and_is_ready_for_inference(weights: Path, tiny: Path) -> None:
+    loaded = load(weights, "float32", "cpu")
+    tokens = torch.tensor([loaded.tokenizer.encode("the capital of France")])
+    expected = LlamaForCausalLM.from_pretrained(tiny)(tokens).logits
+    assert torch.equal(loaded.model(tokens).logits, expected)
+    assert (loaded.dtype, loaded.device) == (torch.float32, torch.device("cpu"))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.manifest == read_manifest(weights)
+    assert loaded.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"avx2": True, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+    ],
+)
+def test_dtype_auto_is_bfloat16_where_the_processor_computes_it(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    loaded = load(weights, device="cpu")
+    assert loaded.dtype == loaded.model.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("free", "device", "dtype", "device_map"),
+    [
+        (40_000_000, None, torch.bfloat16, {"": torch.device("cuda")}),
+        (40_000_000, None, torch.float32, "auto"),
+        (30_000_000, None, torch.bfloat16, "auto"),
+        (30_000_000, "cuda:1", torch.bfloat16, {"": torch.device("cuda:1")}),
+    ],
+)
+def test_a_model_is_spread_over_gpus_only_if_one_has_no_room_for_it(
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    device: str | None,
+    dtype: torch.dtype,
+    device_map: object,
+) -> None:
+    class Called(Exception):
+        pass
+
+    def from_pretrained(directory: Path, **options: object) -> None:
+        raise Called(f"{options['device_map']} {options['dtype']}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000_000))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(WeightsError) as error:
+        load(weights, str(dtype).removeprefix("torch."), device)
+    assert str(error.value.__cause__) == f"{device_map} {dtype}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_chosen_dtype_is_taken(weights: Path, dtype: str) -> None:
+    assert load(weights, dtype, "cpu").model.dtype == getattr(torch, dtype)
+
+
+def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones(weights: Path) -> None:
+    with pytest.raises(WeightsError, match="Unknown dtype 'int4': choose one of auto, float32, bfloat16, float16"):
+        load(weights, "int4")
+
+
+def test_loading_needs_no_network(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("loading opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert load(weights).tokenizer.eos_token == "<eos>"
+
+
+def test_without_weights_the_error_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"No weights in .*`script/download_weights demo` \(or `make weights`\)"):
+        load(tmp_path / "weights")
+    with pytest.raises(WeightsError, match=rf"`script/download_weights demo --to {tmp_path}`"):
+        load(tmp_path)
+
+
+def test_weights_placed_by_hand_are_an_error_that_says_how_to_get_a_manifest(weights: Path) -> None:
+    (weights / "manifest.json").unlink()
+    with pytest.raises(WeightsError, match=rf"no manifest\.json: run `script/download_weights {weights}`"):
+        load(weights)
+
+
+def test_a_missing_file_is_named_with_the_command_that_fetches_it(weights: Path) -> None:
+    (weights / "tokenizer.json").unlink()
+    with pytest.raises(
+        WeightsError, match=r"tokenizer\.json is missing.*`script/download_weights org/old --revision f{40}`"
+    ):
+        load(weights)
+
+
+def test_a_truncated_file_is_named_with_both_sizes(weights: Path) -> None:
+    size = (weights / "model.safetensors").stat().st_size
+    os.truncate(weights / "model.safetensors", 1000)
+    with pytest.raises(WeightsError, match=rf"model\.safetensors has 1,000 bytes, its manifest says {size:,}"):
+        load(weights)
+
+
+def test_pickled_weights_are_not_loaded(weights: Path) -> None:
+    torch.save(load_file(weights / "model.safetensors"), weights / "pytorch_model.bin")
+    (weights / "model.safetensors").unlink()
+    seal(weights)
+    with pytest.raises(WeightsError, match="Transformers cannot load org/old"):
+        load(weights)
+
+
+def test_a_model_that_lacks_tensors_is_not_served_with_random_ones(weights: Path) -> None:
+    tensors = load_file(weights / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights / "model.safetensors", {"format": "pt"})
+    seal(weights)
+    with pytest.raises(WeightsError, match=r"lack 1 of the tensors of a LlamaForCausalLM, model\.norm\.weight"):
+        load(weights)
+
+
+@pytest.fixture
+def with_code(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights of a model whose configuration and model class come with it; running them leaves a file `ran`."""
+    ran = tmp_path / "ran"
+    (weights / "custom.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class CustomConfig(LlamaConfig):\n    model_type = 'custom'\n"
+        "class CustomModel(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+    )
+    config = json.loads((weights / "config.json").read_text())
+    config["model_type"] = "custom"
+    config["auto_map"] = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomModel"}
+    (weights / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return weights
+
+
+def test_a_models_own_code_is_not_run_unless_the_manifest_says_so(with_code: Path, tmp_path: Path) -> None:
+    seal(with_code)
+    with pytest.raises(WeightsError, match=r"code of its own: if you trust it, run `.* --trust-remote-code`"):
+        load(with_code)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_models_own_code_is_run_where_the_manifest_says_so(with_code: Path, tmp_path: Path) -> None:
+    seal(with_code, trust_remote_code=True)
+    assert type(load(with_code).model).__name__ == "CustomModel"
+    assert (tmp_path / "ran").exists()

@@ -214,8 +214,7 @@ class Engine:
     def _loop(self) -> None:
         while self._obey():
             self._bound()
-            if step := self._admit():
-                self._step(step)
+            self._step()
         self._fail(self._all_streams(), "the server is stopping.")
         self._deliver()
 
@@ -232,20 +231,27 @@ class Engine:
             if not self._running:
                 sampling.stacked_biases.cache_clear()
             try:
-                command = self._commands.get(block=idle, timeout=IDLE_SECONDS if self._running else None)
+                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS if self._running else None))
             except queue.Empty:
                 return True
-            if isinstance(command, Stop):
+            if count is None:
                 return False
-            if isinstance(command, Begin):
-                self._begin(command.prediction, command.operations)
-                opened += len(command.operations)
-            elif isinstance(command, End):
-                for stream in list(self._running.get(command.prediction, ())):
-                    self._close(stream)
-            elif idle and self._running:
-                return True
+            if self._running and self._scheduler.idle:
+                return True  # a paused prediction may go on
+            opened += count
         return True
+
+    def _carry_out(self, command: Begin | End | Resume | Stop) -> int | None:
+        """Carry out one command, and keep nothing of it. Returns how many operations it began; None for Stop."""
+        if isinstance(command, Stop):
+            return None
+        if isinstance(command, Begin):
+            self._begin(command.prediction, command.operations)
+            return len(command.operations)
+        if isinstance(command, End):
+            for stream in list(self._running.get(command.prediction, ())):
+                self._close(stream)
+        return 0
 
     def _bound(self) -> None:
         """End predictions that take too long or whose replies nobody takes; pause those with too many replies."""
@@ -279,8 +285,11 @@ class Engine:
             self._fail(self._scheduler.waiting, "there is no memory for its keys and values; raise KV_CACHE_GB.")
         return step
 
-    def _step(self, step: Step[OperationStream]) -> None:
-        """Run one step and take in what comes of it."""
+    def _step(self) -> None:
+        """Run one step, if any stream can run, and take in what comes of it."""
+        step = self._admit()
+        if step is None:
+            return
         rows = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
         try:
             choices = iter(self._choose(step, list(itertools.chain(*rows))))

@@ -40,6 +40,8 @@ class Completions:
             raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
         if best_of_choices and not generate.choices:
             raise RequestError("best_of_choices needs choices: give the texts to compare.")
+        if best_of_choices and len(generate.choices or []) > protocol.BATCH_LIMIT:
+            raise RequestError(f"best_of_choices compares at most {protocol.BATCH_LIMIT} choices.")
         if best_of_choices and n > 1:
             raise RequestError(f"n is {n}: best_of_choices has one answer, so leave n at 1.")
         self.constraint = protocol.constraint_of(generate)
@@ -50,13 +52,17 @@ class Completions:
         self.operations: list[Operation] = []
         if prompt_logprobs:  # first: the other streams reuse its keys and values
             top = generate.top_logprobs
-            self._add(Score(stream_id=PROMPT, prompt=[], scored=generate.prompt, top_logprobs=top, text=True))
+            salt = generate.cache_salt
+            self._add(
+                Score(stream_id=PROMPT, prompt=[], scored=generate.prompt, top_logprobs=top, text=True, cache_salt=salt)
+            )
         for i, option in enumerate(self._options):
             ids = text.encode(tokenizer, option, begins_sequence=False)
             if not ids:
                 raise RequestError("best_of_choices: choices holds an empty text, which has no probability; remove it.")
             top = generate.top_logprobs
-            self._add(Score(stream_id=i, prompt=generate.prompt, scored=ids, top_logprobs=top, text=True))
+            score = Score(stream_id=i, prompt=generate.prompt, scored=ids, top_logprobs=top, text=True)
+            self._add(replace(score, cache_salt=generate.cache_salt))
         for i in range(0 if best_of_choices else n):
             seed = None if generate.seed is None else generate.seed + i
             self._add(replace(generate, stream_id=i, seed=seed))
@@ -75,7 +81,8 @@ class Completions:
             if isinstance(reply, Failure):
                 raise RequestError(reply.error)
             if isinstance(reply, Token):
-                self._streams[reply.stream_id].append(reply)
+                if self._output == "json" or self._options:  # nothing else is read in the end
+                    self._streams[reply.stream_id].append(reply)
                 tokens.append(reply)
         if self._output == "lmtp":
             return protocol.encode(replies)

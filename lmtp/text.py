@@ -58,17 +58,18 @@ class Tokenizers:
         self, prompt: str, system_prompt: str = "", template: str = "", allow_special_tokens: bool = False
     ) -> list[int]:
         """`render_prompt` for a prompt of any size. Raises RequestError."""
-        self._check("prompt", prompt, system_prompt, template)
+        self.check("prompt", prompt, system_prompt, template)
         return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens)
 
     async def encode(
         self, field: str, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
     ) -> list[int]:
         """`encode` for a text of any size. Raises RequestError, naming the field."""
-        self._check(field, text)
+        self.check(field, text)
         return await self._run(encode, text, begins_sequence, allow_special_tokens)
 
-    def _check(self, field: str, *texts: str) -> None:
+    def check(self, field: str, *texts: str) -> None:
+        """Raise RequestError if the texts together are too long to tokenize, or no text."""
         size = sum(map(len, texts))
         if size <= self._max_bytes:
             try:

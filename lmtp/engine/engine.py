@@ -278,11 +278,12 @@ class Engine:
             step = self._scheduler.next_step()
         except Exception as error:
             log.exception("scheduling failed")
-            self._fail(self._all_streams(), f"internal error: {error}")
+            self._fail(self._all_streams(), f"internal error: {_first_line(error)}")
             return None
         if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
-            self._fail(self._scheduler.waiting, "there is no memory for its keys and values; raise KV_CACHE_GB.")
+            reason = self.runner.refusal or "raise KV_CACHE_GB"
+            self._fail(self._scheduler.waiting, f"there is no memory for its keys and values: {reason}.")
         return step
 
     def _step(self) -> None:
@@ -296,7 +297,7 @@ class Engine:
             self._take(step, [list(itertools.islice(choices, len(wanted))) for wanted in rows])
         except Exception as error:
             log.exception("step failed")
-            self._fail(step.streams, f"the model failed: {error}")
+            self._fail(step.streams, f"the model failed: {_first_line(error)}")
 
     def _choose(self, step: Step[OperationStream], rows: Sequence[sampling.Row]) -> list[sampling.Choice]:
         """Run the model, and meanwhile find out what grammars allow; one choice for each row of the logits."""
@@ -445,6 +446,11 @@ def _failure(operation: Operation | Failure, error: str) -> Failure:
     return Failure(stream_id=operation.stream_id, error=printable(error), kind=kind)
 
 
+def _first_line(error: Exception) -> str:
+    """The message without the stack that native code adds to it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _refusal(operation: Operation | Failure, error: Exception) -> Failure:
     """The answer to an operation that does not get as far as a stream."""
     if isinstance(error, RequestError):
@@ -452,4 +458,4 @@ def _refusal(operation: Operation | Failure, error: Exception) -> Failure:
     if isinstance(error, RecursionError):
         return _failure(operation, "json_schema or grammar: nested too deep.")
     log.error("operation failed", exc_info=error)
-    return _failure(operation, f"internal error: {error}")
+    return _failure(operation, f"internal error: {_first_line(error)}")

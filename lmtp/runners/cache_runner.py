@@ -43,6 +43,7 @@ class CacheRunner:
 
     def __init__(self, model: PreTrainedModel, context: int, reason: str) -> None:
         self.reason = reason
+        self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
         self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)

@@ -32,6 +32,9 @@ class Runner(Protocol):
     """Why nothing faster serves it; empty where there is nothing faster."""
     step_limits: StepLimits
 
+    refusal: str
+    """Why the system gave no memory when a stream was last not admitted; empty while it did."""
+
     @property
     def active(self) -> Sequence[Stream]:
         """The admitted streams, in slot order."""

@@ -19,6 +19,9 @@ from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Sco
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
 
+MAX_KEPT = 2**20
+"""Log-probabilities of one JSON document: about 100 MB while it is put together."""
+
 
 class Completions:
     """The completions of one prompt. Run `operations`, then pass every reply to `add`."""
@@ -49,6 +52,7 @@ class Completions:
         self._prompt = list(generate.prompt)
         self._options = list(dict.fromkeys(generate.choices or [])) if best_of_choices else []
         self._streams: dict[protocol.StreamId, list[Token]] = {}
+        self._kept = 0
         self.operations: list[Operation] = []
         if prompt_logprobs:  # first: the other streams reuse its keys and values
             top = generate.top_logprobs
@@ -83,7 +87,12 @@ class Completions:
             if isinstance(reply, Token):
                 if self._output == "json" or self._options:  # nothing else is read in the end
                     self._streams[reply.stream_id].append(reply)
+                    self._kept += len(reply.top_logprobs) if isinstance(reply.top_logprobs, dict) else 1
                 tokens.append(reply)
+        if self._kept > MAX_KEPT:
+            raise RequestError(
+                f"more than {MAX_KEPT} log-probabilities for one document; lower n or top_logprobs, or use output lmtp."
+            )
         if self._output == "lmtp":
             return protocol.encode(replies)
         return _text(tokens) if self._output == "text" and not self._options else ""

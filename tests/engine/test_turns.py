@@ -448,3 +448,19 @@ def test_biases_take_a_bit_a_token_and_their_numbers(engines: Callable[..., Engi
     assert sum(tensor.numel() * tensor.element_size() for tensor in (bias.bits, bias.ids, bias.numbers)) < 6_300
     assert torch.equal(stack([bias, bias], 50_000, dense.device), torch.stack([dense, dense]))
     assert [bias.forbids(token) for token in (6, 7, 39_999, 40_000, 49_999)] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("depth", [100, 300, 600, 900])
+def test_a_constraint_nested_deep_fails_alone(
+    engines: Callable[..., Engine], model: PreTrainedModel, depth: int
+) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    batch = answers(
+        engines(model),
+        Generate(stream_id=0, prompt=[5], json_schema=schema),
+        Generate(stream_id=1, prompt=[5], max_tokens=2, min_tokens=2),
+    )
+    assert batch.error(0)
+    assert len(batch.ids(1)) == 2

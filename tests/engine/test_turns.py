@@ -122,6 +122,7 @@ def test_a_victim_waits_a_few_bounded_steps_whatever_others_ask_for(
     attack: str, model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engines(model)
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, chunk=256, busy_chunk=64)
     watch = Watch(engine, monkeypatch)
     attackers = [begin(engine, *operations) for operations in ATTACKS[attack]]
     next(iter(attackers[0]))
@@ -151,6 +152,7 @@ def test_streams_of_two_predictions_are_admitted_in_turns(
     begun = list(dict.fromkeys(stream for ids, _ in watch.steps for stream in ids))
     owners = "".join(str(stream)[0] for stream in begun)
     assert owners[:5] == "aaaab"  # four slots were taken, and one is given up
+    assert sum(watch.preempted.values()) == 1
     halves = Counter(owners[5:17])
     assert abs(halves["a"] - halves["b"]) <= 2
 
@@ -464,3 +466,19 @@ def test_a_constraint_nested_deep_fails_alone(
     )
     assert batch.error(0)
     assert len(batch.ids(1)) == 2
+
+
+def test_prompts_of_different_predictions_are_computed_in_turn(
+    model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(model)
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, chunk=64, busy_chunk=64)
+    watch = Watch(engine, monkeypatch)
+    attacker = begin(engine, *ATTACKS["long prompts"][0])
+    next(iter(attacker))
+    answers(engine, Generate(stream_id="victim", prompt=prompts(200, seed=9)[0], max_tokens=1))
+    attacker.cancel()
+    answers(engine, ModelInfo(stream_id=0))
+    assert (
+        watch.waited["victim"] <= 2 * 2 * 4
+    )  # four chunks; a chunk of theirs and a decode step between two of its own

@@ -27,7 +27,7 @@ lint: $(READY)  ## Check format, lint, types and import directions
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/mypy --scripts-are-modules $$(grep -l '^#!.*python' script/*)
-	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/lint-imports
 
 docs: $(READY)  ## Write the inputs of predict.py into README.md
 	@script/inputs_table
@@ -42,7 +42,7 @@ bench: $(READY) $(MODEL)  ## Measure against peers; write benchmarks/results/
 	@script/benchmark
 
 clean:  ## Remove the environment, compiled steps and caches; weights stay
-	rm -rf $(VENV) compiled .cache .cog .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) compiled .cache .cog .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt requirements-dev.txt

@@ -27,7 +27,7 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the weights and start the engine."""
         gc.disable()  # collecting garbage takes a tenth of the start
-        from lmtp.engine.engine import Engine, OpenModel
+        from lmtp.engine.engine import Engine, LoadedModel
         from lmtp.runners import compiled
         from lmtp.runners.runner import open_runner
         from lmtp.weights import load as weights
@@ -35,7 +35,7 @@ class Predictor(BasePredictor):
         cancellation.install()
         chosen = settings.read()
 
-        def open_model() -> OpenModel:
+        def open_model() -> LoadedModel:
             loaded = weights.load(chosen.weights, dtype=chosen.dtype)
             dtype = str(loaded.dtype).removeprefix("torch.")
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
@@ -48,7 +48,7 @@ class Predictor(BasePredictor):
             runner = open_runner(loaded.model, chosen.kv_budget, step, graphs=chosen.compile)
             reason = f" ({runner.reason})" if runner.reason else ""
             print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
-            return OpenModel(loaded.model, loaded.tokenizer, runner)
+            return LoadedModel(loaded.model, loaded.tokenizer, runner)
 
         self.engine = Engine(open_model, chosen.bounds)
         gc.freeze()  # what exists now stays, so no collection during a step has to look at it

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 
@@ -55,37 +56,39 @@ def main() -> int:
     results = report.Report(machine=machine, rows=[], skipped=[])
     by_default = not options.quick and not plan.against
     directory = options.results or (ROOT / "benchmarks" / "results" if by_default else None)
-    written: list[Path] = []
     failed: list[str] = []
-    for suite in suites:
-        if not plan.wants(*suite.ROWS):
-            continue
-        say(f"{suite.__name__.rpartition('.')[2]}: {', '.join(row for row in suite.ROWS if plan.wants(row))}")
-        started = time.monotonic()
-        try:
-            for each in suite.measure(plan):
-                if isinstance(each, report.Skipped):
-                    results.skipped.append(each)
-                elif plan.wants(each.name):
-                    results.rows.append(msgspec.structs.replace(each, measured=report.now()))
-        except Exception:
-            # Keep going: the other rows are useful without this one.
-            traceback.print_exc()
-            done = {row.name for row in results.rows} | {row for each in results.skipped for row in each.rows}
-            failed += [row for row in suite.ROWS if plan.wants(row) and row not in done]
-        # Write after each suite, so that an interrupted run leaves its results.
+    try:
+        for suite in suites:
+            if plan.wants(*suite.ROWS):
+                failed += _measure(plan, suite, results)
+    finally:  # an interrupted run leaves the rows that it has
+        print(report.plain(results), flush=True)
         if directory and results.rows:
-            written = report.write(results, directory)
-        say(f"  took {time.monotonic() - started:.0f} s")
-    print(report.plain(results), flush=True)
-    if written:
-        say("written:", *written)
-        if not plan.against and not any(path.suffix == ".png" for path in written):
-            say("no plot: it needs matplotlib (`pip install matplotlib`) and rows of decode or queries")
+            say("written:", *report.write(results, directory))
     if failed:
         say(f"script/benchmark: could not measure {', '.join(failed)}; the errors are above")
         return 1
     return 0
+
+
+def _measure(plan: Plan, suite: ModuleType, results: report.Report) -> list[str]:
+    """Add the suite's rows to the results. Returns the rows that could not be measured."""
+    wanted = [row for row in suite.ROWS if plan.wants(row)]
+    say(f"{suite.__name__.rpartition('.')[2]}: {', '.join(wanted)}")
+    started = time.monotonic()
+    try:
+        for each in suite.measure(plan):
+            if isinstance(each, report.Skipped):
+                results.skipped.append(each)
+            elif plan.wants(each.name):
+                results.rows.append(msgspec.structs.replace(each, measured=report.now()))
+    except Exception:
+        traceback.print_exc()
+        done = {row.name for row in results.rows} | {row for each in results.skipped for row in each.rows}
+        return [row for row in wanted if row not in done]
+    finally:
+        say(f"  took {time.monotonic() - started:.0f} s")
+    return []
 
 
 def _options() -> argparse.Namespace:

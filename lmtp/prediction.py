@@ -14,7 +14,7 @@ REPLY_BYTES, ENTRY_BYTES = 500, 100
 
 @dataclass
 class Counters:
-    """What a prediction's streams took. Counts only: nothing here depends on a clock."""
+    """Token and step counts of a prediction. Nothing here depends on a clock."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -85,7 +85,7 @@ class Prediction:
         return self._delivered - self.taken
 
     def cancel(self) -> None:
-        """End it, on any thread. Whoever waits for its replies gets asyncio.CancelledError."""
+        """End it, on any thread. Its iterator raises asyncio.CancelledError."""
         self._arrived.put(asyncio.CancelledError())  # before the end, or the iteration could end as if it had succeeded
         self._end(self)
 

@@ -20,7 +20,7 @@ def enter() -> None:
     standard library. If packages are missing, exit with a message that says what to do.
     """
     python = ROOT / ".venv" / "bin" / "python"
-    # The Python of a damaged .venv reports another prefix. The second comparison keeps it from restarting for ever.
+    # The Python of a damaged .venv reports another prefix. The second comparison keeps it from restarting forever.
     running = Path(sys.prefix).resolve() == python.parent.parent.resolve() or Path(sys.executable) == python
     if python.exists() and not running:
         sys.stdout.flush()

@@ -67,7 +67,7 @@ class Server:
         return f"http://{host}:{self.port}/predictions"
 
     def connect(self, timeout: float | None = None) -> http.client.HTTPConnection:
-        """A new connection to the server that bypasses any proxy. `timeout` is in seconds; None waits for ever."""
+        """A new connection to the server that bypasses any proxy. `timeout` is in seconds; None waits forever."""
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
 
     def wait(self) -> str:
@@ -138,18 +138,16 @@ def serving(host: str, port: int, signature: schema.Signature, logs: IO[Any] | i
             start_new_session=True,
             preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, mask),
         )
-        guard = _guard(process)
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
-            server = Server(process, reachable, port)
-            _wait_until_ready(server)
-            yield server
+            with _guarded(process):
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
+                server = Server(process, reachable, port)
+                _wait_until_ready(server)
+                yield server
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
             _stop(process)
-            guard.kill()
-            guard.communicate()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -163,14 +161,20 @@ def container_environment(root: Path = ROOT) -> dict[str, str]:
     return variables
 
 
-def _guard(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-    """Kill the server and its worker as soon as this script has ended, even by SIGKILL.
+@contextmanager
+def _guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the server and its worker as soon as this script is killed, even by SIGKILL.
 
-    That closes the pipe that the guard reads from. The runtime would only notice once its worker is idle.
+    Its end closes the pipe that the guard reads from. The runtime would only notice once its worker is idle.
     """
     command = ["sh", "-c", f"read -r _; kill -s KILL -- -{process.pid}"]
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.communicate()
 
 
 def _free_address(host: str, port: int) -> tuple[str, int]:

@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
+from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.selfcheck import Reference, check_slots
-from lmtp.runners.slot_runner import SlotRunner, SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
 from lmtp.text import render_prompt
 from lmtp.weights import load as weights
 from lmtp.weights.load import Loaded

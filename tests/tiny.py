@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmtp.engine.engine import Engine, OpenModel
+from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import Failure, Operation, Reply, StreamId, Token
 from lmtp.runners.runner import open_runner
@@ -77,7 +77,7 @@ def start(
     **arguments: Any,
 ) -> Engine:
     """An engine for a model. Tests that speak in token ids need no tokenizer; ``arguments`` are open_runner's."""
-    return Engine(lambda: OpenModel(model, tokenizer, open_runner(model, **arguments)), bounds, clock)
+    return Engine(lambda: LoadedModel(model, tokenizer, open_runner(model, **arguments)), bounds, clock)
 
 
 def running(name: str) -> Iterator[tuple[PreTrainedModel, Engine]]:

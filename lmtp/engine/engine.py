@@ -1,7 +1,6 @@
 """The loop: admit, step, deliver. The engine owns the one thread that touches the model, from loading on.
 
-Predictions hand operations over through a queue of commands. They get replies through a queue of their own, once a step
-for all of their streams.
+Predictions hand operations over through a queue of commands, and get replies through a queue of their own.
 """
 
 import asyncio
@@ -39,7 +38,7 @@ from lmtp.protocol import (
     Token,
     printable,
 )
-from lmtp.runners.limits import limits_of
+from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner
 from lmtp.runners.step import Step, Stream
 from lmtp.settings import Bounds
@@ -57,7 +56,7 @@ IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""
 
 
-class OpenModel(NamedTuple):
+class LoadedModel(NamedTuple):
     """A loaded model and the runner that serves it."""
 
     model: PreTrainedModel
@@ -99,13 +98,13 @@ class Engine:
 
     def __init__(
         self,
-        open_model: Callable[[], OpenModel],
+        open_model: Callable[[], LoadedModel],
         bounds: Bounds = Bounds(),  # noqa: B008 - immutable
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``open_model`` loads the model and opens its runner. It is called on the engine's thread, so that its OpenMP
         threads are the only ones that compute: with a second team of them libgomp counts more threads than cores and
-        lets all of them sleep at every barrier. Raises what it raises."""
+        lets all of them sleep at every barrier. Its exceptions are raised here."""
         self.counters = Counters()
         """Totals since the start."""
         self.bounds = bounds
@@ -117,7 +116,7 @@ class Engine:
         """Predictions with replies to hand over."""
         self._broken = ""
         """Why the thread has ended though nobody stopped it."""
-        opened: Future[OpenModel] = Future()
+        opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
@@ -127,7 +126,7 @@ class Engine:
         self._compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
     def stop(self) -> None:
-        """End the thread after the step it is in; streams that still run are told."""
+        """End the thread after the step it is in. Running streams get an error reply."""
         self._commands.put(Stop())
         self._thread.join()
 
@@ -187,7 +186,7 @@ class Engine:
 
     # The engine's thread runs what follows.
 
-    def _serve(self, open_model: Callable[[], OpenModel], opened: "Future[OpenModel]") -> None:
+    def _serve(self, open_model: Callable[[], LoadedModel], opened: "Future[LoadedModel]") -> None:
         try:
             made = open_model()
             self._scheduler = Scheduler(made.runner)
@@ -200,9 +199,9 @@ class Engine:
             self._loop()
         except BaseException as error:
             # The loop handles the errors of a step. Here not even the memory can be tidied up: after a GPU fault every
-            # call fails. So everybody is told, now and later.
+            # call fails. So all open and future streams fail.
             log.exception("the engine has stopped")
-            self._broken = f"the engine has stopped and has to be started again: {type(error).__name__}: {error}"
+            self._broken = f"the engine has stopped and must be restarted: {type(error).__name__}: {error}"
             running, self._running = self._running, {}
             for prediction, streams in running.items():
                 prediction.outbox += [_failure(stream.operation, self._broken) for stream in streams]
@@ -214,9 +213,9 @@ class Engine:
     def _loop(self) -> None:
         while self._obey():
             self._bound()
-            self._step()
+            self._advance()
         self._fail(self._all_streams(), "the server is stopping.")
-        self._deliver()
+        self._hand_over()
 
     def _obey(self) -> bool:
         """Carry out commands; wait for one while no stream can run. False once stopped.
@@ -227,7 +226,7 @@ class Engine:
         while opened < BATCH_LIMIT:
             idle = not self._running or self._scheduler.idle
             if idle or not self._commands.empty():
-                self._deliver()
+                self._hand_over()
             if not self._running:
                 sampling.stacked_biases.cache_clear()
             try:
@@ -273,7 +272,7 @@ class Engine:
     def _admit(self) -> Step[OperationStream] | None:
         """Admit waiting streams and choose the next step."""
         if self._scheduler.waiting:  # memory may grow for them, which takes time
-            self._deliver()
+            self._hand_over()
         try:
             step = self._scheduler.next_step()
         except Exception as error:
@@ -286,32 +285,34 @@ class Engine:
             self._fail(self._scheduler.waiting, f"there is no memory for its keys and values: {reason}.")
         return step
 
-    def _step(self) -> None:
-        """Run one step, if any stream can run, and take in what comes of it."""
+    def _advance(self) -> None:
+        """Admit, step, deliver. No variable of the loop keeps a step's streams."""
         step = self._admit()
         if step is None:
             return
-        rows = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
         try:
-            choices = iter(self._choose(step, list(itertools.chain(*rows))))
-            self._take(step, [list(itertools.islice(choices, len(wanted))) for wanted in rows])
+            self._deliver(step, self._step(step))
         except Exception as error:
             log.exception("step failed")
             self._fail(step.streams, f"the model failed: {_first_line(error)}")
 
-    def _choose(self, step: Step[OperationStream], rows: Sequence[sampling.Row]) -> list[sampling.Choice]:
-        """Run the model, and meanwhile find out what grammars allow; one choice for each row of the logits."""
+    def _step(self, step: Step[OperationStream]) -> list[list[sampling.Choice]]:
+        """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices."""
+        wanted = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
+        rows = list(itertools.chain(*wanted))
         constrained = {i: row.grammar for i, row in enumerate(rows) if isinstance(row, Generation) and row.grammar}
         run = self.runner.prepare(step)
-        self._deliver()
+        self._hand_over()
         filling = self._mask_filler.start(list(constrained.values())) if constrained else None
         try:
             logits = run()
         finally:
             bits = filling.result() if filling else None
-        return _sample(logits, rows, Allowed(list(constrained), bits) if bits is not None else None) if rows else []
+        allowed = Allowed(list(constrained), bits) if bits is not None else None
+        choices = iter(_sample(logits, rows, allowed) if rows else [])
+        return [list(itertools.islice(choices, len(of_stream))) for of_stream in wanted]
 
-    def _take(self, step: Step[OperationStream], choices: Sequence[Sequence[sampling.Choice]]) -> None:
+    def _deliver(self, step: Step[OperationStream], choices: Sequence[Sequence[sampling.Choice]]) -> None:
         """Give each stream its choices, count, and answer."""
         for prediction in {stream.prediction for stream in step.streams}:
             self._count(prediction, steps=1, rows=len(step.streams))
@@ -396,7 +397,7 @@ class Engine:
     def _fail(self, streams: Iterable[OperationStream], error: str, keep: bool = False) -> None:
         """End the streams with an error. ``keep``: what they computed is sound and may be reused."""
         for stream in list(streams):
-            if stream in self._running.get(stream.prediction, ()):  # else it has had its terminal reply
+            if stream in self._running.get(stream.prediction, ()):  # otherwise it already had its terminal reply
                 self._close(stream, keep)
                 stream.prediction.outbox.append(_failure(stream.operation, error))
                 self._touched.add(stream.prediction)
@@ -408,7 +409,7 @@ class Engine:
         prediction.counters.add(**counts)
         self.counters.add(**counts)
 
-    def _deliver(self) -> None:
+    def _hand_over(self) -> None:
         """Hand over the replies there are.
 
         Called when this thread is about to wait, to do something slow, or to run the model. Other threads want the GIL

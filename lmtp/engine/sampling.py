@@ -103,7 +103,7 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     broken = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is not a number makes its whole row NaN
     wrong = [i for i in broken if i in draws]
     errors = {i: NO_TOKEN if logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
-    if wrong:  # go on with other numbers; what is drawn from them is dropped
+    if wrong:  # placeholder logits: their draws are discarded
         index = torch.tensor(wrong, device=logits.device)
         logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
     searched = [i for i, row in enumerate(rows) if i in draws or _top(row)]

@@ -17,12 +17,12 @@ WORTH_WAITING = 16
 """A new stream waits for another one to compute at least this many tokens that both begin with."""
 
 FORCED_RUN = 16
-"""Tokens that a grammar forced on a decoding stream are computed beside the others' single ones up to this many; a
-longer run is computed like a prompt."""
+"""Tokens that a grammar forces on a decoding stream are computed along with other streams' single tokens up to this
+many. A longer run is computed like a prompt."""
 
 DRAFTED_STEP = 16
-"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU such a step takes hardly longer than one
-of a single token, since most of its time goes into reading the model's weights."""
+"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU such a step takes about as long as one of
+a single token, since most of its time goes into reading the model's weights."""
 
 
 MAX_PASSED = 16

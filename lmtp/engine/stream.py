@@ -19,7 +19,7 @@ from lmtp.engine.masks import Bias, bias_of
 from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
-from lmtp.runners.limits import Limits
+from lmtp.runners.model import Limits
 from lmtp.runners.step import Stream
 
 MAX_DRAFTED_TOP = 32
@@ -32,7 +32,8 @@ class OperationStream(Stream):
     operation: Generate | Score
 
     def __init__(self, prediction: Prediction, tokens: list[int], prompt_length: int, max_length: int) -> None:
-        super().__init__(tokens, prompt_length, max_length)
+        super().__init__(tokens, max_length)
+        self.prompt_length = prompt_length
         self.prediction = prediction
         self.finished = False
         self.admitted = -1

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lmtp.runners.slot_runner import input_device, only_wanted
+from lmtp.runners.model import input_device, only_wanted
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 
 MAX_STREAMS = 16
-"""Streams at once: each has a cache of its own, which nothing bounds but the context."""
+"""Streams at once: each has its own cache, bounded only by the context."""
 
 IDLE_CACHES = 8
 """How many finished streams' caches are kept for prompts that continue them."""

@@ -58,7 +58,7 @@ class GraphedStep:
         return graph.logits[:rows] if len(inputs.wanted) == rows else graph.logits[inputs.wanted]
 
     def _graph(self, inputs: StepInputs) -> Graph | None:
-        """A graph for so many rows and columns or a few more; None where there is no memory for another."""
+        """A graph for at least this many rows and columns; None if there is no memory for another one."""
         keys = inputs.keys
         slots, capacity = keys[0].shape[0], keys[0].shape[2] - 1
         addresses = (slots, capacity, *(tensor.data_ptr() for tensor in keys))

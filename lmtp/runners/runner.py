@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.graphs import GraphedStep
-from lmtp.runners.limits import limits_of
+from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.selfcheck import Reference, check_slots
-from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, StepLimits, Stream
 
@@ -29,7 +29,7 @@ class Runner(Protocol):
     description: str
     """What serves the model, for setup's log and MODEL_INFO."""
     reason: str
-    """Why nothing faster serves it; empty where there is nothing faster."""
+    """Why a faster runner or step was rejected; empty if none was."""
     step_limits: StepLimits
 
     refusal: str
@@ -76,17 +76,16 @@ def open_runner(
         step = SlotStep(model)
         reference = Reference.of(model)
         check_slots(step, layers, reference)
-    except Exception as error:  # whatever the model's code raises, its own caches are there to go on with
+    except Exception as error:  # whatever the model's code raises, fall back to its own caches
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
         return CacheRunner(model, context, f"slots do not serve it: {reason}")
-    runner = SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context)
+    fast, reason = None, ""
     try:
         if fast := _fast_step(step, layers, compiled, graphs):
             check_slots(step, layers, reference, fast)
-            runner.fast, runner.description = fast, f"slots, {fast.description}"
-    except Exception as error:  # the model's own code is there to go on with
-        runner.reason = f"no faster step: {type(error).__name__}: {error}"
-    return runner
+    except Exception as error:  # fall back to the model's own code
+        fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
+    return SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, reason)
 
 
 def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:

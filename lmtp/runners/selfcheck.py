@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, UnsupportedModel, input_device
+from lmtp.runners.model import UnsupportedModel, input_device
+from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, Stream
 
@@ -56,10 +57,11 @@ class Reference:
 
 
 class _Text(Stream):
-    """A text whose every next-token distribution is wanted."""
+    """A text whose next-token distributions are wanted, except those inside its first ``given`` tokens."""
 
-    def __init__(self, tokens: list[int], prompt_length: int = 1) -> None:
-        super().__init__(tokens, prompt_length, len(tokens))
+    def __init__(self, tokens: list[int], given: int = 1) -> None:
+        super().__init__(tokens, len(tokens))
+        self._given = given
 
     @property
     def goal(self) -> int:
@@ -67,7 +69,7 @@ class _Text(Stream):
 
     @property
     def first_wanted(self) -> int:
-        return self.prompt_length - 1
+        return self._given - 1
 
 
 @torch.inference_mode()
@@ -79,7 +81,7 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     memory = Memory(layers, reference.dtype)
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     *early, last = reference.texts
-    late = _Text(last, prompt_length=SHARED)
+    late = _Text(last, given=SHARED)
     texts: list[Stream] = [*map(_Text, early), late]
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     for text in texts[:-1]:
@@ -107,7 +109,7 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
 def _compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
     wrong = total = 0
     for own, ours in zip(reference.logits, got, strict=True):
-        own = own[-len(ours) :]  # what the last text shares was not asked for
+        own = own[-len(ours) :]  # the shared prefix of the last text has no logits
         spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
         distance = (own - torch.stack(list(ours))).norm(dim=-1) / spread.clamp(min=1e-9)
         wrong += int((~(distance < AGREEMENT[reference.dtype])).sum())

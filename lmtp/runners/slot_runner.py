@@ -5,10 +5,9 @@ own positions and returns views of the slots, and an additive float mask in the 
 boolean masks as numbers, which is silently wrong.)
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
+from lmtp.runners.model import UnsupportedModel, input_device, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
 
@@ -28,10 +28,6 @@ MAX_LOGITS = 2**24
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
-
-
-class UnsupportedModel(Exception):
-    """The model cannot be served from slots; the message says what was found."""
 
 
 class FastStep(Protocol):
@@ -123,11 +119,13 @@ class SlotRunner(Slots):
         max_slots: int,
         context: int,
         fast: FastStep | None = None,
+        reason: str = "",
     ) -> None:
-        """``fast`` runs in place of ``step`` what it can run; the other arguments are those of Slots."""
+        """``fast`` replaces ``step`` where it can; ``reason`` says why there is none. The other arguments are those of
+        Slots."""
         super().__init__(memory, budget, max_slots, context)
-        self.description = "slots"
-        self.reason = ""
+        self.description = f"slots, {fast.description}" if fast else "slots"
+        self.reason = reason
         self.step_limits = _step_limits(step.model, max_slots)
         self.step = step
         self.fast = fast
@@ -189,28 +187,6 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
         # On a GPU only steps of single tokens are recorded as graphs. With experts, more tokens read more weights.
         drafts=model.device.type == "cpu" and not experts,
     )
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids have to be: a large model is spread over several devices."""
-    embeddings: nn.Module = model.get_input_embeddings()
-    return next(embeddings.parameters()).device
-
-
-@contextlib.contextmanager
-def only_wanted(model: PreTrainedModel, index: Tensor) -> Iterator[None]:
-    """Let the output layer see only the positions ``index`` of the flattened batch, whatever the model does before and
-    after it. The logits are then ``[1, wanted, vocabulary]``."""
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden.flatten(0, 1)[index.to(hidden.device)][None], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 Visible = Callable[[Tensor, Tensor], Tensor]

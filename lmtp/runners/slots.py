@@ -114,7 +114,7 @@ class Memory:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that, on a CPU, take time and memory only where they are written.
 
-    Slots are seldom full, and the memory grows several times while streams arrive.
+    Slots are rarely full, and the memory grows several times while streams arrive.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -17,9 +17,8 @@ class Stream:
     SHARED: ClassVar[object] = None
     """The salt of streams that share prefixes with every other stream of this salt."""
 
-    def __init__(self, tokens: list[int], prompt_length: int, max_length: int) -> None:
+    def __init__(self, tokens: list[int], max_length: int) -> None:
         self.tokens = tokens
-        self.prompt_length = prompt_length
         self.max_length = max_length
         """Tokens it may come to hold, prompt included: its memory must have room for them."""
         self.computed = 0
@@ -104,7 +103,7 @@ class StepInputs(NamedTuple):
     keys: list[Tensor]
     """Each layer's keys ``[slots, heads, capacity + 1, dim]``; the last column takes what padding writes."""
     values: list[Tensor]
-    """Each layer's values, likewise."""
+    """Each layer's values, in the same layout."""
 
 
 ModelStep = Callable[[StepInputs], Tensor]

@@ -1,4 +1,4 @@
-"""Which files make a model. Names come from strangers: a file is taken only if its name matches a pattern here."""
+"""Which files make a model. File names are untrusted: a file is taken only if its name matches a pattern here."""
 
 import re
 from collections.abc import Callable, Collection

@@ -92,7 +92,7 @@ def _size_and_checksum(source: str, file: "RepoSibling") -> tuple[int, str]:
 
 @contextmanager
 def _errors_explained(source: str, revision: str) -> Iterator[None]:
-    """Turn what goes wrong between here and the hub into WeightsErrors that say what to do."""
+    """Turn hub and network errors into WeightsErrors that say what to do."""
     from huggingface_hub import errors
 
     try:

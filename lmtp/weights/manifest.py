@@ -1,4 +1,4 @@
-"""The manifest of a weights directory: where a model's files came from and what they must be.
+"""The manifest of a weights directory: where a model's files came from and their expected sizes and hashes.
 
 Imports neither torch nor transformers.
 """
@@ -32,7 +32,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a model's files came from and what they must be.
+    """Where a model's files came from and their expected sizes and hashes.
 
     `source` is a Hugging Face repository, an absolute directory, or `demo`. `revision` is the repository's commit, the
     demo package's version, or None for a directory. `files` maps names relative to the weights directory. `model_args`

@@ -2,7 +2,7 @@
 
 The staging directory is inside the weights directory, so on its file system and out of git's sight:
 
-    weights/.download-…/files/        a model's files; every name in here may come from a stranger
+    weights/.download-…/files/        a model's files; every name in here is untrusted
     weights/.download-…/sealed.json   their manifest, written last: only what it names is moved out of files/
 """
 
@@ -126,7 +126,7 @@ def discard_staging(target: Path, but: Path | None = None) -> None:
 
 
 def refuse_foreign_files(target: Path) -> None:
-    """Raise WeightsError if the target holds what no download put there, which an exchange would delete."""
+    """Raise WeightsError if the target holds files that no download created, which an exchange would delete."""
     _refuse_links(target)
     try:
         known = set(read_manifest(target).files)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lmtp.engine import sampling
-from lmtp.engine.engine import Engine, OpenModel
+from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.engine.masks import Allowed
 from lmtp.engine.stream import Generation, OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
@@ -135,7 +135,7 @@ def test_a_cancelled_prediction_holds_no_slot_and_harms_no_other(any_model: Pair
     assert ids == own_greedy(model, short, 20)
 
 
-def test_who_waits_for_a_cancelled_prediction_is_told(any_model: Pair) -> None:
+def test_iterating_over_a_cancelled_prediction_raises(any_model: Pair) -> None:
     _, engine = any_model
     prediction = begin(engine, Generate(stream_id=0, prompt=prompts(10)[0], max_tokens=400, min_tokens=400))
     prediction.cancel()
@@ -351,7 +351,7 @@ def test_a_step_that_fails_ends_its_streams_with_an_error_and_the_engine_goes_on
     engine.stop()
 
 
-def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_fault_that_memory_cannot_recover_from_every_stream_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an illegal access on a GPU, where every later call fails, too."""
     engine = start(build("llama"))
     several = [Generate(stream_id=i, prompt=p, max_tokens=50, min_tokens=50) for i, p in enumerate(prompts(5, 6, 7))]
@@ -372,7 +372,7 @@ def test_when_not_even_the_memory_can_be_tidied_up_everybody_is_told(monkeypatch
     for i in range(3):
         assert [isinstance(reply, Failure) for reply in batch.replies[i]].count(True) == 1
         assert isinstance(batch.replies[i][-1], Failure)
-    assert "has to be started again" in answers(engine, several[0]).error()
+    assert "must be restarted" in answers(engine, several[0]).error()
 
 
 def test_a_row_that_cannot_be_sampled_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,11 +425,11 @@ def test_many_streams_of_all_kinds_each_get_one_terminal_reply_within_a_small_me
 def test_the_model_is_opened_on_the_thread_that_runs_it() -> None:
     names: list[str] = []
 
-    def open_model() -> OpenModel:
+    def open_model() -> LoadedModel:
         names.append(threading.current_thread().name)
         model = build("llama")
         tokenizer: Any = None
-        return OpenModel(model, tokenizer, open_runner(model))
+        return LoadedModel(model, tokenizer, open_runner(model))
 
     engine = Engine(open_model)
     assert names == ["engine"]
@@ -437,8 +437,8 @@ def test_the_model_is_opened_on_the_thread_that_runs_it() -> None:
     engine.stop()
 
 
-def test_what_goes_wrong_while_the_model_is_opened_is_raised_to_who_starts_the_engine() -> None:
-    def open_model() -> OpenModel:
+def test_an_error_while_opening_the_model_is_raised_by_the_engines_constructor() -> None:
+    def open_model() -> LoadedModel:
         raise RuntimeError("no such model")
 
     with pytest.raises(RuntimeError, match="no such model"):

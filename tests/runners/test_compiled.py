@@ -1,20 +1,28 @@
 """The compiled step answers as the model's own code does."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from lmtp.runners import compiled
+from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.selfcheck import Reference, check_slots
-from lmtp.runners.slot_runner import SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slot_runner import SlotStep, layers_of
 from lmtp.runners.slots import Memory
 from lmtp.runners.step import StepInputs
+from tests.server import ROOT, serving
 from tests.tiny import answers, build, random_prompts, start
 
 pytestmark = [
@@ -29,10 +37,24 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def library(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("compiled") / "step.so"
-    step, layers, reference = SlotStep(model), layers_of(model), Reference.of(model)
-    compiled.build(step, layers, path, lambda made: check_slots(step, layers, reference, made))
+def environment(model: PreTrainedModel, demo_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The settings of a server of the model. Its tokenizer is the demo's: only token ids are sent."""
+    directory = tmp_path_factory.mktemp("compiled")
+    source, weights = directory / "source", directory / "weights"
+    model.save_pretrained(source)
+    AutoTokenizer.from_pretrained(demo_weights).save_pretrained(source)
+    fetch = [sys.executable, str(ROOT / "script/download_weights"), str(source), "--to", str(weights)]
+    subprocess.run(fetch, check=True, capture_output=True)
+    return {"WEIGHTS_DIR": str(weights), "COMPILED_DIR": str(directory / "steps"), "DTYPE": "float32"}
+
+
+@pytest.fixture(scope="module")
+def library(environment: dict[str, str]) -> Path:
+    """The step that script/build makes."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "script/build")], check=True, capture_output=True, env={**os.environ, **environment}
+    )
+    (path,) = Path(environment["COMPILED_DIR"]).iterdir()
     return path
 
 
@@ -60,6 +82,24 @@ def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Eng
             assert [token.logprob for token in fast.tokens(stream)] == pytest.approx(
                 [token.logprob for token in slow.tokens(stream)], abs=1e-4
             )
+
+
+def test_a_server_uses_the_step_that_script_build_made_unless_it_is_told_not_to(
+    environment: dict[str, str], library: Path
+) -> None:
+    operations = [["GENERATE", {"stream_id": 0, "prompt": [5, 6, 7], "max_tokens": 12}]]
+    outputs = []
+    for mode, runner in (("auto", "slots, compiled step"), ("off", "slots")):
+        with serving(ROOT, **environment, COMPILE=mode) as server:
+            assert any(f"runner: {runner};" in line for line in server.log), server.log
+            body = {"input": {"ops_batch_json": json.dumps(operations)}}
+            outputs.append([line["token"] for line in lines(httpx.post(f"{server.url}/predictions", json=body))])
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) > 0
+
+
+def lines(response: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(line.partition(" ")[2]) for line in "".join(response.json()["output"]).splitlines()]
 
 
 def test_a_steps_memory_is_free_once_its_tensors_are(model: PreTrainedModel, library: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_slots
-from lmtp.runners.slot_runner import SlotRunner, SlotStep, UnsupportedModel, layers_of
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
 from lmtp.runners.step import StepInputs
 from tests.tiny import VOCABULARY, build
 
@@ -83,7 +84,7 @@ def test_a_model_that_slots_serve_gets_them_and_the_limits_of_its_steps(model: P
         ("bloom", "ValueError: too many values to unpack"),
     ],
 )
-def test_another_model_gets_its_own_caches_and_the_reason_is_told(name: str, reason: str) -> None:
+def test_another_model_gets_its_own_caches_and_a_reason(name: str, reason: str) -> None:
     runner = open_runner(build(name))
     assert runner.description == "the model's own caches, one stream at a time"
     assert runner.reason.startswith("slots do not serve it: ")

@@ -34,7 +34,7 @@ class Text(Stream):
 
 
 def stream(prompt: list[int], max_tokens: int = 8) -> Text:
-    return Text(list(prompt), len(prompt), min(len(prompt) + max_tokens, CONTEXT))
+    return Text(list(prompt), min(len(prompt) + max_tokens, CONTEXT))
 
 
 def compute(memory: Memory, some: Text) -> None:

@@ -184,7 +184,7 @@ def test_without_a_hub_the_error_says_so(download: Download, tmp_path: Path, mon
         download("org/tiny", tmp_path)
 
 
-def test_offline_mode_is_named_when_it_stands_in_the_way(
+def test_offline_mode_is_named_when_it_prevents_a_fetch(
     download: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

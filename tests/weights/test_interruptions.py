@@ -103,7 +103,7 @@ def test_what_killed_downloads_left_is_removed_by_the_next_download(
     assert not other.parent.exists()
 
 
-def test_a_file_that_arrives_damaged_is_refused_and_fetched_anew(hub: Hub, download: Download, weights: Path) -> None:
+def test_a_file_that_arrives_damaged_is_refused_and_fetched_again(hub: Hub, download: Download, weights: Path) -> None:
     before = contents(weights)
     repository = hub.repositories["org/tiny"]
     damaged = ("model.safetensors", "tokenizer.json")  # One stored with LFS, one with git.

@@ -16,7 +16,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import cancel_relay, cancellation, protocol, settings
 from lmtp.places import Places
-from lmtp.protocol import Failure, Generate, Operation, RequestError
+from lmtp.protocol import Failure, Operation, RequestError
 
 if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
     from lmtp.completions import Completions
@@ -60,7 +60,7 @@ class Predictor(BasePredictor):
             print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
             return LoadedModel(loaded.model, loaded.tokenizer, runner)
 
-        self.engine = Engine(open_model)
+        self.engine = Engine(open_model, chosen.bounds)
         self.places.watch()
         gc.freeze()  # what exists now stays, so no collection during a step has to look at it
         gc.enable()
@@ -135,8 +135,7 @@ class Predictor(BasePredictor):
         top_logprobs: int = Input(
             default=1,
             ge=0,
-            le=1000,
-            description="With output lmtp or json: how many of the most likely tokens to report at each position.",
+            description="With output lmtp or json: how many of the most likely tokens to report. At most 100.",
         ),
         prompt_logprobs: bool = Input(
             default=False, description="With output lmtp or json: also report log-probabilities of the prompt's tokens."
@@ -145,6 +144,14 @@ class Predictor(BasePredictor):
             default="text",
             choices=["text", "lmtp", "json"],
             description="text: the text as it grows. lmtp: one line per token. json: one document at the end.",
+        ),
+        cache_salt: str = Input(
+            default="",
+            description="Predictions share computed prompts only with those that give the same text here.",
+        ),
+        allow_special_tokens: bool = Input(
+            default=False,
+            description="Special tokens in prompt and system_prompt, such as <|im_end|>, are special, not plain text.",
         ),
         ops_batch_json: Optional[str] = Input(  # noqa: UP045
             default=None,
@@ -165,11 +172,10 @@ class Predictor(BasePredictor):
         if ops_batch_json is not None:
             operations = protocol.parse_batch(ops_batch_json)
         else:
-            tokenizer = self.engine.tokenizer
-            generate = Generate(  # the runtime lets 3.0 pass for an integer
+            generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
                 stream_id=0,
-                prompt=await self.engine.tokenize(
-                    text.render_prompt, tokenizer, prompt or "", system_prompt, prompt_template
+                prompt=await self.engine.tokenizers.render(
+                    prompt or "", system_prompt, prompt_template, allow_special_tokens
                 ),
                 max_tokens=int(max_tokens),
                 temperature=temperature,
@@ -184,8 +190,9 @@ class Predictor(BasePredictor):
                 grammar=grammar or None,
                 top_logprobs=int(top_logprobs),
                 text=True,
+                cache_salt=cache_salt,
             )
-            completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, normalize)
+            completions = Completions(generate, self.engine.tokenizer, output, int(n), prompt_logprobs, normalize)
             operations = completions.operations
         prediction = await self.engine.predict(operations)
         cancellation.when_cancelled(prediction.cancel)

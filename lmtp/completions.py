@@ -24,6 +24,9 @@ PROMPT = "prompt"
 MAX_COMPARED = 64
 """More ``choices`` than this are generated token by token."""
 
+MAX_KEPT = 2**20
+"""Log-probabilities of one JSON document: about 100 MB while it is put together."""
+
 Check = Callable[[Generate, Sequence[str]], Sequence[bool | None]]
 """Tells whether finished texts satisfy an operation's constraint; None where that cannot be told."""
 
@@ -65,6 +68,7 @@ class Completions:
         """The tokens of the completions."""
         self._texts: dict[protocol.StreamId, str] = {}
         """The texts of the completions."""
+        self._kept = 0
         self.operations: list[Operation] = []
         if prompt_logprobs:  # first: the other streams reuse its keys and values
             self._score(PROMPT, [], generate.prompt)
@@ -78,7 +82,8 @@ class Completions:
 
     def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
         top = self._generate.top_logprobs
-        self.operations.append(Score(stream_id=stream_id, prompt=prompt, scored=scored, top_logprobs=top, text=True))
+        score = Score(stream_id=stream_id, prompt=prompt, scored=scored, top_logprobs=top, text=True)
+        self.operations.append(replace(score, cache_salt=self._generate.cache_salt))
         self._scored[stream_id] = []
 
     def _seed(self, index: int) -> int | None:
@@ -97,17 +102,26 @@ class Completions:
                 continue
             if reply.stream_id in self._scored:
                 if self._output == "json" or reply.stream_id != PROMPT:
-                    self._scored[reply.stream_id].append(reply)
+                    self._keep(self._scored[reply.stream_id], reply)
                 if reply.stream_id != PROMPT:
                     continue
             else:
                 self._texts[reply.stream_id] += _text([reply])
                 if self._output == "json":
-                    self._completed[reply.stream_id].append(reply)
+                    self._keep(self._completed[reply.stream_id], reply)
             sent.append(reply)
         if self._output == "lmtp":
             return protocol.encode(sent)
         return _text(sent) if self._output == "text" else ""
+
+    def _keep(self, tokens: list[Token], token: Token) -> None:
+        """Keep what the end of the output needs."""
+        tokens.append(token)
+        self._kept += len(token.top_logprobs) if isinstance(token.top_logprobs, dict) else 1
+        if self._kept > MAX_KEPT:
+            raise RequestError(
+                f"more than {MAX_KEPT} log-probabilities for one document; lower n or top_logprobs, or use output lmtp."
+            )
 
     def end(self, reused: int, computed: int, check: Check) -> str:
         """Return the output to send after the last reply.

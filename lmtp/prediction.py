@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from lmtp.protocol import Reply
+from lmtp.protocol import Reply, Token
+
+REPLY_BYTES, ENTRY_BYTES = 500, 100
+"""About what a reply takes in memory, and each of its most likely tokens."""
 
 
 @dataclass
@@ -35,6 +38,24 @@ class Counters:
             setattr(self, name, getattr(self, name) + count)
 
 
+@dataclass
+class Turns:
+    """What the engine's thread remembers to take turns between predictions. No other thread changes it."""
+
+    began: float = 0.0
+    """When its streams were opened, by the engine's clock."""
+    read: float = 0.0
+    """When it last had no unread replies, or some were taken."""
+    taken: int = 0
+    """How many bytes were taken by then."""
+    admitted: int = -1
+    """The step before which one of its streams was last admitted; -1: none yet."""
+    prefilled: int = -1
+    """The step that last computed some of its prompts."""
+    paused: bool = False
+    """Whether its streams wait because its replies do."""
+
+
 class Prediction:
     """Operations that run together.
 
@@ -42,13 +63,26 @@ class Prediction:
     operation has had its terminal reply. Leaving it as a context manager ends what still runs.
     """
 
-    def __init__(self, end: Callable[["Prediction"], None]) -> None:
-        """``end`` asks the engine to end the prediction's streams, on any thread."""
+    def __init__(self, end: Callable[["Prediction"], None], resume: Callable[[], None] = lambda: None) -> None:
+        """``end`` asks the engine to end the prediction's streams, ``resume`` to look whether it may go on; both on any
+        thread."""
         self.counters = Counters()
+        self.turns = Turns()
+        self.salt = object()
+        """Marks prefixes that are shared within this prediction alone."""
         self.outbox: list[Reply] = []
         """Replies that `deliver` will hand over. Only the engine's thread touches it."""
+        self.taken = 0
+        """Bytes, as estimated, of the replies that were taken. Only who iterates changes it."""
+        self._delivered = 0
         self._end = end
-        self._arrived: queue.SimpleQueue[list[Reply] | asyncio.CancelledError | None] = queue.SimpleQueue()
+        self._resume = resume
+        self._arrived: queue.SimpleQueue[tuple[list[Reply], int] | asyncio.CancelledError | None] = queue.SimpleQueue()
+
+    @property
+    def unread(self) -> int:
+        """Bytes, as estimated, of the replies that wait to be taken."""
+        return self._delivered - self.taken
 
     def cancel(self) -> None:
         """End it, on any thread. Its iterator raises asyncio.CancelledError."""
@@ -58,7 +92,9 @@ class Prediction:
     def deliver(self, last: bool) -> None:
         """Hand over the outbox; after the ``last`` replies the iteration ends. Called by the engine."""
         if self.outbox:
-            self._arrived.put(self.outbox)
+            size = sum(map(_size, self.outbox))
+            self._delivered += size
+            self._arrived.put((self.outbox, size))
             self.outbox = []
         if last:
             self._arrived.put(None)
@@ -70,7 +106,16 @@ class Prediction:
         self._end(self)
 
     def __iter__(self) -> Iterator[list[Reply]]:
-        while (replies := self._arrived.get()) is not None:
-            if isinstance(replies, asyncio.CancelledError):
-                raise replies
+        while (arrived := self._arrived.get()) is not None:
+            if isinstance(arrived, asyncio.CancelledError):
+                raise arrived
+            replies, size = arrived
+            self.taken += size
+            if self.turns.paused:
+                self._resume()
             yield replies
+
+
+def _size(reply: Reply) -> int:
+    top = reply.top_logprobs if isinstance(reply, Token) else None
+    return REPLY_BYTES + (ENTRY_BYTES * len(top) if isinstance(top, dict) else 0)

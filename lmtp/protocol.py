@@ -8,7 +8,8 @@ nothing about models: checks that need a vocabulary or a context length are in e
 import difflib
 import math
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -26,15 +27,58 @@ CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
 MAX_COUNT = 2**31 - 1
 """More than any vocabulary. The bound keeps token counts within a tensor's integers."""
 
-StreamId = int | str
+MAX_BATCH_BYTES = 2**26
+"""The longest ``ops_batch_json``."""
+
+MAX_BIASES = 2**21
+"""Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take
+100 times the memory of a ``mask``."""
+
+MAX_SPLIT = 2**24
+"""Characters of a batch that `_split` looks through."""
+
+MAX_QUOTED = 60
+"""Characters of a caller's text that an error message quotes."""
+
+MAX_NAME = 256
+"""Characters of a ``stream_id``, which every reply repeats, and of a ``cache_salt``."""
+
+MAX_STOPS, MAX_STOP = 64, 1000
+"""How many stop sequences an operation may have, and characters of one: each token is compared with all of them."""
+
+StreamId = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | Annotated[str, Meta(max_length=MAX_NAME)]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Penalty = Annotated[float, Meta(ge=-10_000, le=10_000)]
-TokenId = Annotated[int, Meta(ge=0)]
+TokenId = Count
 Prompt = list[TokenId] | str
+Salt = Annotated[str, Meta(max_length=MAX_NAME)]
+Stops = Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP)]], Meta(max_length=MAX_STOPS)]
 FinishReason = Literal["stop", "length"]
 
 
 class RequestError(ValueError):
-    """A request that cannot be served. The message is one sentence for the person who sent it."""
+    """A request that cannot be served. The message is one sentence for the person who sent it.
+
+    It may quote the caller's text and goes into the log, so control characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters, line ends and lone surrogates are escaped."""
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
+
+
+def quoted(text: object) -> str:
+    """A caller's text for an error message, cut to MAX_QUOTED characters."""
+    if isinstance(text, str) and len(text) > MAX_QUOTED:
+        return f"{text[:MAX_QUOTED]!r}… ({len(text)} characters)"
+    return repr(text)
 
 
 class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,26 +87,28 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream_id: StreamId
     prompt: Prompt
     model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] = 32
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] = 32
+    min_tokens: Count = 0
     temperature: Annotated[float, Meta(ge=0, le=10_000)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None = None
+    top_k: Count | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.001, le=1000)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     length_penalty: float | None = None  # ignored: it matters only to beam search, which runs in LMQL's client
-    seed: int | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 1
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    top_logprobs: Count = 1
     logit_bias: dict[TokenId, float] | None = None
     mask: str | None = None
     choices: list[str] | None = None
     regex: str | None = None
     json_schema: dict[str, Any] | bool | None = None
     grammar: str | None = None
-    stop: list[Annotated[str, Meta(min_length=1)]] | None = None
+    stop: Stops | None = None
     text: bool = False
+    cache_salt: Salt | None = None
+    allow_special_tokens: bool = False
 
 
 def constraint_of(operation: Generate) -> str | None:
@@ -80,8 +126,10 @@ class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: Prompt
     scored: Prompt
     model: str | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_COUNT)] = 0
+    top_logprobs: Count = 0
     text: bool = False
+    cache_salt: Salt | None = None
+    allow_special_tokens: bool = False
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,46 +211,130 @@ _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\
 def parse_batch(text: str) -> list[Operation | Failure]:
     """Parse ``ops_batch_json``. A Failure takes the place of each invalid operation.
 
-    Raises RequestError if there is no stream to answer: not JSON, not a list, empty, over BATCH_LIMIT.
+    Raises RequestError if there is no stream to answer: not JSON, not a list, empty, over a limit.
     """
+    if len(text) > MAX_BATCH_BYTES:
+        raise RequestError(f"ops_batch_json has {len(text)} characters; {MAX_BATCH_BYTES} is the limit.")
     try:
-        entries = msgspec.json.decode(text, type=list[msgspec.Raw])
+        entries: Sequence[msgspec.Raw | str] = msgspec.json.decode(text, type=list[msgspec.Raw])
     except msgspec.ValidationError:
         raise RequestError("ops_batch_json must be a JSON array of operations, each [name, {fields}].") from None
-    except msgspec.DecodeError as error:
-        raise RequestError(f"ops_batch_json is not JSON: {error}.") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        if isinstance(error, msgspec.DecodeError) and not _SURROGATE.search(text):
+            raise RequestError(f"ops_batch_json is not JSON: {error}.") from None
+        entries = _split(text)  # one operation is at fault, and the others are to run
     if not entries:
         raise RequestError("ops_batch_json holds no operations; send at least one.")
     if len(entries) > BATCH_LIMIT:
         raise RequestError(
             f"ops_batch_json holds {len(entries)} operations; one prediction takes at most {BATCH_LIMIT}."
         )
-    operations = [_parse_operation(index, entry) for index, entry in enumerate(entries)]
+    operations: list[Operation | Failure] = []
+    biases = 0
+    for index, entry in enumerate(entries):
+        operation = _parse_operation(index, entry)
+        if isinstance(operation, Generate) and operation.logit_bias:
+            biases += len(operation.logit_bias)
+            if biases > MAX_BIASES:
+                reason = (
+                    f"GENERATE logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it."
+                )
+                operation = Failure(stream_id=operation.stream_id, error=reason, kind="TOKEN")
+        operations.append(operation)
     return _reject_repeated_ids(operations)
 
 
-def _parse_operation(index: int, entry: msgspec.Raw) -> Operation | Failure:
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+def _split(text: str) -> list[str]:
+    """The operations of a batch, each as its JSON text, however deep it is nested and whatever its strings hold.
+
+    The parser descends into all of them at once, and gives up all of them for one.
+    """
+    if len(text) > MAX_SPLIT:
+        raise RequestError("ops_batch_json holds a lone surrogate, or is nested too deep to parse.")
+    depth = start = end = 0
+    entries = []
+    for token in _TOKEN.finditer(text):
+        if depth == 1 and text[end : token.start()].strip(" \t\r\n,"):
+            break
+        if depth == 1 and token[0].startswith('"'):
+            entries.append(token[0])
+        if token[0] in "[{":
+            start = token.start() if depth == 1 else start
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+            if depth == 1:
+                entries.append(text[start : token.end()])
+        if depth <= 1:
+            end = token.end()
+        if depth == 0:
+            break
+    if depth or text[end:].strip():
+        raise RequestError("ops_batch_json must be a JSON array of operations, each [name, {fields}].")
+    return entries
+
+
+_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,19}|"(?:[^"\\]|\\.)*")')
+
+
+def _parse_operation(index: int, entry: msgspec.Raw | str) -> Operation | Failure:
     try:
         name, payload = msgspec.json.decode(entry, type=tuple[str, msgspec.Raw])
+        stream_id = _stream_id(payload)
     except msgspec.ValidationError:
         return Failure(stream_id=None, error=f"operation {index}: must be [name, {{fields}}].", kind="MSG")
-    try:
-        stream_id = msgspec.json.decode(payload, type=_Identity).stream_id
-    except msgspec.ValidationError:
-        stream_id = None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        written = entry if isinstance(entry, str) else bytes(entry).decode(errors="replace")
+        found = _STREAM_ID.search(written)
+        try:
+            stream_id = msgspec.json.decode(found[1], type=StreamId) if found else None
+        except (msgspec.DecodeError, UnicodeError):
+            stream_id = None
+        return Failure(stream_id=stream_id, error=f"operation {index}: {_unreadable(error)}.", kind="TOKEN")
     kind: Literal["TOKEN", "MSG"] = "TOKEN" if name in ("GENERATE", "SCORE") else "MSG"
     operation = OPERATIONS.get(name)
     if operation is None:
         known = ", ".join(OPERATIONS)
-        error = f"operation {index}: unknown operation {name!r} (known: {known}){_nearest(name, OPERATIONS) or '.'}"
-        return Failure(stream_id=stream_id, error=error, kind=kind)
+        hint = _nearest(name, OPERATIONS) or "."
+        reason = f"operation {index}: unknown operation {quoted(name)} (known: {known}){hint}"
+        return Failure(stream_id=stream_id, error=reason, kind=kind)
     try:
         return msgspec.json.decode(payload, type=operation)
     except msgspec.ValidationError as error:
         return Failure(stream_id=stream_id, error=f"{name} {_describe(error, operation)}", kind=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        return Failure(stream_id=stream_id, error=f"{name}: {_unreadable(error)}.", kind=kind)
 
 
-_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
+def _stream_id(payload: msgspec.Raw) -> StreamId | None:
+    try:
+        return msgspec.json.decode(payload, type=_Identity).stream_id
+    except msgspec.ValidationError:
+        return None
+
+
+def _unreadable(error: Exception) -> str:
+    """What is wrong with JSON that the parser gives up."""
+    if isinstance(error, RecursionError):
+        return f"nested too deep; the limit is about {sys.getrecursionlimit()} levels"
+    if isinstance(error, UnicodeError) or any(word in str(error) for word in ("surrogate", "escape", "truncated")):
+        return "a string holds a lone surrogate, which is no character"
+    return printable(str(error))
+
+
+def generate(**fields: Any) -> Generate:
+    """A GENERATE operation from values that did not come as JSON. Raises RequestError, naming the field."""
+    try:
+        return msgspec.convert(fields, Generate)
+    except msgspec.ValidationError as error:
+        raise RequestError(_describe(error, Generate)) from None
+
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`", re.DOTALL)
 _PATH = re.compile(r" - at `(?:key` in `)?\$\.?(.*?)`$")
 
 
@@ -212,7 +344,7 @@ def _describe(error: msgspec.ValidationError, operation: type[Struct]) -> str:
     if unknown := _UNKNOWN_FIELD.search(message):
         field = unknown.group(1)
         hint = _nearest(field, operation.__struct_fields__)
-        return f"has no field {field!r}{hint or '.'}"
+        return f"has no field {quoted(field)}{hint or '.'}"
     path = _PATH.search(message)
     message = message.replace("`", "")
     if path is None:
@@ -222,7 +354,7 @@ def _describe(error: msgspec.ValidationError, operation: type[Struct]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:MAX_QUOTED], list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -241,9 +373,8 @@ def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operatio
         if operation.stream_id not in repeated:
             result.append(operation)
         elif seen[operation.stream_id] > 1:
-            error = (
-                f"stream_id {operation.stream_id!r} is used by {seen[operation.stream_id]} operations of this batch."
-            )
+            count = seen[operation.stream_id]
+            error = f"stream_id {quoted(operation.stream_id)} is used by {count} operations of this batch."
             kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
             result.append(Failure(stream_id=operation.stream_id, error=error, kind=kind))
             seen[operation.stream_id] = 1
@@ -273,8 +404,8 @@ def _parse(text: str, kind: Any, expected: str) -> Any:
         return None
     try:
         return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError as error:
-        reason = str(error).replace("`", "")
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        reason = str(error).replace("`", "") if isinstance(error, msgspec.DecodeError) else _unreadable(error)
         raise RequestError(f"{expected}: {reason}.") from None
 
 

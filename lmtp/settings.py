@@ -6,10 +6,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_CHOICES = ("auto", "off")
+PREFIX_REUSE_CHOICES = ("shared", "salted", "off")
 
 
 class SettingsError(ValueError):
     """An environment variable has an invalid value. The message names the variable and the valid values."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one caller may take from the others; docs/security.md explains them."""
+
+    prefix_reuse: str = "shared"
+    """One of PREFIX_REUSE_CHOICES."""
+    max_seconds: float = 600.0
+    """The longest that a prediction may take; 0 is no limit."""
+    max_unread_seconds: float = 60.0
+    """How long a prediction may wait for its output to be taken; 0 is no limit."""
+    max_unread_bytes: int = 2**24
+    """Replies that a prediction may have waiting, estimated in bytes, before its streams pause."""
+    max_top_logprobs: int = 100
+    max_prompt_bytes: int | None = None
+    """UTF-8 bytes of one text to tokenize; None is BYTES_PER_TOKEN for each token of the context."""
+    tokenizer_threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -26,20 +45,48 @@ class Settings:
     """Whether to use a compiled step that script/build made, or CUDA graphs on a GPU."""
     compiled: Path
     """The directory that holds compiled steps."""
+    bounds: Bounds
 
 
 def read() -> Settings:
     """Read the settings of this process. Raises SettingsError."""
-    compile_ = os.environ.get("COMPILE") or "auto"
-    if compile_ not in COMPILE_CHOICES:
-        raise SettingsError(f"COMPILE is {compile_!r}; use one of {', '.join(COMPILE_CHOICES)}.")
+    prompt_bytes = _number("MAX_PROMPT_BYTES", 0, "such as 131072")
     return Settings(
         weights=Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights"),
         dtype=os.environ.get("DTYPE") or "auto",
         kv_budget=_gigabytes("KV_CACHE_GB"),
-        compile=compile_ == "auto",
+        compile=_choice("COMPILE", COMPILE_CHOICES) == "auto",
         compiled=Path(os.environ.get("COMPILED_DIR") or ROOT / "compiled"),
+        bounds=Bounds(
+            prefix_reuse=_choice("PREFIX_REUSE", PREFIX_REUSE_CHOICES),
+            max_seconds=_number("MAX_SECONDS", Bounds.max_seconds, "of seconds; 0 is no limit"),
+            max_unread_seconds=_number("MAX_UNREAD_SECONDS", Bounds.max_unread_seconds, "of seconds; 0 is no limit"),
+            max_unread_bytes=int(_number("MAX_UNREAD_MB", Bounds.max_unread_bytes / 2**20, "of megabytes") * 2**20),
+            max_top_logprobs=int(_number("MAX_TOP_LOGPROBS", Bounds.max_top_logprobs, "such as 100")),
+            max_prompt_bytes=int(prompt_bytes) or None,
+            tokenizer_threads=max(int(_number("TOKENIZER_THREADS", Bounds.tokenizer_threads, "such as 2")), 1),
+        ),
     )
+
+
+def _choice(name: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise SettingsError(f"{name} is {value!r}; use one of {', '.join(choices)}.")
+    return value
+
+
+def _number(name: str, default: float, what: str) -> float:
+    value = os.environ.get(name)
+    if not value:
+        return default
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 2**31:
+        raise SettingsError(f"{name} is {value!r}; use a number {what}.")
+    return number
 
 
 def _gigabytes(name: str) -> int | None:

@@ -1,37 +1,117 @@
-"""Text to tokens through a template, tokens back to text, and stop sequences."""
+"""Text to tokens through a template, tokens back to text, and stop sequences.
 
+A caller's text is text: where it spells a special token, such as ``<|im_end|>``, it is cut inside that spelling, and
+the parts are tokenized one after the other. The special tokens of a template stay what they are.
+"""
+
+import asyncio
+import copy
+import functools
+import itertools
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Concatenate, NamedTuple, ParamSpec
 
 import msgspec
-from msgspec import Meta
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmtp import protocol
 from lmtp.protocol import RequestError
 
 CONTEXT_TOKENS = 8
 """How many of the prompt's last tokens the decoder reads first. They decide about a leading space and complete
 characters whose bytes are spread over tokens."""
 
+BYTES_PER_TOKEN = 16
+"""A longer text, for each token of the context, is refused before it is tokenized."""
+
+P = ParamSpec("P")
+
+
+class Tokenizers:
+    """The tokenizer, on threads of its own: a long text takes seconds, and no other prediction may wait for it.
+
+    A tokenizer is not thread-safe, so every thread but the first has a copy, made when it is first needed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, threads: int, max_bytes: int) -> None:
+        """``max_bytes``: the UTF-8 bytes of the longest text, a prompt's parts counted together."""
+        self._max_bytes = max_bytes
+        self._original = tokenizer
+        self._unused = queue.SimpleQueue[PreTrainedTokenizerBase]()
+        self._unused.put(tokenizer)
+        self._local = threading.local()
+        self._threads = ThreadPoolExecutor(threads, "tokenize", self._begin)
+
+    def _begin(self) -> None:
+        try:
+            self._local.tokenizer = self._unused.get_nowait()
+        except queue.Empty:
+            self._local.tokenizer = copy.deepcopy(self._original)
+
+    async def render(
+        self, prompt: str, system_prompt: str = "", template: str = "", allow_special_tokens: bool = False
+    ) -> list[int]:
+        """`render_prompt` for a prompt of any size. Raises RequestError."""
+        self.check("prompt", prompt, system_prompt, template)
+        return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens)
+
+    async def encode(
+        self, field: str, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+    ) -> list[int]:
+        """`encode` for a text of any size. Raises RequestError, naming the field."""
+        self.check(field, text)
+        return await self._run(encode, text, begins_sequence, allow_special_tokens)
+
+    def check(self, field: str, *texts: str) -> None:
+        """Raise RequestError if the texts together are too long to tokenize, or no text."""
+        size = sum(map(len, texts))
+        if size <= self._max_bytes:
+            try:
+                size = sum(len(text.encode()) for text in texts)
+            except UnicodeEncodeError as error:
+                raise RequestError(f"{field}: character {error.start} is a lone surrogate, no character.") from None
+        if size > self._max_bytes:
+            raise RequestError(f"{field} is {size} bytes of text; {self._max_bytes} is the limit of this model.")
+
+    async def _run(
+        self, function: Callable[Concatenate[PreTrainedTokenizerBase, P], list[int]], *args: P.args, **kwargs: P.kwargs
+    ) -> list[int]:
+        def call() -> list[int]:
+            return function(self._local.tokenizer, *args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str = "", template: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system_prompt: str = "",
+    template: str = "",
+    allow_special_tokens: bool = False,
 ) -> list[int]:
     """Render and tokenize one prompt.
 
     A template is plain text with ``{prompt}`` and optionally ``{system_prompt}``; other braces are kept. An empty
     template selects the tokenizer's chat template. Without a chat template the system prompt and the prompt are joined
-    unchanged. Raises RequestError for an empty prompt and for a template without ``{prompt}``.
+    unchanged. Special tokens in the prompts are text unless allowed. Raises RequestError for an empty prompt and for a
+    template without ``{prompt}``.
     """
     if not prompt:
         raise RequestError("prompt is empty; give at least one character.")
+    cut = _unused(prompt, system_prompt, template)
+    if not allow_special_tokens:
+        prompt, system_prompt = (_cut(tokenizer, text, cut) for text in (prompt, system_prompt))
     if template:
         if "{prompt}" not in template:
             raise RequestError("prompt_template has no {prompt}; put {prompt} where the prompt belongs.")
         parts = template.split("{prompt}")
-        text = prompt.join(part.replace("{system_prompt}", system_prompt) for part in parts)
-        return encode(tokenizer, text)
+        return _encode(tokenizer, prompt.join(part.replace("{system_prompt}", system_prompt) for part in parts), cut)
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         messages.append({"role": "user", "content": prompt})
@@ -39,14 +119,112 @@ def render_prompt(
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program and can raise anything
             raise RequestError(f"the model's chat template refused the prompt: {error}") from error
-        return tokenizer.encode(str(rendered), add_special_tokens=False)
-    return encode(tokenizer, f"{system_prompt}\n\n{prompt}" if system_prompt else prompt)
+        return _encode(tokenizer, str(rendered), cut, begins_sequence=False)
+    return _encode(tokenizer, f"{system_prompt}\n\n{prompt}" if system_prompt else prompt, cut)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True) -> list[int]:
-    """Tokenize text. At the start of a sequence the tokenizer adds special tokens, unless the text has them already."""
-    written = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    return tokenizer.encode(text, add_special_tokens=begins_sequence and not written)
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+) -> list[int]:
+    """Tokenize text. At the start of a sequence the tokenizer adds special tokens, unless the text has them already.
+    Special tokens in the text itself are text unless allowed."""
+    cut = _unused(text)
+    return _encode(tokenizer, text if allow_special_tokens else _cut(tokenizer, text, cut), cut, begins_sequence)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str, begins_sequence: bool = True) -> list[int]:
+    """Tokenize text, the parts between cuts by themselves."""
+    first, *others = text.split(cut)
+    written = bool(tokenizer.bos_token) and first.startswith(str(tokenizer.bos_token))
+    ids: list[int] = tokenizer.encode(first, add_special_tokens=begins_sequence and not written)
+    if not others:
+        return ids
+    plain = tokenizer.encode(first, add_special_tokens=False)
+    begin = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), 0)
+    following = itertools.chain.from_iterable(_continue(tokenizer, part) for part in others)
+    return [*ids[: begin + len(plain)], *following, *ids[begin + len(plain) :]]
+
+
+def _continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize what goes on in the middle of a text: many tokenizers put a space in front of the first word."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        encoding = tokenizer.backend_tokenizer.encode(f"\n{text}", add_special_tokens=False)
+        after = [i for i, (start, end) in enumerate(encoding.offsets) if start >= 1 and end > start]
+        if after and all(end <= 1 for _, end in encoding.offsets[: after[0]]):
+            return list(encoding.ids[after[0] :])
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _unused(*texts: str) -> str:
+    """A mark that none of the texts holds."""
+    return next(mark for i in itertools.count() if not any((mark := f"\ue000{i}\ue000") in text for text in texts))
+
+
+class _Spellings(NamedTuple):
+    """How a tokenizer's special tokens are spelt."""
+
+    all: frozenset[str]
+    lengths: dict[str, list[int]]
+    """Their lengths by their first two characters."""
+    begin: re.Pattern[str]
+    """Finds two first characters."""
+    normalized: bool
+    """Whether the tokenizer finds any of them in normalized text, too."""
+
+
+@functools.lru_cache(maxsize=16)
+def _spellings(tokenizer: PreTrainedTokenizerBase) -> _Spellings | None:
+    """The special tokens, and added tokens that may act as such: in brackets, or part of the chat template. Other added
+    tokens are words and runs of spaces."""
+    template = str(tokenizer.chat_template or "")
+    tokens = [
+        token
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content) > 1
+        and (
+            token.special
+            or _BRACKETED.fullmatch(token.content)
+            or (token.content.strip() and token.content in template)
+        )
+    ]
+    if not tokens:
+        return None
+    lengths: dict[str, list[int]] = {}
+    for token in sorted(tokens, key=lambda token: len(token.content)):
+        known = lengths.setdefault(token.content[:2], [])
+        if len(token.content) not in known:
+            known.append(len(token.content))
+    begin = re.compile(f"(?={'|'.join(map(re.escape, lengths))})")
+    return _Spellings(frozenset(t.content for t in tokens), lengths, begin, any(t.normalized for t in tokens))
+
+
+_BRACKETED = re.compile(r"<\S+>|\[[^\s\]]+\]", re.DOTALL)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, cut: str) -> str:
+    """The text with a cut after the first character of every special token that it spells."""
+    spellings = _spellings(tokenizer)
+    if spellings is None:
+        return text
+    places = list(_places(text, spellings))
+    if (
+        spellings.normalized
+        and isinstance(tokenizer, PreTrainedTokenizerFast)
+        and tokenizer.backend_tokenizer.normalizer
+    ):
+        normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+        if len(normal_places := list(_places(normal, spellings))) > len(places):
+            text, places = normal, normal_places
+    edges = [0, *(place + 1 for place in places), len(text)]
+    return cut.join(text[start:end] for start, end in itertools.pairwise(edges))
+
+
+def _places(text: str, spellings: _Spellings) -> Iterable[int]:
+    for found in spellings.begin.finditer(text):
+        place = found.start()
+        if any(text[place : place + n] in spellings.all for n in spellings.lengths[text[place : place + 2]]):
+            yield place
 
 
 @dataclass(frozen=True)
@@ -98,21 +276,23 @@ class TextDecoder:
         return text
 
     def _possible_stop(self) -> int:
-        """How many of the last held characters may begin a stop sequence."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+        """How many of the last held characters may begin a stop sequence.
+
+        What cannot is sent, so every character is compared with every sequence once, and not again.
+        """
+        for start in range(len(self._held)):
+            rest = self._held[start:]
+            if any(stop.startswith(rest) for stop in self._stop):
+                return len(rest)
+        return 0
 
 
 def parse_stop_sequences(value: str) -> list[str] | None:
     """Parse stop sequences given as one text or as a JSON list of strings. Raises RequestError."""
-    if not value.startswith("["):
-        return [value] if value else None
     try:
-        return msgspec.json.decode(value, type=list[Annotated[str, Meta(min_length=1)]]) or None
-    except msgspec.DecodeError as error:
-        raise RequestError(f'stop_sequences must be one text or a JSON list like ["\\n", "END"]: {error}.') from None
+        if not value.startswith("["):
+            return msgspec.convert([value], protocol.Stops) if value else None
+        return msgspec.json.decode(value, type=protocol.Stops) or None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        reason = str(error).replace("`", "")
+        raise RequestError(f'stop_sequences must be one text or a JSON list like ["\\n", "END"]: {reason}.') from None

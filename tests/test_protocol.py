@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lmtp import protocol
 from lmtp.protocol import (
     BATCH_LIMIT,
     Failure,
@@ -15,6 +16,7 @@ from lmtp.protocol import (
     Token,
     encode,
     finite,
+    generate,
     parse_batch,
     parse_logit_bias,
 )
@@ -140,3 +142,99 @@ def test_logit_bias_is_parsed_or_refused_with_an_example() -> None:
     assert parse_logit_bias("") is None
     with pytest.raises(RequestError, match="logit_bias must be a JSON object like"):
         parse_logit_bias("[3]")
+
+
+DEEP = '{"a": ' * 5000 + "1" + "}" * 5000
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (f'["GENERATE", {{"json_schema": {DEEP}, "stream_id": 1, "prompt": [1]}}]', "nested too deep"),
+        (f'["MODEL_INFO", {{"stream_id": 1, "data": {"[" * 100_000 + "]" * 100_000}}}]', "nested too deep"),
+        ('["GENERATE", {"stream_id": 1, "prompt": "\\ud800 [{ \\" "}]', "lone surrogate"),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1], "stop": ["\\udfff"]}]', "lone surrogate"),
+        ('["GENERATE", {"stream_id": 1, "prompt": "\ud800"}]', "lone surrogate"),
+    ],
+)
+def test_what_the_json_parser_gives_up_ends_that_stream_and_no_other(operation: str, message: str) -> None:
+    failure, other, last = parse_batch(
+        f'[{operation} , ["MODEL_INFO", {{"stream_id": 2}}], ["MODEL_INFO", {{"stream_id": 3}}]]'
+    )
+    assert isinstance(failure, Failure)
+    assert failure.stream_id == 1
+    assert message in failure.error
+    assert (other, last) == (ModelInfo(stream_id=2), ModelInfo(stream_id=3))
+
+
+@pytest.mark.parametrize("payload", [f"[7, {DEEP}", f"{DEEP}", '["\\ud800"', '["\\ud800"] 1', '[{"a": "\\ud800"} x]'])
+def test_what_is_no_array_is_refused_however_deep_it_is_nested(payload: str) -> None:
+    with pytest.raises(RequestError, match=r"must be a JSON array|is not JSON"):
+        parse_batch(payload)
+
+
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ('"seed": 9223372036854775808', "seed: expected int <= 9223372036854775807"),
+        ('"seed": -9223372036854775809', "seed: expected int >= -9223372036854775808"),
+        ('"top_k": 9223372036854775808', "top_k: expected int <= 2147483647"),
+        ('"max_tokens": 9223372036854775808', "max_tokens: expected int <= 2147483647"),
+        ('"min_tokens": 92233720368547758080', "min_tokens: expected int <= 2147483647"),
+        ('"logit_bias": {"9223372036854775808": 1}', "logit_bias: expected int <= 2147483647"),
+        ('"prompt": [9223372036854775808]', "prompt[0]: expected int <= 2147483647"),
+        ('"stop": ["' + "x" * 1001 + '"]', "stop[0]: expected str of length <= 1000"),
+        ('"stop": [' + ", ".join(f'"{i}"' for i in range(65)) + "]", "stop: expected array of length <= 64"),
+        ('"cache_salt": "' + "x" * 257 + '"', "cache_salt: expected str of length <= 256"),
+    ],
+)
+def test_a_value_over_a_limit_is_refused_with_its_field_and_the_limit(field: str, limit: str) -> None:
+    prompt = "" if "prompt" in field else '"prompt": [1], '
+    assert only(f'[["GENERATE", {{"stream_id": 1, {prompt}{field}}}]]').error == f"GENERATE {limit}."
+
+
+def test_values_that_did_not_come_as_json_have_the_same_limits() -> None:
+    assert generate(stream_id=0, prompt=[1], top_k=3) == Generate(stream_id=0, prompt=[1], top_k=3)
+    with pytest.raises(RequestError, match=r"^top_k: expected int <= 2147483647.$"):
+        generate(stream_id=0, prompt=[1], top_k=2**63)
+    with pytest.raises(RequestError, match=r"^seed: expected int <= 9223372036854775807.$"):
+        generate(stream_id=0, prompt=[1], seed=2**63)
+
+
+NAME = "a\n\x1b[31m" + "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        [NAME, {"stream_id": 1}],
+        ["GENERATE", {"stream_id": 1, "prompt": [1], NAME: 1}],
+        ["GENERATE", {"stream_id": NAME, "prompt": [1]}],
+        ["GENERATE", {"stream_id": 1, "prompt": [1], "logit_bias": {NAME: 1}}],
+    ],
+)
+def test_an_error_quotes_a_long_name_in_part_and_on_one_line(operation: list[object]) -> None:
+    failure = only(json.dumps([operation]))
+    assert len(failure.error) < 250
+    assert failure.error.isprintable()
+    assert len(encode([failure])) < 400
+
+
+def test_control_characters_of_a_request_do_not_reach_the_log() -> None:
+    error = RequestError("no such thing: a\r\nFAKE LOG LINE\x1b[31m\u2028\ud800 é 日本")
+    assert str(error) == r"no such thing: a\r\nFAKE LOG LINE\x1b[31m\u2028\ud800 é 日本"
+
+
+def test_biases_of_one_batch_are_counted_and_refused_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_BIASES", 5)
+    batch = [["GENERATE", {"stream_id": i, "prompt": [1], "logit_bias": {"1": 1, "2": 2, "3": 3}}] for i in range(2)]
+    first, second = parse_batch(json.dumps(batch))
+    assert isinstance(first, Generate)
+    assert isinstance(second, Failure)
+    assert "logit_bias: the batch has more than 5 entries" in second.error
+
+
+def test_a_batch_has_a_limit_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_BATCH_BYTES", 40)
+    with pytest.raises(RequestError, match="ops_batch_json has 48 characters; 40 is the limit"):
+        parse_batch('[["GENERATE", {"stream_id": 1, "prompt": [1]}]] ')

@@ -1,7 +1,8 @@
 """Tiny random models of many architectures, and an engine's answers gathered in one call."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import Failure, Operation, Reply, StreamId, Token
 from lmtp.runners.runner import open_runner
+from lmtp.settings import Bounds
 
 VOCABULARY = 128
 END = 2
@@ -67,9 +69,15 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def start(model: PreTrainedModel, tokenizer: Any = None, **arguments: Any) -> Engine:
+def start(
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    bounds: Bounds = Bounds(),  # noqa: B008 - immutable
+    clock: Callable[[], float] = time.monotonic,
+    **arguments: Any,
+) -> Engine:
     """An engine for a model. Tests that speak in token ids need no tokenizer; ``arguments`` are open_runner's."""
-    return Engine(lambda: LoadedModel(model, tokenizer, open_runner(model, **arguments)))
+    return Engine(lambda: LoadedModel(model, tokenizer, open_runner(model, **arguments)), bounds, clock)
 
 
 def running(name: str) -> Iterator[tuple[PreTrainedModel, Engine]]:

@@ -8,17 +8,17 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp import text
 from lmtp.engine import sampling
 from lmtp.engine.compiler import Compiler
 from lmtp.engine.grammar import Grammar, MaskFiller
@@ -26,17 +26,35 @@ from lmtp.engine.masks import Allowed
 from lmtp.engine.scheduler import Scheduler
 from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
 from lmtp.prediction import Counters, Prediction
-from lmtp.protocol import CONSTRAINTS, Failure, Generate, Info, ModelInfo, Operation, RequestError, Score, Token
+from lmtp.protocol import (
+    BATCH_LIMIT,
+    CONSTRAINTS,
+    Failure,
+    Generate,
+    Info,
+    ModelInfo,
+    Operation,
+    RequestError,
+    Score,
+    Token,
+    printable,
+)
 from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner
-from lmtp.runners.step import Step
+from lmtp.runners.step import Step, Stream
+from lmtp.settings import Bounds
+from lmtp.text import BYTES_PER_TOKEN, Tokenizers
 
 log = logging.getLogger(__name__)
 
+_BOTH = ("cache_salt", "allow_special_tokens")
 EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS],
-    "SCORE": ["top_logprobs", "text", "prompt and scored as strings"],
+    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS, *_BOTH],
+    "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
 }
+
+IDLE_SECONDS = 1.0
+"""How often to look after predictions whose streams are all paused."""
 
 
 MAX_COMPILING = 2
@@ -71,6 +89,11 @@ class End:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Look whether a paused prediction may go on."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the thread after the step it is in."""
 
@@ -78,25 +101,33 @@ class Stop:
 class Engine:
     """Serves one model: runs predictions, several at a time."""
 
-    def __init__(self, open_model: Callable[[], LoadedModel]) -> None:
+    def __init__(
+        self,
+        open_model: Callable[[], LoadedModel],
+        bounds: Bounds = Bounds(),  # noqa: B008 - immutable
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """``open_model`` loads the model and opens its runner. It is called on the engine's thread, so that its OpenMP
         threads are the only ones that compute: with a second team of them libgomp counts more threads than cores and
         lets all of them sleep at every barrier. Its exceptions are raised here."""
         self.counters = Counters()
         """Totals since the start."""
-        self._commands: queue.SimpleQueue[Begin | End | Stop] = queue.SimpleQueue()
+        self.bounds = bounds
+        self._clock = clock
+        self._commands: queue.SimpleQueue[Begin | End | Resume | Stop] = queue.SimpleQueue()
         self._running: dict[Prediction, list[OperationStream]] = {}
         """The streams of each prediction that still await their terminal reply."""
         self._touched: set[Prediction] = set()
         """Predictions with replies to hand over."""
         self._broken = ""
         """Why the thread has ended though nobody stopped it."""
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
         opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
+        max_bytes = bounds.max_prompt_bytes or self.limits.context * BYTES_PER_TOKEN
+        self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
         self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
     def stop(self) -> None:
@@ -106,32 +137,44 @@ class Engine:
 
     async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
         """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
+        # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
+        tokenized = [await self._tokenize(operation) for operation in operations]
         turns = asyncio.Semaphore(MAX_COMPILING)
-        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in operations))
-        prediction = Prediction(lambda ended: self._commands.put(End(ended)))
+        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in tokenized))
+        prediction = Prediction(
+            lambda ended: self._commands.put(End(ended)), resume=lambda: self._commands.put(Resume())
+        )
         self._commands.put(Begin(prediction, prepared))
         return prediction
 
-    async def tokenize(self, function: Callable[..., list[int]], *arguments: Any) -> list[int]:
-        """Call what uses the tokenizer, on a thread of its own: a long text takes seconds, and no other prediction may
-        wait for it. There is one such thread, since tokenizers are not thread-safe."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
+    async def _tokenize(self, operation: Operation | Failure) -> Operation | Failure:
+        """Put token ids in place of texts."""
+        try:
+            if not isinstance(operation, Generate | Score):
+                return operation
+            if operation.top_logprobs > self.bounds.max_top_logprobs:
+                most = self.bounds.max_top_logprobs
+                return _failure(operation, f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
+            allow = operation.allow_special_tokens
+            if isinstance(operation.prompt, str):
+                ids = await self.tokenizers.encode("prompt", operation.prompt, True, allow)
+                operation = replace(operation, prompt=ids)
+            if isinstance(operation, Score) and isinstance(operation.scored, str):
+                ids = await self.tokenizers.encode("scored", operation.scored, False, allow)
+                operation = replace(operation, scored=ids)
+            return operation
+        except Exception as error:
+            return _refusal(operation, error)
 
     async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
-        """Do what the engine's thread should never wait for."""
+        """Compile the operation's grammar."""
+        if not isinstance(operation, Generate):
+            return operation, None
         try:
-            if isinstance(operation, Generate | Score) and isinstance(operation.prompt, str):
-                ids = await self.tokenize(text.encode, self.tokenizer, operation.prompt)
-                operation = msgspec.structs.replace(operation, prompt=ids)
-            if isinstance(operation, Score) and isinstance(operation.scored, str):
-                ids = await self.tokenize(text.encode, self.tokenizer, operation.scored, False)
-                operation = msgspec.structs.replace(operation, scored=ids)
-            if not isinstance(operation, Generate):
-                return operation, None
             async with turns:
                 return operation, await self.compiler.grammar(operation)
-        except RequestError as error:
-            return _failure(operation, str(error)), None
+        except Exception as error:
+            return _refusal(operation, error), None
 
     def model_info(self) -> dict[str, Any]:
         """What MODEL_INFO answers."""
@@ -178,33 +221,62 @@ class Engine:
     @torch.inference_mode()
     def _loop(self) -> None:
         while self._obey():
-            step = self._admit()
-            if step is None:
-                continue
-            try:
-                self._deliver(step, self._step(step))
-            except Exception as error:
-                log.exception("step failed")
-                self._fail(step.streams, f"the model failed: {error}")
+            self._bound()
+            self._advance()
         self._fail(self._all_streams(), "the server is stopping.")
         self._hand_over()
 
     def _obey(self) -> bool:
-        """Carry out commands; wait for one while no stream runs. False once stopped."""
-        while True:
-            if not self._running or not self._commands.empty():
+        """Carry out commands; wait for one while no stream can run. False once stopped.
+
+        After opening as many streams as one prediction may have, the ones that run have a step.
+        """
+        opened = 0
+        while opened < BATCH_LIMIT:
+            idle = not self._running or self._scheduler.idle
+            if idle or not self._commands.empty():
                 self._hand_over()
+            if not self._running:
+                sampling.stacked_biases.cache_clear()
             try:
-                command = self._commands.get(block=not self._running)
+                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS if self._running else None))
             except queue.Empty:
                 return True
-            if isinstance(command, Stop):
+            if count is None:
                 return False
-            if isinstance(command, Begin):
-                self._begin(command.prediction, command.operations)
-            else:
-                for stream in list(self._running.get(command.prediction, ())):
-                    self._close(stream)
+            if self._running and self._scheduler.idle:
+                return True  # a paused prediction may go on
+            opened += count
+        return True
+
+    def _carry_out(self, command: Begin | End | Resume | Stop) -> int | None:
+        """Carry out one command, and keep nothing of it. Returns how many operations it began; None for Stop."""
+        if isinstance(command, Stop):
+            return None
+        if isinstance(command, Begin):
+            self._begin(command.prediction, command.operations)
+            return len(command.operations)
+        if isinstance(command, End):
+            for stream in list(self._running.get(command.prediction, ())):
+                self._close(stream)
+        return 0
+
+    def _bound(self) -> None:
+        """End predictions that take too long or whose replies nobody takes; pause those with too many replies."""
+        now, bounds = self._clock(), self.bounds
+        for prediction, streams in list(self._running.items()):
+            turns, unread = prediction.turns, prediction.unread
+            if not unread or prediction.taken != turns.taken:
+                turns.read, turns.taken = now, prediction.taken
+            if bounds.max_seconds and now - turns.began > bounds.max_seconds:
+                self._fail(streams, f"took longer than MAX_SECONDS ({bounds.max_seconds:g} s).", keep=True)
+            elif bounds.max_unread_seconds and now - turns.read > bounds.max_unread_seconds:
+                error = f"its output was not taken within MAX_UNREAD_SECONDS ({bounds.max_unread_seconds:g} s)."
+                self._fail(streams, error, keep=True)
+            elif turns.paused:
+                turns.paused = unread > bounds.max_unread_bytes // 2
+            elif unread > bounds.max_unread_bytes:
+                self._scheduler.pause(prediction)
 
     def _admit(self) -> Step[OperationStream] | None:
         """Admit waiting streams and choose the next step."""
@@ -214,12 +286,24 @@ class Engine:
             step = self._scheduler.next_step()
         except Exception as error:
             log.exception("scheduling failed")
-            self._fail(self._all_streams(), f"internal error: {error}")
+            self._fail(self._all_streams(), f"internal error: {_first_line(error)}")
             return None
-        if step is None:
+        if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
-            self._fail(self._scheduler.waiting, "there is no memory for its keys and values; raise KV_CACHE_GB.")
+            reason = self.runner.refusal or "raise KV_CACHE_GB"
+            self._fail(self._scheduler.waiting, f"there is no memory for its keys and values: {reason}.")
         return step
+
+    def _advance(self) -> None:
+        """Admit, step, deliver. No variable of the loop keeps a step's streams."""
+        step = self._admit()
+        if step is None:
+            return
+        try:
+            self._deliver(step, self._step(step))
+        except Exception as error:
+            log.exception("step failed")
+            self._fail(step.streams, f"the model failed: {_first_line(error)}")
 
     def _step(self, step: Step[OperationStream]) -> list[list[sampling.Choice]]:
         """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices."""
@@ -263,14 +347,12 @@ class Engine:
                 self._answer(stream, replies)
 
     def _begin(self, prediction: Prediction, operations: Sequence[Prepared]) -> None:
+        prediction.turns.began = prediction.turns.read = self._clock()
         for operation, grammar in operations:
             try:
                 self._open(prediction, operation, grammar)
-            except RequestError as error:
-                prediction.outbox.append(_failure(operation, str(error)))
             except Exception as error:
-                log.exception("operation failed")
-                prediction.outbox.append(_failure(operation, f"internal error: {error}"))
+                prediction.outbox.append(_refusal(operation, error))
         self._touched.add(prediction)
 
     def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
@@ -283,6 +365,7 @@ class Engine:
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
         stream = open_stream(prediction, operation, self.limits, self.tokenizer, grammar)
+        stream.salt = self._salt(prediction, operation)
         longest = self.runner.longest
         if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.max_length > longest):
             raise RequestError(
@@ -298,6 +381,14 @@ class Engine:
         self._scheduler.add(stream)
         self._answer(stream, begun)
 
+    def _salt(self, prediction: Prediction, operation: Generate | Score) -> object:
+        """Which streams may share prefixes with this operation's: those of an equal salt."""
+        if self.bounds.prefix_reuse == "off":
+            return object()
+        if operation.cache_salt:
+            return operation.cache_salt
+        return Stream.SHARED if self.bounds.prefix_reuse == "shared" else prediction.salt
+
     def _answer(self, stream: OperationStream, replies: list[Token]) -> None:
         if stream.finished:
             self._close(stream)  # should that fail, the failure is the answer
@@ -312,10 +403,11 @@ class Engine:
         if not streams:
             del self._running[stream.prediction]
 
-    def _fail(self, streams: Iterable[OperationStream], error: str) -> None:
+    def _fail(self, streams: Iterable[OperationStream], error: str, keep: bool = False) -> None:
+        """End the streams with an error. ``keep``: what they computed is sound and may be reused."""
         for stream in list(streams):
             if stream in self._running.get(stream.prediction, ()):  # otherwise it already had its terminal reply
-                self._close(stream, keep=False)
+                self._close(stream, keep)
                 stream.prediction.outbox.append(_failure(stream.operation, error))
                 self._touched.add(stream.prediction)
 
@@ -360,6 +452,20 @@ def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | Non
 
 
 def _failure(operation: Operation | Failure, error: str) -> Failure:
-    return Failure(
-        stream_id=operation.stream_id, error=error, kind="MSG" if isinstance(operation, ModelInfo) else "TOKEN"
-    )
+    kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
+    return Failure(stream_id=operation.stream_id, error=printable(error), kind=kind)
+
+
+def _first_line(error: Exception) -> str:
+    """The message without the stack that native code adds to it."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _refusal(operation: Operation | Failure, error: Exception) -> Failure:
+    """The answer to an operation that does not get as far as a stream."""
+    if isinstance(error, RequestError):
+        return _failure(operation, str(error))
+    if isinstance(error, RecursionError):
+        return _failure(operation, "json_schema or grammar: nested too deep.")
+    log.error("operation failed", exc_info=error)
+    return _failure(operation, f"internal error: {_first_line(error)}")

@@ -1,8 +1,8 @@
 """Masks: which tokens a stream may produce, as an additive bias over the vocabulary.
 
-A bias is a float32 tensor ``[vocabulary]`` added to the logits: 0 for an allowed token, a finite number for one made
-more or less likely, negative infinity for an impossible one. Adding it is exact: an impossible token has probability 0
-whatever its logit.
+A bias is added to the logits in float32: 0 for an allowed token, a finite number for one made more or less likely,
+negative infinity for an impossible one. Adding it is exact: an impossible token has probability 0 whatever its logit.
+A stream keeps it as one bit a token and the finite numbers, since there can be thousands of streams.
 
 ``logit_bias`` and ``mask`` give a stream one bias for all its tokens. A grammar (grammar.py) allows other tokens after
 each one; `Allowed` holds what the grammars of one step allow.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,38 @@ from torch import Tensor
 from torch.nn import functional
 
 from lmtp.protocol import FORCE, Generate, RequestError
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """One stream's bias, packed."""
+
+    bits: Tensor
+    """uint8 ``[bytes]`` on the CPU: a bit for each token id, least significant first; 1 is possible."""
+    ids: Tensor
+    """The ids with a number other than 0."""
+    numbers: Tensor
+    """Their numbers."""
+
+    @staticmethod
+    def of(dense: Tensor) -> Bias:
+        """Pack a bias ``[vocabulary]``."""
+        possible = ~torch.isneginf(dense)
+        ids = (possible & (dense != 0)).nonzero()[:, 0]
+        return Bias(torch.from_numpy(np.packbits(possible.numpy(), bitorder="little")), ids, dense[ids])
+
+    def forbids(self, token: int) -> bool:
+        """Whether the token is impossible."""
+        return not int(self.bits[token // 8]) >> token % 8 & 1
+
+
+def stack(biases: Sequence[Bias], vocabulary: int, device: torch.device) -> Tensor:
+    """The biases as float32 ``[rows, vocabulary]``."""
+    stacked = _unpack(torch.stack([bias.bits for bias in biases]), vocabulary, device)
+    rows = [torch.full_like(bias.ids, row) for row, bias in enumerate(biases)]
+    ids, numbers = (torch.cat(parts).to(device) for parts in zip(*((b.ids, b.numbers) for b in biases), strict=True))
+    stacked[torch.cat(rows).to(device), ids] = numbers
+    return stacked
 
 
 def bias_of(operation: Generate, vocabulary: int) -> Tensor | None:
@@ -85,11 +118,16 @@ class Allowed:
 
     def apply(self, logits: Tensor) -> Tensor:
         """The float32 logits ``[all rows, vocabulary]``, with negative infinity where a token is not allowed."""
-        bits = self.bits.to(logits.device, non_blocking=True)
-        bias = functional.embedding(bits.int(), _byte_biases(logits.device)).flatten(1)[:, : logits.shape[-1]]
+        bias = _unpack(self.bits, logits.shape[-1], logits.device)
         if len(self.rows) == len(logits):
             return logits + bias
         return logits.index_add(0, torch.tensor(self.rows, device=logits.device), bias)
+
+
+def _unpack(bits: Tensor, vocabulary: int, device: torch.device) -> Tensor:
+    """Bitsets ``[rows, bytes]`` as biases ``[rows, vocabulary]``."""
+    bits = bits.to(device, non_blocking=True)
+    return functional.embedding(bits.int(), _byte_biases(device)).flatten(1)[:, :vocabulary]
 
 
 def _byte_biases(device: torch.device) -> Tensor:

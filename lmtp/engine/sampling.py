@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmtp.engine.masks import Allowed
+from lmtp.engine.masks import Allowed, Bias, stack
 from lmtp.protocol import Generate, finite
 
 GREEDY_BELOW = 1e-5
@@ -31,6 +31,9 @@ LOG2_E = math.log2(math.e)
 
 BLOCK = 256
 """Vocabulary ids that are searched together; see `_blocks`."""
+
+MAX_CACHED = 2**24
+"""Numbers of biases that are kept unpacked from step to step: 64 MB."""
 
 LEAST_WEIGHT = 2.0**-100
 """The least weight assumed for a drawn token, so that no weight divided by it is infinite."""
@@ -64,8 +67,8 @@ class Draw(Protocol):
         """The settings."""
 
     @property
-    def bias(self) -> Tensor | None:
-        """What is added to its logits, float32 ``[vocabulary]``; see masks.py."""
+    def bias(self) -> Bias | None:
+        """What is added to its logits; see masks.py."""
 
     @property
     def forbidden_now(self) -> Sequence[int]:
@@ -184,7 +187,9 @@ def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
     """The logits with the biases of the rows that have one."""
     biases = {i: row.bias for i, row in draws.items() if row.bias is not None}
     if biases:
-        stacked = _stacked(tuple(biases.values()), logits.device)
+        rows = tuple(biases.values())
+        make = stacked_biases if len(rows) * logits.shape[-1] <= MAX_CACHED else stack
+        stacked = make(rows, logits.shape[-1], logits.device)
         if len(biases) == len(logits):
             logits = logits + stacked
         else:
@@ -195,10 +200,8 @@ def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
     return logits
 
 
-@functools.lru_cache(maxsize=2)
-def _stacked(biases: tuple[Tensor, ...], device: torch.device) -> Tensor:
-    """The biases as ``[rows, vocabulary]``. The rows of one step are mostly those of the previous one."""
-    return torch.stack(biases).to(device)
+stacked_biases = functools.lru_cache(maxsize=2)(stack)
+"""The rows of one step are mostly those of the previous one. The engine clears it when nothing runs."""
 
 
 def needs_own_logits(operation: Generate) -> bool:

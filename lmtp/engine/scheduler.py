@@ -4,10 +4,12 @@ A step takes neighbouring active streams and the next ``counts[i]`` tokens of ea
 only in these numbers.
 """
 
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import cast
 
 from lmtp.engine.stream import OperationStream
+from lmtp.prediction import Prediction
 from lmtp.runners.runner import Runner
 from lmtp.runners.step import Step
 
@@ -23,31 +25,63 @@ DRAFTED_STEP = 16
 a single token, since most of its time goes into reading the model's weights."""
 
 
+MAX_PASSED = 16
+"""Streams of one prediction that are passed over, since they wait for a prefix, before its others wait as well. Each is
+compared with all slots."""
+
+TURN = 512
+"""Steps after which a prediction's only stream gives way to a prediction that has none running. Preempting it sooner
+would cost more than it gains: what it computed may have to be computed again."""
+
+
 class Scheduler:
-    """First come, first served. Prompts are computed in chunks, in turns with the streams that decode."""
+    """Predictions take turns: the one with the fewest running streams is admitted first, and one with none makes
+    another that has several give one up. Prompts are computed in chunks, in turns with the streams that decode."""
 
     def __init__(self, runner: Runner) -> None:
-        self.waiting: list[OperationStream] = []
+        self._queues: dict[Prediction, deque[OperationStream]] = {}
+        """The waiting streams of each prediction that has any."""
         self._runner = runner
         self._prefilled_last = False
+        self._steps = 0
+
+    @property
+    def waiting(self) -> list[OperationStream]:
+        """The streams that wait for memory, except those of paused predictions."""
+        return [s for prediction, queue in self._queues.items() if not prediction.turns.paused for s in queue]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no stream can run before something is asked for or taken."""
+        return not self._runner.active and all(prediction.turns.paused for prediction in self._queues)
 
     def add(self, stream: OperationStream) -> None:
-        """Put a stream at the end of the queue."""
-        self.waiting.append(stream)
+        """Put a stream at the end of its prediction's queue."""
+        self._queues.setdefault(stream.prediction, deque()).append(stream)
 
     def remove(self, stream: OperationStream, keep: bool = True) -> None:
         """Take a stream out, waiting or running. What it computed stays reusable unless ``keep`` is false."""
-        if stream in self.waiting:
-            self.waiting.remove(stream)
-        elif stream.slot >= 0:
+        if stream.slot >= 0:
             self._runner.release(stream, keep)
+        elif stream in (queue := self._queues.get(stream.prediction, deque())):
+            queue.remove(stream)
+            if not queue:
+                del self._queues[stream.prediction]
+
+    def pause(self, prediction: Prediction) -> None:
+        """Let the prediction's streams wait until ``paused`` is false again."""
+        prediction.turns.paused = True
+        for stream in reversed(self._active()):
+            if stream.prediction is prediction:
+                self._preempt(stream)
 
     def next_step(self) -> Step[OperationStream] | None:
         """Admit streams while there is room, and choose the next step; None if no stream runs."""
         self._admit()
-        active = cast(Sequence[OperationStream], self._runner.active)  # only `_admit` admits streams
+        active = self._active()
         if not active:
             return None
+        self._steps += 1
         limits = self._runner.step_limits
         prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
@@ -56,10 +90,18 @@ class Scheduler:
         self._prefilled_last = not (decoding and self._prefilled_last and limits.busy_chunk)
         if not self._prefilled_last:
             return self._step(active, _width([s for s, prefill in zip(active, prefilling, strict=True) if not prefill]))
-        first = prefilling.index(True)
+        first = min(
+            (i for i, prefill in enumerate(prefilling) if prefill), key=lambda i: active[i].prediction.turns.prefilled
+        )
         last = prefilling.index(False, first) if False in prefilling[first:] else len(active)
         budget = limits.busy_chunk if decoding and limits.busy_chunk else limits.chunk
-        return self._prefill(active[first:last], budget)
+        step = self._prefill(active[first:last], budget)
+        for stream in step.streams:
+            stream.prediction.turns.prefilled = self._steps
+        return step
+
+    def _active(self) -> Sequence[OperationStream]:
+        return cast(Sequence[OperationStream], self._runner.active)  # only `_admit` admits streams
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""
@@ -100,17 +142,57 @@ class Scheduler:
         return Step(list(streams[: len(counts)]), counts)
 
     def _admit(self) -> None:
-        """Admit waiting streams in order. One that can soon reuse a long prefix lets others pass."""
-        waiting, self.waiting = self.waiting, []
-        blocked = False
-        for stream in waiting:
-            if not blocked:
-                now, soon = self._runner.shared_prefix(stream)
-                if soon - now < WORTH_WAITING:
-                    blocked = not self._runner.admit(stream)
-                    if not blocked:
-                        continue
-            self.waiting.append(stream)
+        """Admit waiting streams while there is room. One that can soon reuse a long prefix lets others pass."""
+        if not self._queues:
+            return
+        running = Counter(stream.prediction for stream in self._active())
+        passed: dict[Prediction, int] = {}
+        """How many streams of each prediction, from the first, are passed over."""
+        while prediction := self._next_prediction(running, passed):
+            queue, place = self._queues[prediction], passed.get(prediction, 0)
+            stream = queue[place]
+            now, soon = self._runner.shared_prefix(stream)
+            if soon - now >= WORTH_WAITING:
+                passed[prediction] = place + 1
+                continue
+            while not self._runner.admit(stream):
+                victim = None if running[prediction] else self._who_gives_way(running)
+                if victim is None:
+                    return
+                running[victim.prediction] -= 1
+                self._preempt(victim)
+            del queue[place]
+            if not queue:
+                del self._queues[prediction]
+            if stream.admitted >= 0:
+                stream.reused = 0  # what it finds of its own was counted when it was computed
+            stream.admitted = prediction.turns.admitted = self._steps
+            running[prediction] += 1
+
+    def _next_prediction(self, running: Counter[Prediction], passed: dict[Prediction, int]) -> Prediction | None:
+        """The prediction with the fewest running streams; of several, the one that has waited longest."""
+        waiting = [
+            prediction
+            for prediction, queue in self._queues.items()
+            if not prediction.turns.paused and passed.get(prediction, 0) < min(len(queue), MAX_PASSED)
+        ]
+        return min(waiting, key=lambda p: (running[p], p.turns.admitted), default=None)
+
+    def _who_gives_way(self, running: Counter[Prediction]) -> OperationStream | None:
+        """The stream that has computed least of the prediction with the most; if all have one, the one that has had its
+        turn."""
+        active = self._active()
+        most = max(running.values(), default=0)
+        if most > 1:
+            return min((s for s in active if running[s.prediction] == most), key=lambda stream: stream.computed)
+        oldest = min(active, key=lambda stream: stream.admitted, default=None)
+        return oldest if oldest and self._steps - oldest.admitted >= TURN else None
+
+    def _preempt(self, stream: OperationStream) -> None:
+        """Take back the stream's memory. It goes on from what is left of it as soon as it is admitted again: tokens,
+        random numbers and grammar are the stream's own."""
+        self._runner.release(stream)
+        self._queues.setdefault(stream.prediction, deque()).appendleft(stream)
 
 
 def _width(streams: Sequence[OperationStream]) -> int:

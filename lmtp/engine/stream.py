@@ -8,14 +8,14 @@ import random
 from collections.abc import Sequence
 
 from msgspec import UNSET
-from torch import Tensor
+from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp import text
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.grammar import Grammar
-from lmtp.engine.masks import bias_of
+from lmtp.engine.masks import Bias, bias_of
 from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
@@ -36,6 +36,8 @@ class OperationStream(Stream):
         self.prompt_length = prompt_length
         self.prediction = prediction
         self.finished = False
+        self.admitted = -1
+        """The step before which it was last given memory; -1: not yet."""
 
     @property
     def decoding(self) -> bool:
@@ -76,7 +78,7 @@ class Generation(OperationStream):
         operation: Generate,
         prompt: list[int],
         limits: Limits,
-        bias: Tensor | None,
+        bias: Bias | None,
         decoder: text.TextDecoder | None,
         grammar: Grammar | None = None,
     ) -> None:
@@ -171,7 +173,7 @@ class Generation(OperationStream):
         return replies
 
     def _is_forbidden(self, token: int) -> bool:
-        return token in self.forbidden_now or (self.bias is not None and bool(self.bias[token].isneginf()))
+        return token in self.forbidden_now or (self.bias is not None and self.bias.forbids(token))
 
     def _take(self, choice: Choice) -> Token:
         self.tokens.append(choice.token)
@@ -227,7 +229,7 @@ class Scoring(OperationStream):
     @property
     @override
     def first_wanted(self) -> int:
-        return max(self.prompt_length - 1, 0)
+        return max(self._answered - 1, 0)  # past the prompt once some are answered, should it be preempted
 
     @override
     def rows(self, count: int) -> Sequence[Row]:
@@ -297,7 +299,9 @@ def open_stream(
         without_end[list(limits.end_of_sequence)] = -float("inf")
         if bool(without_end.isneginf().all()):
             raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
-    return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
+    packed = None if bias is None else Bias.of(bias)
+    operation = replace(operation, logit_bias=None, mask=None)  # as Python objects they take many times the memory
+    return Generation(prediction, operation, prompt, limits, packed, decoder, grammar)
 
 
 def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:

@@ -32,6 +32,7 @@ class ModelCache:
 
     arguments: dict[str, Any] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
+    salt: object = Stream.SHARED
 
 
 class CacheRunner:
@@ -42,6 +43,7 @@ class CacheRunner:
 
     def __init__(self, model: PreTrainedModel, context: int, reason: str) -> None:
         self.reason = reason
+        self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
         self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
@@ -74,7 +76,7 @@ class CacheRunner:
     def release(self, stream: Stream, keep: bool = True) -> None:
         """See Runner.release."""
         cache = self._caches[stream.slot]
-        cache.tokens = stream.tokens[: stream.computed]
+        cache.tokens, cache.salt = stream.tokens[: stream.computed], stream.salt
         if keep and cache.tokens:
             self._idle = [*self._idle[-IDLE_CACHES + 1 :], cache]
         del self.active[stream.slot], self._caches[stream.slot]
@@ -90,7 +92,8 @@ class CacheRunner:
         usable = [
             cache
             for cache in self._idle
-            if len(cache.tokens) <= stream.first_wanted
+            if cache.salt == stream.salt
+            and len(cache.tokens) <= stream.first_wanted
             and common_prefix(cache.tokens, stream.tokens) == len(cache.tokens)
         ]
         return max(usable, key=lambda cache: len(cache.tokens), default=None)

@@ -32,6 +32,9 @@ class Runner(Protocol):
     """Why a faster runner or step was rejected; empty if none was."""
     step_limits: StepLimits
 
+    refusal: str
+    """Why the system gave no memory when a stream was last not admitted; empty while it did."""
+
     @property
     def active(self) -> Sequence[Stream]:
         """The admitted streams, in slot order."""

@@ -12,13 +12,17 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 
 from lmtp.runners.step import Stream
+from lmtp.settings import SettingsError
 
 FIRST_SLOTS = 4
 FIRST_CAPACITY = 256
+MIN_TOKENS = 16
+"""Tokens that the memory has to hold at least."""
 SPARE_TAIL = 32
 """A prefix is taken over in place if the old stream loses fewer tokens than this: recomputing so few is cheaper than
 copying the prefix."""
@@ -57,6 +61,14 @@ class Memory:
     def bytes_per_token(self) -> int:
         """Bytes that one token of one slot takes in all layers."""
         return sum(count * heads * dim for (heads, dim, _), count in self._groups.items()) * self._dtype.itemsize
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory of all the devices it lies on."""
+        return sum(
+            torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+            for device in {device for _, _, device in self._groups}
+        )
 
     def resize(self, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
         """Make room for ``slots`` slots of ``capacity`` tokens. Each of the first slots keeps what fits of its first
@@ -119,7 +131,14 @@ class Slot:
 
     stream: Stream | None = None
     tokens: list[int] = field(default_factory=list)
+    salt: object = Stream.SHARED
     last_used: int = 0
+
+    def shared(self, stream: Stream) -> int:
+        """How many of the stream's first tokens are also this slot's, whether computed by now or not; 0 if their salts
+        differ."""
+        salt, tokens = (self.stream.salt, self.stream.tokens) if self.stream else (self.salt, self.tokens)
+        return min(common_prefix(tokens, stream.tokens), stream.first_wanted) if salt == stream.salt else 0
 
     @property
     def held(self) -> tuple[list[int], int]:
@@ -133,9 +152,18 @@ class Slots:
     """Who owns which slot. Slot i lies at row i of the memory."""
 
     def __init__(self, memory: Memory, budget: int, max_slots: int, context: int) -> None:
-        """``budget`` is in bytes; ``context`` the most tokens a stream can have."""
+        """``budget`` is in bytes; ``context`` the most tokens a stream can have. Raises SettingsError for a budget that
+        holds no prompt, or more than there is."""
         self._memory = memory
-        self._budget_tokens = max(budget // memory.bytes_per_token, 1)
+        self._budget_tokens = budget // memory.bytes_per_token
+        self.refusal = ""
+        """Why the system gave no memory when a stream was last not admitted; empty while it does."""
+        needed, total = min(MIN_TOKENS, context) * memory.bytes_per_token, memory.total
+        if not needed <= budget <= total:
+            raise SettingsError(
+                f"KV_CACHE_GB is {budget / 2**30:.3g}; this model needs at least {needed / 2**30:.3g}, "
+                f"and there are {total / 2**30:.3g} GB of memory."
+            )
         self._max_slots = max_slots
         self._context = context
         self._clock = itertools.count()
@@ -152,9 +180,8 @@ class Slots:
         """How many of the stream's first tokens some slot holds now, and how many once the running streams are done."""
         now = soon = 0
         for slot in self._slots:
-            tokens, computed = slot.held
-            shared = min(common_prefix(tokens, stream.tokens), stream.first_wanted)
-            now = max(now, min(shared, computed))
+            shared = slot.shared(stream)
+            now = max(now, min(shared, slot.held[1]))
             if slot.stream is not None:
                 soon = max(soon, min(shared, slot.stream.goal))
         return now, max(now, soon)
@@ -164,8 +191,10 @@ class Slots:
         try:
             if not self._make_room(stream.max_length):
                 return False
-        except torch.OutOfMemoryError:  # other programs use the GPU as well
+        except torch.OutOfMemoryError as error:  # other programs use the GPU as well
+            self.refusal = str(error).splitlines()[0]
             return False
+        self.refusal = ""
         source, length = self._longest_prefix(stream)
         target = self._choose_target(source, length)
         place = len(self.active)
@@ -191,6 +220,7 @@ class Slots:
         if not keep:
             self._memory.clear(stream.slot)
         slot.stream, slot.tokens = None, stream.tokens[: stream.computed] if keep else []
+        slot.salt = stream.salt
         slot.last_used = next(self._clock)
         last = self.active.pop()
         if last is not stream:
@@ -239,8 +269,7 @@ class Slots:
     def _longest_prefix(self, stream: Stream) -> tuple[Slot, int]:
         best, length = self._slots[-1], 0
         for slot in self._slots:
-            tokens, computed = slot.held
-            shared = min(common_prefix(tokens, stream.tokens), computed, stream.first_wanted)
+            shared = min(slot.shared(stream), slot.held[1])
             if shared > length:
                 best, length = slot, shared
         return best, length

@@ -6,13 +6,16 @@ them. Prefill, decode, forced runs, drafts and scoring differ only in these numb
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 
 class Stream:
     """What a runner knows of a stream."""
+
+    SHARED: ClassVar[object] = None
+    """The salt of streams that share prefixes with every other stream of this salt."""
 
     def __init__(self, tokens: list[int], max_length: int) -> None:
         self.tokens = tokens
@@ -24,6 +27,8 @@ class Stream:
         """How many of those were computed for another stream."""
         self.draft: list[int] = []
         """Guessed next tokens, computed along with the known ones."""
+        self.salt = Stream.SHARED
+        """Streams share prefixes only if their salts are equal."""
         self.slot = -1
         """Its place in the runner's memory; -1 while it has none."""
 

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lmtp.engine.masks import Bias
 from lmtp.engine.sampling import Target, sample
 from lmtp.protocol import Generate
 
@@ -28,7 +29,7 @@ VOCABULARY = 3000
 @dataclass
 class Row:
     operation: Generate
-    bias: Tensor | None = None
+    bias: Bias | None = None
     forbidden_now: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=lambda: [1, 2, 3])
     prompt_length: int = 3
@@ -103,7 +104,7 @@ def test_an_impossible_token_is_never_drawn_whatever_its_logit() -> None:
     logits[0, 10] = 1e4
     bias = torch.zeros(VOCABULARY)
     bias[10] = -torch.inf
-    row = Row(settings(temperature=5.0, top_logprobs=3), bias=bias, forbidden_now=[11])
+    row = Row(settings(temperature=5.0, top_logprobs=3), bias=Bias.of(bias), forbidden_now=[11])
     choices = [choice for _ in range(40) for choice in sample(logits.expand(50, -1).clone(), [row] * 50)]
     assert not {10, 11} & {choice.token for choice in choices}
     assert not any({10, 11} & set(choice.top) for choice in choices)

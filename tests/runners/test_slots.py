@@ -7,6 +7,7 @@ import torch
 
 from lmtp.runners.slots import Layer, Memory, Slots, common_prefix
 from lmtp.runners.step import Stream
+from lmtp.settings import SettingsError
 
 CONTEXT = 1024
 CPU = torch.device("cpu")
@@ -164,3 +165,20 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
         for some in running:
             check(memory, some)
     assert admitted > 100
+
+
+@pytest.mark.parametrize("budget", [1, PER_TOKEN * 15, 10**15])
+def test_a_budget_that_holds_nothing_or_more_than_there_is_is_refused_with_both_limits(budget: int) -> None:
+    with pytest.raises(SettingsError, match=r"^KV_CACHE_GB is .*; this model needs at least .*, and there are .* GB"):
+        Slots(Memory(LAYERS, torch.float32), budget, 64, CONTEXT)
+
+
+def test_memory_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, slots = make()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    assert not slots.admit(stream([1, 2, 3]))
+    assert slots.refusal == "no memory for keys and values: [Errno 12] Cannot allocate memory"

@@ -97,7 +97,7 @@ class Mix:
             self._batch: 24,
             self._sampled: 10,
             self._constrained: 10,
-            self._best_of_choices: 4,
+            self._compared_choices: 4,
             self._endless: 6,
             self._refused: 10,
         }
@@ -278,10 +278,10 @@ class Mix:
 
         return Call("constrained", inputs, check)
 
-    def _best_of_choices(self, chance: random.Random) -> Call:
+    def _compared_choices(self, chance: random.Random) -> Call:
         row = chance.choice([row for row in self._free if row.options])
         options = chance.sample(list(row.options), chance.randint(1, len(row.options)))
-        inputs = {"choices": json.dumps(options), "best_of_choices": True, "output": "json"}
+        inputs = {"choices": json.dumps(options), "output": "json"}
 
         def check(answer: Answer) -> int:
             succeeded(answer)
@@ -295,7 +295,7 @@ class Mix:
             expect(document["choices"][0]["text"] == best, f"{document['choices'][0]['text']!r}, not {best!r}")
             return len(document["choices"][0]["tokens"])
 
-        return Call("best_of_choices", self._prompt(row, **inputs), check)
+        return Call("compared choices", self._prompt(row, **inputs), check)
 
     # What is cancelled or left, and what is refused.
 
@@ -421,7 +421,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "regex": "a(b"}, "regex"),
     ({"prompt": "x", "json_schema": "{"}, "json_schema"),
     ({"prompt": "x", "grammar": "start: missing"}, "grammar"),
-    ({"prompt": "x", "best_of_choices": True}, "best_of_choices"),
+    ({"prompt": "x", "normalize": "median"}, "normalize"),
     ({"prompt": "word " * CONTEXT}, "prompt"),
     ({"ops_batch_json": "["}, "ops_batch_json"),
     ({"ops_batch_json": "{}"}, "ops_batch_json"),

@@ -67,7 +67,7 @@ class Predictor(BasePredictor):
 
     def healthcheck(self) -> bool:
         """Raise if this server has to be replaced; the error is part of the answer to a health check."""
-        if problem := self.engine._broken or self.places.problem:
+        if problem := self.engine.problem or self.places.problem:
             raise RuntimeError(problem)
         return True
 

@@ -141,7 +141,7 @@ class TestHealth:
     def test_a_predictor_whose_engine_has_stopped_says_so(self, predictor: Predictor) -> None:
         predictor.engine._commands.put(None)  # type: ignore[arg-type]  # an error outside a step
         deadline = time.monotonic() + 10
-        while not predictor.engine._broken and time.monotonic() < deadline:
+        while not predictor.engine.problem and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(RuntimeError, match="the engine has stopped and"):
             predictor.healthcheck()

@@ -119,8 +119,8 @@ class Engine:
         """The streams of each prediction that still await their terminal reply."""
         self._touched: set[Prediction] = set()
         """Predictions with replies to hand over."""
-        self._broken = ""
-        """Why the thread has ended though nobody stopped it."""
+        self.problem = ""
+        """Why the thread has ended by itself; empty while it runs."""
         opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
@@ -210,10 +210,10 @@ class Engine:
             # The loop handles the errors of a step. Here not even the memory can be tidied up: after a GPU fault every
             # call fails. So all open and future streams fail.
             log.exception("the engine has stopped")
-            self._broken = f"the engine has stopped and must be restarted: {type(error).__name__}: {error}"
+            self.problem = f"the engine has stopped and must be restarted: {type(error).__name__}: {error}"
             running, self._running = self._running, {}
             for prediction, streams in running.items():
-                prediction.outbox += [_failure(stream.operation, self._broken) for stream in streams]
+                prediction.outbox += [_failure(stream.operation, self.problem) for stream in streams]
             self._touched |= running.keys()
             while self._obey():
                 pass
@@ -356,8 +356,8 @@ class Engine:
         self._touched.add(prediction)
 
     def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
-        if self._broken:
-            raise RequestError(self._broken)
+        if self.problem:
+            raise RequestError(self.problem)
         if isinstance(operation, Failure):
             prediction.outbox.append(operation)
             return

@@ -135,7 +135,7 @@ class Predictor(BasePredictor):
         top_logprobs: int = Input(
             default=1,
             ge=0,
-            description="With output lmtp or json: how many of the most likely tokens to report. At most 100.",
+            description="With output lmtp or json: how many of the most likely tokens to report, by default up to 100.",
         ),
         prompt_logprobs: bool = Input(
             default=False, description="With output lmtp or json: also report log-probabilities of the prompt's tokens."

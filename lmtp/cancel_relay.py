@@ -12,6 +12,7 @@ repeats it until the worker says that the slot is idle.
 import json
 import os
 import select
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -32,17 +33,28 @@ MAX_WAIT_SECONDS = 1.0
 STALE_SECONDS = 0.02
 """How long a cancel and the idle message of its prediction may be under way and cross."""
 
+MAX_REPEAT_SECONDS = 5.0
+"""How long a cancel is repeated. A prediction takes it once it has started. A cancel that comes too late for its
+prediction could otherwise wait for the next one in its slot."""
+
 TICK_SECONDS = 0.01
 """How often to look whether something is due."""
 
 
 def install() -> None:
     """Put a relay into the control channel of this worker. Call it in setup, while the worker does not read."""
-    if coglet.server.active:
+    if coglet.server.active and all(map(_is_pipe, (WORKER_INPUT, WORKER_OUTPUT))):
         from_server, to_worker = _insert(WORKER_INPUT, 0)
         to_server, from_worker = _insert(WORKER_OUTPUT, 1)
         relay = Relay(from_server, to_worker, from_worker, to_server)
         threading.Thread(target=relay.run, name="cancel-relay", daemon=True).start()
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
 
 
 def _insert(descriptor: int, end: int) -> tuple[int, int]:
@@ -59,6 +71,7 @@ class Cancel:
 
     frame: bytes
     due: float
+    until: float
     wait: float = HOLD_SECONDS
 
 
@@ -81,7 +94,15 @@ class Relay:
 
     def run(self) -> None:
         """Relay until the server closes its end."""
-        # The server first: a cancel that crosses the idle message of its prediction is then dropped.
+        try:
+            self._relay()
+        except BrokenPipeError:  # the server has ended
+            pass
+        finally:
+            os.close(self._to_worker)
+
+    def _relay(self) -> None:
+        # The server first: a cancel that crosses the idle message of its prediction ends with that message.
         sources = {self._from_server: (bytearray(), self._down), self._from_worker: (bytearray(), self._up)}
         while True:
             pending = self._cancels or self._ended or self._unsent or self._idle_since
@@ -96,15 +117,15 @@ class Relay:
                         del sources[source]
             self._tick(time.monotonic())
             if self._from_server not in sources:
-                os.close(self._to_worker)
                 return
 
     def _down(self, frame: bytes) -> None:
         kind, slot = _describe(frame)
-        if kind == "cancel" and slot not in self._idle_since:
-            self._cancels.setdefault(slot, Cancel(frame, time.monotonic() + HOLD_SECONDS))
-        else:
+        if kind != "cancel" or slot in self._idle_since:
             self._unsent += frame
+        else:
+            now = time.monotonic()
+            self._cancels.setdefault(slot, Cancel(frame, now + HOLD_SECONDS, now + MAX_REPEAT_SECONDS))
 
     def _up(self, frame: bytes) -> None:
         kind, slot = _describe(frame)
@@ -122,6 +143,7 @@ class Relay:
             self._ended = [(now + STALE_SECONDS, frame) for _, frame in self._ended]
         while self._ended and self._ended[0][0] <= now:
             _write(self._to_server, self._ended.pop(0)[1])
+        self._cancels = {slot: cancel for slot, cancel in self._cancels.items() if now < cancel.until}
         for cancel in self._cancels.values():
             if cancel.due <= now:
                 self._unsent += cancel.frame

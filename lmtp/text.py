@@ -10,6 +10,7 @@ import functools
 import itertools
 import queue
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,8 @@ class Tokenizers:
         self, prompt: str, system_prompt: str = "", template: str = "", allow_special_tokens: bool = False
     ) -> list[int]:
         """`render_prompt` for a prompt of any size. Raises RequestError."""
-        self.check("prompt", prompt, system_prompt, template)
+        prompts, system_prompts = template.count("{prompt}"), template.count("{system_prompt}")
+        self.check("prompt", template, *[prompt] * max(prompts, 1), *[system_prompt] * max(system_prompts, 1))
         return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens)
 
     async def encode(
@@ -126,10 +128,17 @@ def render_prompt(
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
 ) -> list[int]:
-    """Tokenize text. At the start of a sequence the tokenizer adds special tokens, unless the text has them already.
-    Special tokens in the text itself are text unless allowed."""
+    """Tokenize text, either as the start of a sequence or as what goes on with one.
+
+    At the start the tokenizer adds special tokens, unless the text has them already. Special tokens in the text itself
+    are text unless allowed.
+    """
     cut = _unused(text)
-    return _encode(tokenizer, text if allow_special_tokens else _cut(tokenizer, text, cut), cut, begins_sequence)
+    if not allow_special_tokens:
+        text = _cut(tokenizer, text, cut)
+    if begins_sequence:
+        return _encode(tokenizer, text, cut)
+    return list(itertools.chain.from_iterable(_continue(tokenizer, part) for part in text.split(cut)))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str, begins_sequence: bool = True) -> list[int]:
@@ -157,8 +166,9 @@ def _continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _unused(*texts: str) -> str:
-    """A mark that none of the texts holds."""
-    return next(mark for i in itertools.count() if not any((mark := f"\ue000{i}\ue000") in text for text in texts))
+    """A mark that none of the texts holds. It is random, so that no caller can know it."""
+    mark = f"\ue000{secrets.token_hex(8)}\ue000"
+    return mark if not any(mark in text for text in texts) else _unused(*texts)
 
 
 class _Spellings(NamedTuple):

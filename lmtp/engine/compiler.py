@@ -147,8 +147,8 @@ class Compiler:
         if source.field == "json_schema":
             return vetter.check(source.text, texts, CHECK_SECONDS)
         try:
-            compiled = self._compile(source).result()
-        except RequestError:
+            compiled = self._compile(source).result(CHECK_SECONDS)
+        except Exception:  # whatever happens to the check, the texts are finished
             return [None] * len(texts)
         return [_follows(compiled, tokenizer, text) for text in texts]
 

@@ -291,7 +291,8 @@ class Engine:
         if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
             reason = self.runner.refusal or "raise KV_CACHE_GB"
-            self._fail(self._scheduler.waiting, f"there is no memory for its keys and values: {reason}.")
+            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting
+            self._fail(refused, f"there is no memory for its keys and values: {reason}.")
         return step
 
     def _advance(self) -> None:

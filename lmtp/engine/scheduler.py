@@ -42,8 +42,12 @@ class Scheduler:
         self._queues: dict[Prediction, deque[OperationStream]] = {}
         """The waiting streams of each prediction that has any."""
         self._runner = runner
+        self.refused: OperationStream | None = None
+        """The stream that got no memory when streams were last admitted."""
         self._prefilled_last = False
         self._steps = 0
+        self._rotated = 0
+        """The step at which the last turn ended."""
 
     @property
     def waiting(self) -> list[OperationStream]:
@@ -143,6 +147,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Admit waiting streams while there is room. One that can soon reuse a long prefix lets others pass."""
+        self.refused = None
         if not self._queues:
             return
         running = Counter(stream.prediction for stream in self._active())
@@ -155,9 +160,12 @@ class Scheduler:
             if soon - now >= WORTH_WAITING:
                 passed[prediction] = place + 1
                 continue
+            begun = False
             while not self._runner.admit(stream):
-                victim = None if running[prediction] else self._who_gives_way(running)
+                victim = None if running[prediction] else self._who_gives_way(running, begun)
+                begun = True
                 if victim is None:
+                    self.refused = stream
                     return
                 running[victim.prediction] -= 1
                 self._preempt(victim)
@@ -178,15 +186,20 @@ class Scheduler:
         ]
         return min(waiting, key=lambda p: (running[p], p.turns.admitted), default=None)
 
-    def _who_gives_way(self, running: Counter[Prediction]) -> OperationStream | None:
-        """The stream that has computed least of the prediction with the most; if all have one, the one that has had its
-        turn."""
+    def _who_gives_way(self, running: Counter[Prediction], begun: bool) -> OperationStream | None:
+        """The stream that has computed least of the prediction with the most. If all have one, the one that has had its
+        turn: in TURN steps, each stream gives way once. ``begun``: another one has given way for the same stream."""
         active = self._active()
         most = max(running.values(), default=0)
         if most > 1:
             return min((s for s in active if running[s.prediction] == most), key=lambda stream: stream.computed)
         oldest = min(active, key=lambda stream: stream.admitted, default=None)
-        return oldest if oldest and self._steps - oldest.admitted >= TURN else None
+        if oldest is None or self._steps - oldest.admitted < TURN:
+            return None
+        if self._steps - self._rotated < TURN // len(active) and not begun:
+            return None
+        self._rotated = self._steps
+        return oldest
 
     def _preempt(self, stream: OperationStream) -> None:
         """Take back the stream's memory. It goes on from what is left of it as soon as it is admitted again: tokens,

@@ -307,7 +307,7 @@ def open_stream(
 def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:
     if isinstance(prompt, str):
         raise TypeError(f"{field} has to be tokenized before a stream is opened")
-    if prompt and max(prompt) >= limits.vocabulary:
+    if len(prompt) <= limits.context and max(prompt, default=0) >= limits.vocabulary:  # a longer one is refused below
         index = next(i for i, token in enumerate(prompt) if token >= limits.vocabulary)
         raise RequestError(
             f"{field}[{index}]: token id {prompt[index]} is outside the vocabulary of {limits.vocabulary}."

@@ -6,7 +6,7 @@ within milliseconds would leave a prediction that nobody can end. Just after, th
 thread that starts the prediction. Between two calls into Python it is lost; inside one it fails the prediction.
 
 So a relay stands in the control channel. It holds a cancel back until the prediction has most likely started, and
-repeats it until the worker says that the slot is idle.
+repeats it for a second, or until the worker says that the slot is idle.
 """
 
 import json
@@ -27,15 +27,16 @@ WORKER_INPUT, WORKER_OUTPUT = 99, 100
 HOLD_SECONDS = 0.05
 """How long a cancel is held back."""
 
-MAX_WAIT_SECONDS = 1.0
-"""The longest time between two repetitions; it doubles from HOLD_SECONDS."""
-
 STALE_SECONDS = 0.02
-"""How long a cancel and the idle message of its prediction may be under way and cross."""
+"""How long the worker may take to read the last cancel of a prediction that has ended."""
 
-MAX_REPEAT_SECONDS = 5.0
-"""How long a cancel is repeated. A prediction takes it once it has started. A cancel that comes too late for its
-prediction could otherwise wait for the next one in its slot."""
+CROSSING_SECONDS = 0.1
+"""How long after the idle message of a slot a cancel may still be meant for the prediction that ended. It is passed on
+once and not repeated: a repetition could cancel the slot's next prediction, which may be another caller's."""
+
+MAX_REPEAT_SECONDS = 1.0
+"""How long a cancel is repeated, at intervals that double from HOLD_SECONDS. A prediction takes it once it has started.
+A cancel that comes too late for its prediction could otherwise wait for the next one in its slot."""
 
 TICK_SECONDS = 0.01
 """How often to look whether something is due."""
@@ -138,7 +139,7 @@ class Relay:
         _write(self._to_server, frame)
 
     def _tick(self, now: float) -> None:
-        self._idle_since = {slot: since for slot, since in self._idle_since.items() if now - since < STALE_SECONDS}
+        self._idle_since = {slot: since for slot, since in self._idle_since.items() if now - since < CROSSING_SECONDS}
         if self._unsent:
             self._ended = [(now + STALE_SECONDS, frame) for _, frame in self._ended]
         while self._ended and self._ended[0][0] <= now:
@@ -147,7 +148,7 @@ class Relay:
         for cancel in self._cancels.values():
             if cancel.due <= now:
                 self._unsent += cancel.frame
-                cancel.wait = min(cancel.wait * 2, MAX_WAIT_SECONDS)
+                cancel.wait *= 2
                 cancel.due = now + cancel.wait
         while self._unsent and select.select([], [self._to_worker], [], 0)[1]:
             del self._unsent[: os.write(self._to_worker, self._unsent[: select.PIPE_BUF])]

@@ -141,9 +141,18 @@ def test_a_cancel_that_crosses_an_idle_message_is_not_repeated(channel: Channel)
 def test_the_next_prediction_of_a_slot_can_be_cancelled(channel: Channel) -> None:
     channel.worker.send(type="idle", slot="a")
     channel.server.wait_for(1)
-    time.sleep(2 * cancel_relay.STALE_SECONDS)
+    time.sleep(2 * cancel_relay.CROSSING_SECONDS)
     channel.server.send(type="cancel", slot="a")
     channel.worker.wait_for(2)
+
+
+def test_a_cancel_that_the_worker_does_not_take_is_forgotten(channel: Channel) -> None:
+    """It came too late for its prediction, and must not wait for the slot's next one."""
+    channel.server.send(type="cancel", slot="a")
+    time.sleep(cancel_relay.MAX_REPEAT_SECONDS + HOLD_SECONDS)
+    count = len(channel.worker.arrived)
+    time.sleep(2 * cancel_relay.MAX_REPEAT_SECONDS)
+    assert len(channel.worker.arrived) == count
 
 
 def test_other_slots_do_not_wait_for_a_cancelled_one(channel: Channel) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmtp import places
+from lmtp.engine.engine import Begin
 from lmtp.places import MAX_SUSPICIONS, Places
 from lmtp.protocol import Generate, RequestError
 from predict import MAX_CHUNK, Predictor, _pieces
@@ -139,7 +140,7 @@ class TestHealth:
         predictor.engine.stop()
 
     def test_a_predictor_whose_engine_has_stopped_says_so(self, predictor: Predictor) -> None:
-        predictor.engine._commands.put(None)  # type: ignore[arg-type]  # an error outside a step
+        predictor.engine._commands.put(Begin(None, None))  # type: ignore[arg-type]  # an error outside a step
         deadline = time.monotonic() + 10
         while not predictor.engine.problem and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -66,7 +66,7 @@ def fetch(source: str, commit: str, sizes: dict[str, int], directory: Path) -> N
         unfinished.unlink()  # huggingface_hub neither reuses nor removes what a killed process left.
     present = sum(size for name, size in sizes.items() if (directory / name).exists())
     require_space(directory, sum(sizes.values()) - present)
-    pool = ThreadPoolExecutor(max_workers=8)
+    pool = ThreadPoolExecutor(8, "fetch")
     try:
         with _errors_explained(source, commit):
             transfers = [

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def download(
 
     yield run
     close_session()
+
+
+@pytest.fixture(autouse=True)
+def transfers_end() -> Iterator[None]:
+    """Wait for transfers that a failed download has left behind: huggingface_hub closes the connections of all threads
+    when one of them fails."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("fetch"):
+            thread.join(60)

@@ -6,7 +6,7 @@ within milliseconds would leave a prediction that nobody can end. Just after, th
 thread that starts the prediction. Between two calls into Python it is lost; inside one it fails the prediction.
 
 So a relay stands in the control channel. It holds a cancel back until the prediction has most likely started, and
-repeats it for a second, or until the worker says that the slot is idle.
+repeats it for three seconds, or until the worker says that the slot is idle.
 """
 
 import json
@@ -24,8 +24,8 @@ import coglet
 WORKER_INPUT, WORKER_OUTPUT = 99, 100
 """The worker's ends of the control channel: `fd_redirect.rs` of coglet."""
 
-HOLD_SECONDS = 0.05
-"""How long a cancel is held back."""
+HOLD_SECONDS = 0.02
+"""How long a cancel is held back. An abandoned prediction slows the next one down for as long."""
 
 STALE_SECONDS = 0.02
 """How long the worker may take to read the last cancel of a prediction that has ended."""
@@ -34,7 +34,7 @@ CROSSING_SECONDS = 0.1
 """How long after the idle message of a slot a cancel may still be meant for the prediction that ended. It is passed on
 once and not repeated: a repetition could cancel the slot's next prediction, which may be another caller's."""
 
-MAX_REPEAT_SECONDS = 1.0
+MAX_REPEAT_SECONDS = 3.0
 """How long a cancel is repeated, at intervals that double from HOLD_SECONDS. A prediction takes it once it has started.
 A cancel that comes too late for its prediction could otherwise wait for the next one in its slot."""
 

@@ -47,7 +47,9 @@ def parse(pairs: list[str]) -> dict[str, Any]:
         try:
             arguments["dtype" if name == "torch_dtype" else name] = json.loads(value)
         except ValueError:
-            raise WeightsError(f"--model-arg {name}: {value} is no JSON; a text is written '{name}=\"text\"'.") from None
+            raise WeightsError(
+                f"--model-arg {name}: {value} is no JSON; a text is written '{name}=\"text\"'."
+            ) from None
     return arguments
 
 
@@ -84,10 +86,16 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
 
 def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str) -> None:
     for name in changes:
-        if not (hasattr(config, name) or hasattr(text, name)) or name.startswith("_") or callable(getattr(text, name, 0)):
+        if (
+            not (hasattr(config, name) or hasattr(text, name))
+            or name.startswith("_")
+            or callable(getattr(text, name, 0))
+        ):
             known = sorted({*KEYWORDS, *ROPE, *text.to_dict(), *config.to_dict()})
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYWORDS)} and its config.json's."
+            hint = (
+                f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYWORDS)} and its config.json's."
+            )
             raise WeightsError(f"{source} takes no argument {name!a:.60}: {hint}")
 
 

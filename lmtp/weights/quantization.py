@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 REQUIREMENTS = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes==0.50.2",
+    "torchao": "torchao==0.18.0",
+    "compressed-tensors": "compressed-tensors==0.20.0",
     "gptq": "gptqmodel>=1.4.3, optimum>=1.24.0",
     "awq": "gptqmodel>=1.4.3",
     "auto-round": "auto-round>=0.5.0",
@@ -34,7 +35,7 @@ REQUIREMENTS = {
     "quark": "amd-quark",
     "sinq": "sinq",
 }
-"""The packages that a format needs. One without a version has its version in requirements/<format>.txt."""
+"""The packages that a format needs. Those with an exact version are tested; they are in requirements/<format>.txt, too."""
 
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 """Checkpoints that are loaded as 16 bits a weight: their kernels come from the hub when they first run."""
@@ -63,16 +64,12 @@ def check(quantization: Mapping[str, Any] | None, load_in: str | None, source: s
     if load_in:
         stored = LOAD_IN[load_in]
     if stored in REQUIREMENTS and (missing := _missing(REQUIREMENTS[stored])):
-        by_hand = ">" in REQUIREMENTS[stored] or stored not in PINNED
-        what = " ".join(f"'{name}'" for name in missing) if by_hand else f"-r requirements/{stored}.txt"
+        tested = "==" in REQUIREMENTS[stored]
+        what = f"-r requirements/{stored}.txt" if tested else " ".join(f"'{name}'" for name in missing)
         raise WeightsError(
             f"{source} needs {' and '.join(missing)} ({stored}), which {'is' if len(missing) == 1 else 'are'} not"
             f" installed: run `python -m pip install {what}`, and add the same to requirements.txt for the image."
         )
-
-
-PINNED = ("bitsandbytes", "torchao", "compressed-tensors")
-"""Formats with a file in requirements/."""
 
 
 def format_of(quantization: Mapping[str, Any]) -> str:
@@ -103,9 +100,10 @@ def check_device(load_in: str | None, device: torch.device) -> None:
 def _missing(requirements: str) -> list[str]:
     missing = []
     for requirement in requirements.split(", "):
-        name, _, least = requirement.partition(">=")
+        name, least = re.split("[=>]=|$", requirement, maxsplit=1)
         try:
-            if least and _release(metadata.version(name)) < _release(least):
+            installed = metadata.version(name)
+            if ">=" in requirement and _release(installed) < _release(least):
                 missing.append(requirement)
         except metadata.PackageNotFoundError:
             missing.append(requirement)

@@ -112,8 +112,10 @@ def download(
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 1)
     close_session()
 
-    def run(source: object, to: Path, revision: str | None = None, trust_remote_code: bool = False) -> str:
-        install.download(str(source), revision, to, trust_remote_code)
+    def run(
+        source: object, to: Path, revision: str | None = None, trust_remote_code: bool = False, **model_args: object
+    ) -> str:
+        install.download(str(source), revision, to, trust_remote_code, model_args)
         return capsys.readouterr().out
 
     yield run

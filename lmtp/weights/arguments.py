@@ -56,7 +56,8 @@ def parse(pairs: list[str]) -> dict[str, Any]:
 def configuration(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> PreTrainedConfig:
     """The directory's configuration with the arguments that change it.
 
-    ``with_code`` is the command that fetches the model with its own code. Raises WeightsError if there is none that Transformers knows, or if an argument's name or value is unknown.
+    ``with_code`` is the command that fetches the model with its own code. Raises WeightsError if there is none that
+    Transformers knows, or if an argument's name or value is unknown.
     """
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""How a model will be loaded, decided from its config.json: made before the weights are fetched, and again to load them.
+"""How a model will be loaded, decided from its config.json: before the weights are fetched, and again to load them.
 
 Whatever cannot be loaded is refused here, with the reason.
 """

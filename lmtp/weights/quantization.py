@@ -35,7 +35,7 @@ REQUIREMENTS = {
     "quark": "amd-quark",
     "sinq": "sinq",
 }
-"""The packages that a format needs. Those with an exact version are tested; they are in requirements/<format>.txt, too."""
+"""The packages that a format needs. Those with an exact version are tested, and are in requirements/<format>.txt."""
 
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 """Checkpoints that are loaded as 16 bits a weight: their kernels come from the hub when they first run."""
@@ -117,7 +117,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _dequantized(method: str) -> Any:
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     return Mxfp4Config(dequantize=True) if method == "mxfp4" else FineGrainedFP8Config(dequantize=True)
 

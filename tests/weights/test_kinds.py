@@ -118,7 +118,7 @@ def test_a_masked_language_model_in_place_is_refused_too(weights: Path) -> None:
 
 
 def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:
-    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
     full = randomize(transformers.T5ForConditionalGeneration(config))
     loaded = load(saved(full, tmp_path / "weights", tiny), "float32", "cpu")
     ids = torch.tensor([[5, 6, 7]])

@@ -84,8 +84,9 @@ def test_a_checkpoint_quantized_by_compressed_tensors_answers_as_transformers_ow
     config = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"], format="pack-quantized")
     apply_quantization_config(model, config)
     for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data = module.weight.abs().amax(dim=1, keepdim=True) / 127
+        if isinstance(module, torch.nn.Linear) and hasattr(module, "weight_scale"):
+            weight: torch.Tensor = module.weight
+            module.weight_scale.data = weight.abs().amax(dim=1, keepdim=True) / 127
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     directory = tmp_path / "weights"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmtp.weights import adapters
 from lmtp.weights.files import INDEX, MAX_INDEX_BYTES, needed_files, read_index_in
 from lmtp.weights.manifest import WeightsError
 from lmtp.weights.staging import require_space, verify
@@ -35,19 +36,46 @@ def commit_of(source: str, revision: str) -> str:
     return str(commit)
 
 
-def collect(
-    source: str, commit: str, trust_remote_code: bool, check: Callable[[Path], object], directory: Path
-) -> dict[str, str | None]:
-    """Fetch the model's files into the directory. Returns their names with the hub's checksums.
+def collect_adapter(source: str, commit: str, directory: Path) -> dict[str, str | None]:
+    """Fetch an adapter's files into the directory. Returns their names with the hub's checksums."""
+    listed = _listing(source, commit)
+    if missing := [name for name in adapters.FILES if name not in listed]:
+        raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
+    claims = {name: _size_and_checksum(source, listed[name]) for name in adapters.FILES}
+    if claims[adapters.CONFIG][0] > adapters.MAX_CONFIG_BYTES:
+        raise WeightsError(f"{source} has a malformed {adapters.CONFIG}: it is too large.")
+    directory.mkdir(exist_ok=True)
+    for name, (size, checksum) in claims.items():  # the configuration first
+        fetch(source, commit, {name: size}, directory)
+        verify(directory, {name: checksum})
+        adapters.read_config(directory / adapters.CONFIG, source)
+    return {name: checksum for name, (_, checksum) in claims.items()}
 
-    `check` is called once the directory holds config.json, before anything large is fetched; it raises WeightsError for
-    a model that could not be loaded.
-    """
+
+def _listing(source: str, commit: str) -> dict[str, "RepoSibling"]:
+    """The repository's files by name."""
     from huggingface_hub import HfApi
 
     with _errors_explained(source, commit):
         info = HfApi().model_info(source, revision=commit, files_metadata=True, timeout=30)
-        listed = {str(file.rfilename): file for file in info.siblings or []}
+        return {str(file.rfilename): file for file in info.siblings or []}
+
+
+def collect(
+    source: str, commit: str, trust_remote_code: bool, adapted: bool, check: Callable[[Path], object], directory: Path
+) -> dict[str, str | None]:
+    """Fetch the model's files into the directory. Returns their names with the hub's checksums.
+
+    Raises AdapterFound if the repository holds an adapter, unless one is chosen (`adapted`). `check` is called once the directory holds config.json, before anything large is fetched; it raises WeightsError for
+    a model that could not be loaded.
+    """
+    listed = _listing(source, commit)
+    if adapters.CONFIG in listed and not adapted:
+        size, checksum = _size_and_checksum(source, listed[adapters.CONFIG])
+        if "config.json" not in listed and size <= adapters.MAX_CONFIG_BYTES:
+            fetch(source, commit, {adapters.CONFIG: size}, directory)
+            verify(directory, {adapters.CONFIG: checksum})
+        adapters.raise_found("config.json" in listed, directory / adapters.CONFIG, source)
 
     def read_index() -> bytes:
         size, _ = _size_and_checksum(source, listed[INDEX])

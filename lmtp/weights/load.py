@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp.weights import quantization
+from lmtp.weights import adapters, quantization
 from lmtp.weights.arguments import DTYPES
 from lmtp.weights.kinds import Kind, auto_class
 from lmtp.weights.manifest import Manifest, WeightsError, fetch_command, read_manifest, verify_sizes
@@ -93,6 +93,9 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
             f"{type(model).__name__}, {missing[0]} among them: choose a model made for text generation."
         )
     model.eval().requires_grad_(False)
+    if manifest.adapter is not None:
+        quantized = bool(plan.load_in or getattr(model, "is_quantized", False))
+        model = adapters.apply(model, directory / adapters.FOLDER, quantized, manifest.adapter.source)
     if plan.kind is Kind.MULTIMODAL:
         from lmtp.weights.text_only import keep_text_only
 

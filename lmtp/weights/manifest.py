@@ -34,19 +34,27 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an adapter came from: a repository and its commit, or an absolute directory and None."""
+
+    source: str
+    revision: str | None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where a model's files came from and their expected sizes and hashes.
 
     `source` is a Hugging Face repository, an absolute directory, or `demo`. `revision` is the repository's commit, the
     demo package's version, or None for a directory. `files` maps names relative to the weights directory. `model_args`
     say how Transformers loads the model: `trust_remote_code`, `load_in` (one of quantization.LOAD_IN), and keywords of
-    `from_pretrained`.
+    `from_pretrained`. `adapter` is merged into the weights when they are loaded.
     """
 
     source: str
     revision: str | None
     files: dict[str, File]
     model_args: dict[str, Any]
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -108,6 +116,9 @@ def fetch_command(directory: Path, manifest: Manifest, *options: str) -> str:
     """The command that fetches the manifest's files again, with further options."""
     if manifest.revision is not None and manifest.source != "demo":
         options = ("--revision", manifest.revision, *options)
+    if manifest.adapter is not None and manifest.adapter.source != manifest.source:
+        at = f"@{manifest.adapter.revision}" if manifest.adapter.revision else ""
+        options = (*options, "--adapter", manifest.adapter.source + at)
     return download_command(directory, manifest.source, *options, *_options(manifest.model_args))
 
 

@@ -24,6 +24,7 @@ from lmtp.weights.manifest import (
     MANIFEST,
     SEAL,
     STAGING,
+    Adapter,
     File,
     Manifest,
     WeightsError,
@@ -42,9 +43,11 @@ class Origin:
     source: str
     revision: str | None
     trust_remote_code: bool
+    adapter: Adapter | None = None
 
     def __str__(self) -> str:
-        return f"{self.source} at {self.revision}" if self.revision else self.source
+        adapter = f" with {self.adapter.source}" if self.adapter else ""
+        return (f"{self.source} at {self.revision}" if self.revision else self.source) + adapter
 
 
 @contextmanager
@@ -118,8 +121,9 @@ def is_installed(origin: Origin, target: Path) -> bool:
         verify_sizes(target, manifest)
     except WeightsError:
         return False
-    installed = Origin(manifest.source, manifest.revision, manifest.trust_remote_code)
-    return installed == origin and origin.revision is not None
+    installed = Origin(manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter)
+    fixed = origin.revision is not None and (origin.adapter is None or origin.adapter.revision is not None)
+    return installed == origin and fixed
 
 
 def staging_for(origin: Origin, target: Path) -> Path:
@@ -176,7 +180,7 @@ def seal(
     directory: Path, expected: Mapping[str, str | None], origin: Origin, model_args: Mapping[str, Any]
 ) -> Manifest:
     """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one."""
-    return Manifest(origin.source, origin.revision, verify(directory, expected), dict(model_args))
+    return Manifest(origin.source, origin.revision, verify(directory, expected), dict(model_args), origin.adapter)
 
 
 def verify(directory: Path, expected: Mapping[str, str | None]) -> dict[str, File]:

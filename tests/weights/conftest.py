@@ -113,9 +113,15 @@ def download(
     close_session()
 
     def run(
-        source: object, to: Path, revision: str | None = None, trust_remote_code: bool = False, **model_args: object
+        source: object,
+        to: Path,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        adapter: object = None,
+        **model_args: object,
     ) -> str:
-        install.download(str(source), revision, to, trust_remote_code, model_args)
+        chosen = str(adapter) if adapter else None
+        install.download(str(source), revision, to, trust_remote_code, model_args, chosen)
         return capsys.readouterr().out
 
     yield run

@@ -106,5 +106,5 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
             f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {wrong[0][:200]} among them;"
             " choose the model that it was trained for."
         )
-    merged = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
+    merged: Any = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
     return merged.eval().requires_grad_(False)

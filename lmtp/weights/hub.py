@@ -66,8 +66,9 @@ def collect(
 ) -> dict[str, str | None]:
     """Fetch the model's files into the directory. Returns their names with the hub's checksums.
 
-    Raises AdapterFound if the repository holds an adapter, unless one is chosen (`adapted`). `check` is called once the directory holds config.json, before anything large is fetched; it raises WeightsError for
-    a model that could not be loaded.
+    Raises AdapterFound if the repository holds an adapter, unless one is chosen (`adapted`). `check` is called once the
+    directory holds config.json, before anything large is fetched; it raises WeightsError for a model that could not be
+    loaded.
     """
     listed = _listing(source, commit)
     if adapters.CONFIG in listed and not adapted:

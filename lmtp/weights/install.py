@@ -78,6 +78,11 @@ def download(
                 # Only a directory of the user's own may name another one.
                 base = Path(found.base).expanduser()
                 beside = local and base.is_dir()
+                if not beside and (found.base == "demo" or not re.fullmatch(REPOSITORY, found.base)):
+                    raise WeightsError(
+                        f"{source} is an adapter of {ascii(found.base)[:99]}, which is no repository: name the model,"
+                        f" and give --adapter {source}."
+                    ) from None
                 print(f"{source} is an adapter of {ascii(found.base)[1:-1]}.", flush=True)
                 _download(str(base.resolve()) if beside else found.base, found.revision, target, loading, own, beside)
 

@@ -56,6 +56,11 @@ class Stream:
         """At how many of the next ``count`` positions logits are wanted: the last ones."""
         return max(self.computed + count - max(self.first_wanted, self.computed), 0)
 
+    def places(self, count: int) -> Sequence[int]:
+        """The position of each row of logits that is wanted once the next ``count`` tokens are computed."""
+        end = self.computed + count
+        return range(end - self.wanted(count), end)
+
 
 S_co = TypeVar("S_co", bound=Stream, covariant=True)
 

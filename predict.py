@@ -16,7 +16,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import cancel_relay, cancellation, protocol, settings
 from lmtp.places import Places
-from lmtp.protocol import Failure, Operation, RequestError
+from lmtp.protocol import Encode, Failure, Generate, Operation, RequestError
 
 if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
     from lmtp.completions import Completions
@@ -172,7 +172,9 @@ class Predictor(BasePredictor):
         if ops_batch_json is not None:
             operations = protocol.parse_batch(ops_batch_json)
         else:
+            head = self.engine.limits.head
             generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
+                Encode if head else Generate,
                 stream_id=0,
                 prompt=await self.engine.tokenizers.render(
                     prompt or "", system_prompt, prompt_template, allow_special_tokens
@@ -192,7 +194,9 @@ class Predictor(BasePredictor):
                 text=True,
                 cache_salt=cache_salt,
             )
-            completions = Completions(generate, self.engine.tokenizer, output, int(n), prompt_logprobs, normalize)
+            labels = head.labels if head else ()
+            tokenizer = self.engine.tokenizer
+            completions = Completions(generate, tokenizer, output, int(n), prompt_logprobs, normalize, labels)
             operations = completions.operations
         prediction = await self.engine.predict(operations)
         cancellation.when_cancelled(prediction.cancel)

@@ -139,7 +139,7 @@ class Scheduler:
             if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left
                 wanted = logits_left
-            if count == 0:
+            if count <= 0:
                 break
             logits_left -= wanted
             counts.append(count)

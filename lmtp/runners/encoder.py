@@ -247,7 +247,7 @@ def _known_ids(model: PreTrainedModel, name: str) -> list[int]:
 
 
 def _compare(own: Tensor, got: Tensor, dtype: torch.dtype) -> None:
-    """Raise UnsupportedModel where logits ``[rows, classes]`` differ by more than rounding, relative to their spread."""
+    """Raise UnsupportedModel where logits ``[rows, classes]`` differ by more than rounding does."""
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1).mean()
     wrong = int((~((own - got).norm(dim=-1) < AGREEMENT[dtype] * spread)).sum())
     if wrong > len(own) * FORGIVEN[dtype]:

@@ -69,7 +69,8 @@ def limits_of(model: PreTrainedModel) -> Limits:
 def _head_of(model: PreTrainedModel) -> Head | None:
     """The head of a masked LM or a sequence classifier. Labels are independent where Transformers' text-classification
     pipeline takes the sigmoid of each."""
-    name, config = type(model).__name__, model.config
+    config: Any = model.config
+    name = type(model).__name__
     if name.endswith("ForMaskedLM"):
         return Head()
     if not name.endswith("ForSequenceClassification"):

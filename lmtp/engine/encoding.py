@@ -5,6 +5,7 @@ A masked LM fills the masks of a prompt, or scores given tokens in their places.
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -220,6 +221,12 @@ def _drawing(operation: Encode, tokens: list[int], vocabulary: int) -> Drawing:
     # As Python objects, logit_bias and mask take many times the memory.
     operation = replace(operation, logit_bias=None, mask=None)
     return Drawing(operation, None if bias is None else Bias.of(bias), tokens)
+
+
+def describe(head: Head, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What MODEL_INFO says of an encoder."""
+    chosen = {"labels": list(head.labels)} if head.labels else {"mask_token": tokenizer.mask_token_id}
+    return {"kind": head.kind, **chosen}
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, head: Head) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
 from lmtp.engine.compiler import Compiler
-from lmtp.engine.encoding import open_encoding, prepare_tokenizer, refuse
+from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
 from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed
 from lmtp.engine.scheduler import Scheduler
@@ -182,12 +182,11 @@ class Engine:
 
     def model_info(self) -> dict[str, Any]:
         """What MODEL_INFO answers."""
-        config, head = self._model.config, self.limits.head
-        about_head = {"kind": head.kind, "labels": head.labels} if head else {}
+        config = self._model.config
         return {
             "model": getattr(config, "name_or_path", "") or config.model_type,
             "model_type": config.model_type,
-            **about_head,
+            **(describe(self.limits.head, self.tokenizer) if self.limits.head else {}),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "device": str(self._model.device),
             "vocabulary": self.limits.vocabulary,

@@ -122,7 +122,7 @@ def test_texts_that_a_model_refuses_side_by_side_run_alone() -> None:
 
 
 def test_a_model_that_answers_differently_each_time_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="does not answer a text the same way twice .*; choose another model"):
+    with pytest.raises(UnsupportedModel, match=r"does not answer a text the same way twice .*; choose another model"):
         open_runner(build("reformer"))
 
 

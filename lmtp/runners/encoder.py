@@ -6,15 +6,17 @@ are padded, share a pass only with others of their length, or run alone.
 """
 
 import bisect
+import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
@@ -29,6 +31,9 @@ MAX_TOKENS = {"cpu": 2**11, "cuda": 2**14}
 
 MAX_LOGITS = 2**26
 """Logits of one step with more than one text: 256 MB in float32."""
+
+UNTOUCHED = 1e-5
+"""How far logits may be from those beside other padding, relative to their spread: the same kernels compute them."""
 
 CHECKED_PLACES = 16
 """About how many positions of each text the self-check compares."""
@@ -86,6 +91,8 @@ class Forward:
         accepted = inspect.signature(model.forward).parameters
         self._masks = "attention_mask" in accepted
         self._fixed = {"use_cache": False} if "use_cache" in accepted else {}
+        self._mask = torch.empty(0)
+        """That of the latest pass."""
         self._attention_type = getattr(model.base_model, "attention_type", None)
 
     def own(self, text: Text) -> Tensor:
@@ -113,10 +120,29 @@ class Forward:
             logits = logits.flatten(0, 1)[index.to(logits.device)][None]
         return list(logits[0].split([len(text.places) for text in texts]))
 
+    @contextlib.contextmanager
+    def other_padding(self) -> Iterator[None]:
+        """Let the padding have other embeddings. Its ids stay, since some models find a text's end by them."""
+
+        def change(_: nn.Module, args: Any, embedded: Any) -> Any:
+            if not isinstance(embedded, Tensor):  # I-BERT's come with the scale of their integers
+                return embedded
+            mask = self._mask.to(embedded.device)
+            if embedded.shape[:-1] != mask.shape:  # Longformer pads on
+                mask = functional.pad(mask, (0, embedded.shape[1] - mask.shape[1]))
+            return torch.where(mask[..., None] > 0, embedded, 1.0 - 3.0 * embedded)
+
+        handle = self._model.get_input_embeddings().register_forward_hook(change)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     @torch.inference_mode()
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         if self._attention_type:  # a short text makes BigBird compute later ones by full attention, too
             self._model.base_model.set_attention_type(self._attention_type)
+        self._mask = mask
         masks = {"attention_mask": mask.to(self._device)} if self._masks else {}
         logits: Tensor = self._model(input_ids=ids.to(self._device), **masks, **self._fixed).logits
         return logits
@@ -193,7 +219,7 @@ class EncoderRunner:
 
 def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
     """The runner with the fastest way that passes the self-check: uneven texts, and two of equal length, against each
-    alone through the model.
+    alone through the model. In half precision rounding could hide what padding changes; so it is changed, too.
 
     Raises UnsupportedModel if not even one text at a time does: then equal texts have different answers.
     """
@@ -206,8 +232,13 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
     reason = ""
     for way, batches in WAYS.items():
         try:
-            got = {text: logits for batch in batches(texts) for text, logits in zip(batch, forward(batch), strict=True)}
-            _compare(own.float(), torch.cat([got[text] for text in texts]).float(), model.dtype)
+            got = _answers(forward, batches, texts)
+            wrong = _differing(own, got, AGREEMENT[model.dtype])
+            if wrong > len(own) * FORGIVEN[model.dtype]:
+                raise UnsupportedModel(f"{wrong} of {len(own)} answers differ from the model's own forward pass")
+            with forward.other_padding():
+                if wrong := _differing(got, _answers(forward, batches, texts), UNTOUCHED):
+                    raise UnsupportedModel(f"what stands in the padding changes {wrong} of {len(own)} answers")
         except Exception as error:  # whatever the model's code raises, try the next way
             reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
             reason = f"not {way}: {reason}"
@@ -246,9 +277,13 @@ def _known_ids(model: PreTrainedModel, name: str) -> list[int]:
     return [token for token in ids if 0 <= token < _vocabulary(model)]
 
 
-def _compare(own: Tensor, got: Tensor, dtype: torch.dtype) -> None:
-    """Raise UnsupportedModel where logits ``[rows, classes]`` differ by more than rounding does."""
+def _answers(forward: Forward, batches: Batches, texts: Sequence[Text]) -> Tensor:
+    got = {text: logits for batch in batches(texts) for text, logits in zip(batch, forward(batch), strict=True)}
+    return torch.cat([got[text] for text in texts])
+
+
+def _differing(own: Tensor, got: Tensor, most: float) -> int:
+    """How many of the logits ``[rows, classes]`` differ by more than this part of their spread."""
+    own, got = own.float(), got.float()
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1).mean()
-    wrong = int((~((own - got).norm(dim=-1) < AGREEMENT[dtype] * spread)).sum())
-    if wrong > len(own) * FORGIVEN[dtype]:
-        raise UnsupportedModel(f"{wrong} of {len(own)} answers differ from the model's own forward pass")
+    return int((~((own - got).norm(dim=-1) <= most * spread)).sum())

@@ -207,3 +207,18 @@ def test_a_text_may_be_as_long_as_the_models_positions_reach(name: str) -> None:
     if name != "modernbert":  # its positions are computed, not looked up
         with pytest.raises((IndexError, RuntimeError)):
             Forward(model, limits).own(Text(tuple(longer), (0,)))
+
+
+def test_padding_that_hardly_changes_a_half_precision_model_is_found_out() -> None:
+    """A leak far smaller than bfloat16's rounding is allowed to be."""
+    model = build("bert").to(torch.bfloat16)
+    assert open_runner(model).description == PADDED
+
+    def leak(_: Any, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state + 0.02 * output.last_hidden_state.mean(1, keepdim=True)
+        return output
+
+    model.base_model.register_forward_hook(leak)
+    runner = open_runner(model)
+    assert runner.description == EQUAL
+    assert "what stands in the padding changes" in runner.reason

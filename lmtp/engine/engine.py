@@ -280,7 +280,7 @@ class Engine:
 
     def _admit(self) -> Step[OperationStream] | None:
         """Admit waiting streams and choose the next step."""
-        if self._scheduler.waiting:  # memory may grow for them, which takes time
+        if self._scheduler.waits:  # memory may grow for them, which takes time
             self._hand_over()
         try:
             step = self._scheduler.next_step()
@@ -291,7 +291,7 @@ class Engine:
         if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
             reason = self.runner.refusal or "raise KV_CACHE_GB"
-            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting
+            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting()
             self._fail(refused, f"there is no memory for its keys and values: {reason}.")
         return step
 

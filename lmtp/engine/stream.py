@@ -38,6 +38,10 @@ class OperationStream(Stream):
         self.finished = False
         self.admitted = -1
         """The step before which it was last given memory; -1: not yet."""
+        self.refused = -1
+        """The step before which it was first refused memory since then; -1: it was not."""
+        self.decoded = -1
+        """The step that last decoded it, while there are too many streams for one step."""
 
     @property
     def decoding(self) -> bool:

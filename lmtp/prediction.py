@@ -57,6 +57,11 @@ class Turns:
     paused: bool = False
     """Whether its streams wait because its replies do."""
 
+    @property
+    def last(self) -> int:
+        """The later of the two steps."""
+        return max(self.prefilled, self.decoded)
+
 
 class Prediction:
     """Operations that run together.

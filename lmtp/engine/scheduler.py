@@ -48,8 +48,6 @@ class Scheduler:
         self._steps = 0
         self._rotated = 0
         """The step at which the last turn ended."""
-        self._decoded = -1
-        """The last step that decoded some of the decoding streams."""
 
     @property
     def waits(self) -> bool:
@@ -133,20 +131,19 @@ class Scheduler:
         self, active: Sequence[OperationStream], prefilling: Sequence[bool], work: int
     ) -> tuple[int, int, int]:
         """Where the streams begin and end that decode in this step, and how much the longest of them has computed. A
-        prediction that was in the last such step joins no other one's."""
+        prediction that had one of the last two steps does not join another one's."""
         first = min(
             (i for i, prefill in enumerate(prefilling) if not prefill),
-            key=lambda i: (active[i].prediction.turns.decoded, active[i].decoded),
+            key=lambda i: (active[i].prediction.turns.last, active[i].decoded),
         )
         own, longest, end = active[first].prediction, 0, first
         while end < len(active):
             stream = active[end]
             columns = max(longest, stream.computed)
-            joins = stream.prediction is own or stream.prediction.turns.decoded != self._decoded
+            joins = stream.prediction is own or stream.prediction.turns.last < self._steps - 2
             if end > first and not (joins and (end + 1 - first) * StepLimits.cost(columns) <= work):
                 break
             longest, end = columns, end + 1
-        self._decoded = self._steps
         for stream in active[first:end]:
             stream.decoded = stream.prediction.turns.decoded = self._steps
         return first, end, longest

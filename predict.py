@@ -174,7 +174,9 @@ class Predictor(BasePredictor):
         async with engine.preparing(started):
             if ops_batch_json is not None:
                 parse = partial(protocol.parse_batch, ops_batch_json, engine.limits.context)
-                operations = parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
+                operations = (
+                    parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
+                )
             else:
                 generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
                     stream_id=0,

@@ -92,7 +92,9 @@ class Completions:
             if not ids:
                 raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")
             if prompt + len(ids) > context:
-                raise RequestError(f"prompt and {field} are {prompt + len(ids)} tokens; the model's context is {context}.")
+                raise RequestError(
+                    f"prompt and {field} are {prompt + len(ids)} tokens; the model's context is {context}."
+                )
             self.operations[place] = replace(operation, scored=ids)
 
     @property

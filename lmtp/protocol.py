@@ -40,6 +40,9 @@ MAX_BIASES = 2**21
 """Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take
 100 times the memory of a ``mask``."""
 
+MAX_JSON = {"json_schema": 2**22, "data": 2**20}
+"""Bytes of a field that holds any JSON."""
+
 MAX_SPLIT = 2**24
 """Characters of a batch whose operations are told apart although it is not JSON."""
 
@@ -293,26 +296,23 @@ class _Long(Struct):
     prompt: msgspec.Raw = msgspec.Raw()
     scored: msgspec.Raw = msgspec.Raw()
     logit_bias: msgspec.Raw = msgspec.Raw()
+    json_schema: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
 
 
 def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_biases: int) -> Operation | Failure:
     size = len(entry) if isinstance(entry, str) else memoryview(entry).nbytes
+    if size > MAX_OPERATION_BYTES:
+        reason = f"operation {index}: {size} bytes; {MAX_OPERATION_BYTES} is the limit."
+        return Failure(stream_id=_written_id(entry), error=reason, kind="TOKEN")
     try:
-        if size > MAX_OPERATION_BYTES:
-            raise msgspec.DecodeError(f"{size} bytes; {MAX_OPERATION_BYTES} is the limit")
         name, payload = msgspec.json.decode(entry, type=tuple[str, msgspec.Raw])
         stream_id = _stream_id(payload)
     except msgspec.ValidationError:
         return Failure(stream_id=None, error=f"operation {index}: must be [name, {{fields}}].", kind="MSG")
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        written = entry if isinstance(entry, str) else bytes(entry).decode(errors="replace")
-        found = _STREAM_ID.search(written)
-        try:
-            stream_id = msgspec.json.decode(found[1], type=StreamId) if found else None
-        except (msgspec.DecodeError, UnicodeError):
-            stream_id = None
-        reason = f"operation {index}: {_unreadable(error, written)}."
-        return Failure(stream_id=stream_id, error=reason, kind="TOKEN")
+        reason = f"operation {index}: {_unreadable(error, _written(entry))}."
+        return Failure(stream_id=_written_id(entry), error=reason, kind="TOKEN")
     kind: Literal["TOKEN", "MSG"] = "TOKEN" if name in ("GENERATE", "SCORE") else "MSG"
     operation = OPERATIONS.get(name)
     if operation is None:
@@ -321,8 +321,7 @@ def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_bia
         reason = f"operation {index}: unknown operation {quoted(name)} (known: {known}){hint}"
         return Failure(stream_id=stream_id, error=reason, kind=kind)
     try:
-        if operation is not ModelInfo:
-            _check_lengths(payload, max_ids, max_biases)
+        _check_lengths(payload, max_ids, max_biases)
         return msgspec.json.decode(payload, type=operation)
     except RequestError as error:
         return Failure(stream_id=stream_id, error=f"{name} {error}", kind=kind)
@@ -333,14 +332,30 @@ def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_bia
 
 
 def _check_lengths(payload: msgspec.Raw, max_ids: int, max_biases: int) -> None:
-    """Raise RequestError for more token ids or biases than can be used, before millions of numbers are made of them."""
+    """Raise RequestError for more than can be used, before millions of objects are made of it."""
     long = msgspec.json.decode(payload, type=_Long)
     for field in ("prompt", "scored"):
         written = bytes(getattr(long, field))
         if written.startswith(b"[") and (count := written.count(b",") + 1) > max_ids:
             raise RequestError(f"{field}: {count} token ids; the model's context is {max_ids}.")
+    for field, most in MAX_JSON.items():
+        if (size := memoryview(getattr(long, field)).nbytes) > most:
+            raise RequestError(f"{field}: {size} bytes of JSON; {most} is the limit.")
     if bytes(long.logit_bias).count(b":") > max_biases:
         raise RequestError(f"logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it.")
+
+
+def _written(entry: msgspec.Raw | str) -> str:
+    return entry if isinstance(entry, str) else bytes(entry).decode(errors="replace")
+
+
+def _written_id(entry: msgspec.Raw | str) -> StreamId | None:
+    """The stream_id of an operation that is not parsed."""
+    found = _STREAM_ID.search(_written(entry))
+    try:
+        return msgspec.json.decode(found[1], type=StreamId) if found else None
+    except (msgspec.DecodeError, UnicodeError):
+        return None
 
 
 def _stream_id(payload: msgspec.Raw) -> StreamId | None:
@@ -356,11 +371,8 @@ def _unreadable(error: Exception, text: str) -> str:
         return f"nested too deep; the limit is about {sys.getrecursionlimit()} levels"
     if isinstance(error, UnicodeError) or any(word in str(error) for word in ("surrogate", "escape", "truncated")):
         return "a string holds a lone surrogate, which is no character"
-    numbers = "; JSON has no NaN and no Infinity" if _NO_NUMBER.search(text) else ""
+    numbers = "; JSON has no NaN and no Infinity" if "NaN" in text or "Infinity" in text else ""
     return f"{printable(str(error))}{numbers}"
-
-
-_NO_NUMBER = re.compile(r"[:,\[]\s*-?(?:NaN|Infinity)\b")
 
 
 def generate(**fields: Any) -> Generate:

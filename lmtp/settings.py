@@ -68,7 +68,8 @@ def read() -> Settings:
             max_seconds=_number("MAX_SECONDS", Bounds.max_seconds, seconds),
             max_unread_seconds=_number("MAX_UNREAD_SECONDS", Bounds.max_unread_seconds, seconds),
             max_unread_bytes=int(
-                _number("MAX_UNREAD_MB", Bounds.max_unread_bytes / 2**20, "a number of megabytes; 0 is no limit") * 2**20
+                _number("MAX_UNREAD_MB", Bounds.max_unread_bytes / 2**20, "a number of megabytes; 0 is no limit")
+                * 2**20
             ),
             max_top_logprobs=int(_number("MAX_TOP_LOGPROBS", Bounds.max_top_logprobs, count.format(100))),
             max_prompt_bytes=None if prompt_bytes is None else int(prompt_bytes),

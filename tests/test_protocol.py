@@ -163,7 +163,10 @@ DEEP = '{"a": ' * 5000 + "1" + "}" * 5000
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "stop": ["\\udfff"]}]', "lone surrogate"),
         ('["GENERATE", {"stream_id": 1, "prompt": "\ud800"}]', "lone surrogate"),
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": NaN}]', "JSON has no NaN"),
-        ('["GENERATE", {"stream_id": 1, "prompt": "a, [", "temperature": -Infinity}]', "JSON has no NaN and no Infinity"),
+        (
+            '["GENERATE", {"stream_id": 1, "prompt": "a, [", "temperature": -Infinity}]',
+            "JSON has no NaN and no Infinity",
+        ),
         ('["GENERATE", {"stream_id": 1, "prompt": [1,, 2]}]', "malformed"),
         ('["GENERATE", {"stream_id": 1, "prompt": [1}]}', "malformed"),
     ],
@@ -263,6 +266,17 @@ def test_more_token_ids_than_the_context_are_not_even_parsed() -> None:
     prompt = '"prompt": '
     for fits in ("[1, 2, 3, 4, 5, 6, 7, 8]", '"a, b, c, d, e, f, g, h, i, j"'):
         assert isinstance(parse_batch(f"[{op('GENERATE', prompt + fits)}]", max_ids=8)[0], Generate)
+
+
+def test_fields_of_any_json_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_JSON", {"json_schema": 12, "data": 12})
+    long, short = '{"a": [[], []]}', '{"a": [[]]}'
+    for fields, field in (('"GENERATE", {"prompt": [1], ', "json_schema"), ('"MODEL_INFO", {', "data")):
+        assert (
+            f" {field}: 15 bytes of JSON; 12 is the limit."
+            in only(f'[[{fields}"stream_id": 1, "{field}": {long}}}]]').error
+        )
+        assert not isinstance(parse_batch(f'[[{fields}"stream_id": 1, "{field}": {short}}}]]')[0], Failure)
 
 
 def test_an_operation_has_a_limit_in_size_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from torch.nn import functional
 from lmtp.protocol import FORCE, Generate, RequestError
 from lmtp.runners.model import Limits
 
-
 FloatArray = npt.NDArray[np.float32]
 
 

@@ -117,9 +117,7 @@ def _changed_in_place(draws: Mapping[int, Draw], allowed: Allowed | None, count:
     return sorted(masked.union(allowed.rows) if allowed and len(allowed.rows) < count else masked)
 
 
-def _sample(
-    logits: Tensor, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None
-) -> list[Choice]:
+def _sample(logits: Tensor, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None) -> list[Choice]:
     logits = _biased(logits, draws)
     if allowed:
         logits = allowed.apply(logits)

@@ -153,8 +153,8 @@ class Scheduler:
         limits = self._runner.step_limits
         if decoding:
             return limits.busy_chunk or limits.chunk
-        rest = sum(stream.pending for stream in active)
-        return limits.chunk if rest <= limits.chunk else min(limits.chunk, limits.work)
+        whole = sum(stream.goal for stream in active)
+        return limits.chunk if whole <= limits.chunk else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""

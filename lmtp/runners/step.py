@@ -72,8 +72,8 @@ class Step(Generic[S_co]):
 
 
 DECODE_COLUMNS, CHUNK_COLUMNS = 1536, 4096
-"""Columns that cost as much as the rest of a token. Measured with the demo model in float32 on a CPU, where a token takes
-5.2 ms of one core, a column of a decoding row 3.7 µs and a column of a prompt's token 1.2 µs."""
+"""Columns that cost as much as the rest of a token. Measured with the demo model in float32 on a CPU, where a token
+takes 5.2 ms of one core, a column of a decoding row 3.7 µs and a column of a prompt's token 1.2 µs."""
 
 
 @dataclass(frozen=True)

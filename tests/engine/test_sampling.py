@@ -189,7 +189,7 @@ def test_a_mask_touches_its_own_rows_and_leaves_the_logits_as_they_were(dtype: t
     row = Row(settings(), bias=Bias.of(numbers)) if kind in ("bias", "all") else Row(settings())
     row.forbidden_now = [7] if kind in ("forbidden", "all") else []
     bits = torch.full((1, VOCABULARY // 8), 255, dtype=torch.uint8)
-    rows = [*(Target(4, 0) for _ in range(39)), row]
+    rows: list[Row | Target] = [*(Target(4, 0) for _ in range(39)), row]
     for allowed in (None, Allowed([39], bits))[kind == "grammar" :]:
         copied = Sizes()
         with copied:

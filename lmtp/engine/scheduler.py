@@ -176,8 +176,10 @@ class Scheduler:
                 break
             rows.append(stream)
             tokens += stream.pending
-        if budget < self._runner.step_limits.chunk:  # others may wait: attention counts
-            budget = int(budget / StepLimits.cost(max(row.computed for row in rows), together=True))
+        limits = self._runner.step_limits
+        if budget < limits.chunk:  # others may wait for it
+            columns = max(row.computed for row in rows)
+            budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
         return self._step(rows, max(budget // len(rows), 1))
 
     def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:

@@ -123,8 +123,8 @@ class Scheduler:
             first, end, longest = self._in_turn(active, prefilling, work)
         streams = active[first:end]
         several = _width([s for s, prefill in zip(streams, prefilling[first:end], strict=True) if not prefill])
-        if several > 1:
-            several = max(min(several, int(work / len(streams) / StepLimits.cost(longest))), 1)
+        if several > 1:  # forced runs save whole steps, so they may take twice the work of one
+            several = max(min(several, int(2 * work / len(streams) / StepLimits.cost(longest))), 1)
         return self._step(streams, several if any(prefilling) else max(several, self._draft(streams)))
 
     def _in_turn(

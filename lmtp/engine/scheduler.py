@@ -153,7 +153,7 @@ class Scheduler:
         limits = self._runner.step_limits
         if decoding:
             return limits.busy_chunk or limits.chunk
-        whole = sum(stream.goal for stream in active)
+        whole = sum((s.goal - s.reused) * StepLimits.cost(s.reused, together=True) for s in active)
         return limits.chunk if whole <= limits.chunk else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:

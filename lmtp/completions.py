@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmtp import protocol
 from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
+from lmtp.text import Tokenizers
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
@@ -101,6 +102,36 @@ class Completions:
                 f"choices: this model compares at most {MAX_COMPARED}, without logit_bias and stop_sequences; "
                 "use logit_bias alone to allow only some tokens."
             )
+
+    async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
+        """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
+        prompt = len(self._generate.prompt)
+        for place, operation in enumerate(self.operations):
+            if not isinstance(operation, Score) or not isinstance(operation.scored, str):
+                continue
+            field = f"choices[{(self._generate.choices or []).index(operation.scored)}]"
+            ids = await tokenizers.encode(field, operation.scored, begins_sequence=False)
+            if not ids:
+                raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")
+            if self._encodes:
+                self._check_masks(field, ids)
+            elif prompt + len(ids) > context:
+                raise RequestError(
+                    f"prompt and {field} are {prompt + len(ids)} tokens; the model's context is {context}."
+                )
+            self.operations[place] = replace(operation, scored=ids)
+
+    def _check_masks(self, field: str, ids: Sequence[int]) -> None:
+        """Raise RequestError if a choice cannot fill the prompt's masks."""
+        tokenizer = self._tokenizer
+        masks = list(self._generate.prompt).count(tokenizer.mask_token_id)
+        if masks and len(ids) != masks:
+            raise RequestError(f"{field} is {len(ids)} tokens; give {masks}, one for each {tokenizer.mask_token}.")
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of the prompt. It counts once, however many streams begin with it."""
+        return len(self._generate.prompt)
 
     def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
         top = self._generate.top_logprobs
@@ -240,7 +271,7 @@ class Completions:
         if PROMPT in self._scored:
             document["prompt_logprobs"] = [_token(token) for token in self._scored[PROMPT]]
         generated = sum(map(len, self._completed.values()))
-        document["usage"] = {"input_token_count": len(self._generate.prompt), "output_token_count": generated, **usage}
+        document["usage"] = {"input_token_count": self.input_tokens, "output_token_count": generated, **usage}
         return document
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lmtp.engine.masks import Bias, bias_of
+from lmtp.engine.masks import Bias
 from lmtp.engine.sampling import Choice, Row, Target
 from lmtp.engine.stream import OperationStream, checked_ids
 from lmtp.prediction import Prediction
@@ -176,14 +176,19 @@ def refuse(operation: Generate | Score, head: Head) -> None:
         if getattr(operation, field) is not None:
             chosen = "labels" if head.labels else "tokens for its masks, each by itself"
             raise RequestError(f"{field}: {model}, which chooses {chosen}: use logit_bias to allow only some.")
-    if head.independent and operation.logit_bias:
+    if head.independent and (operation.logit_bias or operation.mask):
         raise RequestError(f"logit_bias: {model} whose labels exclude none of the others: choose among them yourself.")
 
 
 def open_encoding(
-    prediction: Prediction, operation: Generate | Score, limits: Limits, tokenizer: PreTrainedTokenizerBase
+    prediction: Prediction,
+    operation: Generate | Score,
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    bias: Bias | None,
 ) -> Encoding:
-    """A stream that answers the operation, whose texts are already tokenized. `refuse` has let it pass.
+    """A stream that answers the operation, whose texts are already tokenized and whose masks are the bias. `refuse` has
+    let it pass.
 
     Raises RequestError where this model cannot serve it.
     """
@@ -197,30 +202,22 @@ def open_encoding(
         raise RequestError(f"prompt is {len(tokens)} tokens; the model's context is {limits.context}.")
     if head.labels:
         assert isinstance(operation, Encode)
-        drawing = _drawing(replace(operation, top_logprobs=len(head.labels)), tokens, len(head.labels))
+        drawing = Drawing(replace(operation, top_logprobs=len(head.labels)), bias, tokens)
         return Classification(prediction, operation, tokens, head, drawing)
     masks = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
     if not masks:
         raise RequestError(f"prompt has no {tokenizer.mask_token}; put it where a token is to be filled in.")
     rows: Sequence[Row]
     if isinstance(operation, Encode):
-        rows = [_drawing(operation, tokens, limits.vocabulary)] * len(masks)
+        rows = [Drawing(operation, bias, tokens)] * len(masks)
     else:
         scored = checked_ids(operation.scored, "scored", limits)
         if len(scored) != len(masks):
             raise RequestError(
-                f"scored, or a choice, is {len(scored)} tokens; give {len(masks)}, one for each "
-                f"{tokenizer.mask_token} of prompt."
+                f"scored is {len(scored)} tokens; give {len(masks)}, one for each {tokenizer.mask_token} of prompt."
             )
         rows = [Target(token, operation.top_logprobs) for token in scored]
     return Filling(prediction, operation, tokens, masks, rows, lambda token: str(tokenizer.decode([token])))
-
-
-def _drawing(operation: Encode, tokens: list[int], vocabulary: int) -> Drawing:
-    bias = bias_of(operation, vocabulary)
-    # As Python objects, logit_bias and mask take many times the memory.
-    operation = replace(operation, logit_bias=None, mask=None)
-    return Drawing(operation, None if bias is None else Bias.of(bias), tokens)
 
 
 def describe(head: Head, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class Limits:
     head: Head | None = None
     """An encoder's head; None for a model that generates."""
 
+    @property
+    def classes(self) -> int:
+        """How many tokens, or labels, an answer is chosen among."""
+        return len(self.head.labels) if self.head and self.head.labels else self.vocabulary
+
 
 def limits_of(model: PreTrainedModel) -> Limits:
     """Read the limits from the model's configuration and generation configuration.

@@ -214,7 +214,7 @@ def test_only_the_mask_token_is_special_in_a_prompt(masked: Served) -> None:
     allowed = masked.document(prompt, allow_special_tokens=True)["usage"]
     assert allowed["input_token_count"] == len(ids(masked, prompt))
     scored = answers(masked.engine, Score(stream_id=0, prompt=f"The cat {mask}.", scored=mask)).error()
-    assert scored.startswith("scored, or a choice, is ")  # there it is plain text
+    assert scored.startswith("scored is ")  # there it is plain text
 
 
 def test_choices_of_one_prompt_are_one_row(bert: Served) -> None:
@@ -238,7 +238,7 @@ def test_a_template_and_a_system_prompt_surround_the_prompt(bert: Served) -> Non
         ({"stop_sequences": "cat"}, "stop: "),
         ({"prompt_logprobs": True, "output": "json"}, "prompt_logprobs: this model reads the whole prompt at once"),
         ({"choices": '["cat"]', "logit_bias": '{"7": -100}'}, "choices: this model compares at most 64"),
-        ({"choices": '["cat sat"]'}, "scored, or a choice, is 2 tokens; give 1, one for each [MASK] of prompt."),
+        ({"choices": '["cat sat"]'}, "choices[0] is 2 tokens; give 1, one for each [MASK]."),
         ({"prompt": "The cat sat."}, "prompt has no [MASK]; put it where a token is to be filled in."),
         ({"prompt": "cat " * 63 + "[MASK]"}, "prompt is 66 tokens; the model's context is 64."),
         ({"logit_bias": '{"320": 1}'}, "logit_bias: token id 320 is outside the vocabulary of 320."),
@@ -263,7 +263,7 @@ def test_generate_is_refused_and_others_of_its_batch_are_answered(bert: Served) 
         "send the input prompt, or SCORE."
     )
     assert got.ids(1) == [7]
-    assert got.error(2) == "scored, or a choice, is 2 tokens; give 1, one for each [MASK] of prompt."
+    assert got.error(2) == "scored is 2 tokens; give 1, one for each [MASK] of prompt."
 
 
 def test_a_prompt_of_masks_alone_is_answered_beside_longer_ones(bert: Served) -> None:

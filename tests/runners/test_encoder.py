@@ -211,7 +211,8 @@ def test_a_text_may_be_as_long_as_the_models_positions_reach(name: str) -> None:
 
 def test_padding_that_hardly_changes_a_half_precision_model_is_found_out() -> None:
     """A leak far smaller than bfloat16's rounding is allowed to be."""
-    model = build("bert").to(torch.bfloat16)
+    model: Any = build("bert")
+    model.to(torch.bfloat16)
     assert open_runner(model).description == PADDED
 
     def leak(_: Any, args: Any, output: Any) -> Any:

@@ -140,10 +140,13 @@ class Served:
         self._predictor.engine = self.engine
         self.passes: list[int] = []
         """The rows of each forward pass since setup."""
+        self.columns: list[int] = []
+        """The same: its tokens a row, padding included."""
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         self.passes.append(len(inputs["input_ids"]))
+        self.columns.append(inputs["input_ids"].shape[1])
 
     def output(self, prompt: str | None = None, **inputs: Any) -> str:
         """What the predictor sends for its inputs."""

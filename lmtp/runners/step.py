@@ -93,6 +93,8 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    whole: bool = False
+    """Whether prompts are computed whole, each in one step, be it longer than a chunk."""
     work: int = 2**31
     """Tokens of any other step than one that ends all prompts there are, so that nobody waits long for a step. A token
     counts more the more columns it attends to: see `cost`."""

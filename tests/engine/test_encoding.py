@@ -5,6 +5,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_choices_are_compared_as_the_pipelines_targets_are(masked: Served) -> No
 
 
 def test_uneven_prompts_in_one_batch_are_filled_as_each_alone(masked: Served) -> None:
-    prompts = [ids(masked, with_mask(masked, TEXTS[i % 3] + " Paris" * i)) for i in range(32)]
+    prompts = [ids(masked, with_mask(masked, TEXTS[i % 3] + " Paris" * (i % 16))) for i in range(32)]
     alone = [
         answers(masked.engine, Encode(stream_id=0, prompt=prompt, top_logprobs=9)).tokens()[0] for prompt in prompts
     ]
@@ -266,6 +267,29 @@ def test_generate_is_refused_and_others_of_its_batch_are_answered(bert: Served) 
     assert got.error(2) == "scored is 2 tokens; give 1, one for each [MASK] of prompt."
 
 
+def test_a_step_is_bounded_and_takes_texts_of_like_length(bert: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = replace(bert.engine.runner.step_limits, chunk=128, busy_chunk=128)
+    monkeypatch.setattr(bert.engine.runner, "step_limits", limits)
+    mask: Any = bert.tokenizer.mask_token_id
+    prompts = [[mask, *[7] * (i * 29 % 60)] for i in range(48)]
+    bert.passes.clear()
+    bert.columns.clear()
+    answers(bert.engine, *(Score(stream_id=i, prompt=p, scored=[7]) for i, p in enumerate(prompts)))
+    padded = [rows * columns for rows, columns in zip(bert.passes, bert.columns, strict=True)]
+    assert sum(bert.passes) == len({len(prompt) for prompt in prompts})
+    assert max(padded) <= 128
+    assert sum(padded) < 1.25 * sum({len(prompt) for prompt in prompts})
+
+
+def test_a_text_longer_than_a_step_is_computed_once(bert: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = replace(bert.engine.runner.step_limits, chunk=16, busy_chunk=16)
+    monkeypatch.setattr(bert.engine.runner, "step_limits", limits)
+    bert.passes.clear()
+    document = bert.document("[MASK] " * 62)
+    assert len(document["choices"][0]["tokens"]) == 62
+    assert bert.passes == [1]
+
+
 def test_a_prompt_of_masks_alone_is_answered_beside_longer_ones(bert: Served) -> None:
     """A prompt of one token looks like a decoding stream to the scheduler."""
     mask = bert.tokenizer.mask_token_id
@@ -312,7 +336,7 @@ def test_a_text_is_classified_as_transformers_own_pipeline_does(classifier: Serv
 
 
 def test_uneven_texts_in_one_batch_are_classified_as_each_alone(classifier: Served) -> None:
-    texts = [TEXTS[i % 3] + " Paris" * i for i in range(32)]
+    texts = [TEXTS[i % 3] + " Paris" * (i % 16) for i in range(32)]
     operations = [Encode(stream_id=i, prompt=ids(classifier, text)) for i, text in enumerate(texts)]
     classifier.passes.clear()
     batch = answers(classifier.engine, *operations)

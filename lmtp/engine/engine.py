@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
-from lmtp.engine.compiler import Compiler
+from lmtp.engine.compiler import Batch, Compiler
 from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed
 from lmtp.engine.scheduler import Scheduler
@@ -55,10 +55,6 @@ EXTENSIONS = {
 
 IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""
-
-
-MAX_COMPILING = 2
-"""Constraints of one prediction that are compiled at once."""
 
 
 class LoadedModel(NamedTuple):
@@ -139,8 +135,8 @@ class Engine:
         """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
         # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
         tokenized = [await self._tokenize(operation) for operation in operations]
-        turns = asyncio.Semaphore(MAX_COMPILING)
-        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in tokenized))
+        constraints = self.compiler.batch()
+        prepared = await asyncio.gather(*(self._prepare(operation, constraints) for operation in tokenized))
         prediction = Prediction(
             lambda ended: self._commands.put(End(ended)), resume=lambda: self._commands.put(Resume())
         )
@@ -166,13 +162,12 @@ class Engine:
         except Exception as error:
             return _refusal(operation, error)
 
-    async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
+    async def _prepare(self, operation: Operation | Failure, constraints: Batch) -> Prepared:
         """Compile the operation's grammar."""
         if not isinstance(operation, Generate):
             return operation, None
         try:
-            async with turns:
-                return operation, await self.compiler.grammar(operation)
+            return operation, await constraints.grammar(operation)
         except Exception as error:
             return _refusal(operation, error), None
 

@@ -126,20 +126,19 @@ class Lanes:
     def run(self, work: Callable[[float], T], seconds: float) -> Future[T]:
         """Call ``work`` with the seconds that it may take. It raises TimeoutError if they are too few."""
         result: Future[T] = Future()
-
-        def attempt(limit: float) -> None:
-            try:
-                value = work(limit)
-            except BaseException as error:
-                if isinstance(error, TimeoutError) and limit < seconds:
-                    self._slow.submit(attempt, seconds)
-                else:
-                    result.set_exception(error)
-            else:
-                result.set_result(value)
-
-        self._quick.submit(attempt, min(QUICK_SECONDS, seconds))
+        self._quick.submit(self._attempt, work, min(QUICK_SECONDS, seconds), seconds, result)
         return result
+
+    def _attempt(self, work: Callable[[float], T], limit: float, most: float, result: Future[T]) -> None:
+        try:
+            value = work(limit)
+        except BaseException as error:
+            if isinstance(error, TimeoutError) and limit < most:
+                self._slow.submit(self._attempt, work, most, most, result)
+            else:
+                result.set_exception(error)
+        else:
+            result.set_result(value)
 
 
 class Compiler:
@@ -164,7 +163,7 @@ class Compiler:
         return Batch(self)
 
     async def compile(self, source: Source) -> Compiled:
-        """Compile a constraint. Raises RequestError for one that cannot be used, and for one whose turn does not come."""
+        """Compile a constraint. Raises RequestError for one that cannot be used or whose turn does not come."""
         compiling = asyncio.wrap_future(self._compile(source))
         try:
             return await asyncio.wait_for(asyncio.shield(compiling), QUEUE_SECONDS)
@@ -202,7 +201,7 @@ class Compiler:
             return [None] * len(texts)
 
     def _open(self) -> tuple[LLTokenizer, Vetter]:
-        """What is needed to compile. It takes a second or two to make; should it fail, the next constraint tries again."""
+        """What is needed to compile, made in a second or two. Should it fail, the next constraint tries again."""
         with self._opening:
             if self._opened is None:
                 if not isinstance(self._model_tokenizer, PreTrainedTokenizerFast):
@@ -310,7 +309,7 @@ def _follows(compiled: Compiled, tokenizer: LLTokenizer, text: str) -> bool | No
 
 
 def _with_deep_stack(work: Callable[[], T]) -> T:
-    """Do it on a thread with room for deep recursion, which ends with it."""
+    """Do it on a thread with room for deep recursion, which ends with it: so the stack's memory is given back."""
     with ThreadPoolExecutor(1) as thread:
         with _STACK_SIZE:
             usual = threading.stack_size(STACK)

@@ -51,7 +51,10 @@ PATIENCE = 10
 """Seconds for a child to get a second of the processor, which others need too."""
 
 MARGIN = 2.0
-"""Seconds for a child to start, and for its answer."""
+"""Seconds for a child to start."""
+
+ANSWER_SECONDS = 5.0
+"""For the answer of a child whose time is up."""
 
 TOO_LARGE = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 """How native code ends when it gets no more memory, or no more stack."""
@@ -104,7 +107,7 @@ class Vetter:
         with ours:
             with theirs, self._lock:
                 socket.send_fds(self._parent(), [b"\0"], [theirs.fileno()])
-            ours.settimeout(most + MARGIN)
+            ours.settimeout(most + ANSWER_SECONDS)
             try:
                 ours.sendall(json.dumps(request | {"seconds": seconds, "most": most}).encode())
                 ours.shutdown(socket.SHUT_WR)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine.compiler import Compiler
 from lmtp.engine.engine import Engine
@@ -48,12 +48,6 @@ COLOURS = {
     "required": ["colour", "shade"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_weights: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(demo_weights, local_files_only=True)
-    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +468,7 @@ def test_a_grammar_is_compiled_once_for_all_who_use_it(
 
     async def ask_for(*patterns: str) -> list[Grammar | None]:
         return await asyncio.gather(
-            *(compiler.grammar(Generate(stream_id=0, prompt="x", regex=pattern)) for pattern in patterns)
+            *(compiler.batch().grammar(Generate(stream_id=0, prompt="x", regex=pattern)) for pattern in patterns)
         )
 
     one, other = asyncio.run(ask_for("ab", "ab"))
@@ -564,7 +558,7 @@ compiler = Compiler(tokenizer, len(tokenizer), [2])
 for count in (2_500, 20_000):
     rules = ["start: a0", *(f'a{{i}}: a{{i + 1}} "x"' for i in range(count)), f'a{{count}}: "z"']
     try:
-        asyncio.run(compiler.grammar(Generate(stream_id=0, prompt=[1], grammar="\\n".join(rules))))
+        asyncio.run(compiler.batch().grammar(Generate(stream_id=0, prompt=[1], grammar="\\n".join(rules))))
     except RequestError as error:
         print(error)
 """
@@ -583,6 +577,6 @@ async def test_many_constraints_at_once_wait_for_their_turn(tokenizer: PreTraine
     compiler = Compiler(tokenizer, len(tokenizer), ENDS)
     several = [[f"{i} {j}" for j in range(2_000)] for i in range(24)]
     grammars = await asyncio.gather(
-        *(compiler.grammar(Generate(stream_id=0, prompt=[1], choices=choices)) for choices in several)
+        *(compiler.batch().grammar(Generate(stream_id=0, prompt=[1], choices=choices)) for choices in several)
     )
     assert all(grammars)

@@ -4,9 +4,8 @@ Compiling is native code that nothing can interrupt. A constraint of a thousand 
 gigabytes, or overflow its stack. So each one is first compiled in a child process with a limit on time and memory. The
 engine's own process, where matchers must live, compiles only what passed. Finished texts are checked there too.
 
-`python -m lmtp.engine.vetting` is the children's parent. It holds the tokenizer, which they share, and forks two for
-every request: one works, and one waits for it and tells which limit ended it. The parent may not import torch: a fork
-would copy threads' locks.
+`python -m lmtp.engine.vetting` is the children's parent. It holds the tokenizer, which they share, forks one for
+every request, and tells by which signal it ended. It may not import torch: a fork would copy threads' locks.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -115,6 +115,8 @@ class Vetter:
                     line = answers.readline()
             except TimeoutError:
                 raise OSError("its process does not answer") from None
+            except ConnectionError:
+                line = b""
         answer: dict[str, Any] = json.loads(line or "{}")
         ended = answer.get("signal")
         if ended == signal.SIGPROF:
@@ -162,35 +164,43 @@ class Vetter:
 
 
 def _main(control: socket.socket, setup: IO[bytes]) -> None:
-    """The parent: read the tokenizer, then fork for each socket that arrives."""
-    for ignored in (signal.SIGINT, signal.SIGCHLD):  # the parent waits for no child
-        signal.signal(ignored, signal.SIG_IGN)
+    """The parent: read the tokenizer, then fork a child for each socket that arrives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    ended, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(0)
     tokenizer, vocabulary, end_of_sequence = msgspec.json.decode(setup.read())
     matching = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=end_of_sequence or None)
     control.sendall(b"\0")
+    children: dict[int, socket.socket] = {}
     while True:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not descriptors:
-            return
-        with socket.socket(fileno=descriptors[0]) as connection:
-            if os.fork() == 0:
-                control.close()
-                _watch(connection, matching)
+        readable, _, _ = select.select([control, ended], [], [])
+        if ended in readable:
+            ended.recv(1024)
+            _tell_how_they_ended(children)
+        if control in readable:
+            _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not descriptors:
+                return
+            connection = socket.socket(fileno=descriptors[0])
+            child = os.fork()
+            if child == 0:
+                _serve(connection, matching)
                 os._exit(0)
+            children[child] = connection
 
 
-def _watch(connection: socket.socket, tokenizer: LLTokenizer) -> None:
-    """Fork the child that answers, and tell if a signal ends it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = os.fork()
-    if child == 0:
-        _serve(connection, tokenizer)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        connection.sendall(json.dumps({"signal": os.WTERMSIG(status)}).encode())
+def _tell_how_they_ended(children: dict[int, socket.socket]) -> None:
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            return
+        with children.pop(child) as connection, contextlib.suppress(OSError):
+            if os.WIFSIGNALED(status):
+                connection.sendall(json.dumps({"signal": os.WTERMSIG(status)}).encode())
 
 
 def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:

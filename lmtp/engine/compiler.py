@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import threading
 import weakref
@@ -23,6 +24,8 @@ from lmtp.engine.source import Source, compile_source, hide_special_tokens, sour
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 COMPILE_SECONDS = {"choices": 4.0, "regex": 0.8, "json_schema": 0.8, "grammar": 0.8}
@@ -33,13 +36,13 @@ CHECK_SECONDS = 1.0
 QUEUE_SECONDS = 30
 """How long a constraint waits until it is compiled."""
 
-QUICK_TOGETHER = 4
+MAX_QUICK = 4
 """Constraints that have their first, short attempt at once."""
 
-SLOW_TOGETHER = 2
+MAX_SLOW = 2
 """Constraints that take longer and are compiled at once."""
 
-COMPILED_TOGETHER = 2
+MAX_COMPILING = 2
 """Constraints of one prediction that are compiled at once."""
 
 STACK = 2**30
@@ -120,8 +123,8 @@ class Lanes:
     """
 
     def __init__(self) -> None:
-        self._quick = ThreadPoolExecutor(QUICK_TOGETHER, "quick")
-        self._slow = ThreadPoolExecutor(SLOW_TOGETHER, "slow", initializer=_yield_to_the_engine)
+        self._quick = ThreadPoolExecutor(MAX_QUICK, "quick")
+        self._slow = ThreadPoolExecutor(MAX_SLOW, "slow", initializer=_yield_to_the_engine)
 
     def run(self, work: Callable[[float], T], seconds: float) -> Future[T]:
         """Call ``work`` with the seconds that it may take. It raises TimeoutError if they are too few."""
@@ -142,7 +145,7 @@ class Lanes:
 
 
 class Compiler:
-    """Compiles constraints, after a child process has shown that they can be compiled, and keeps them for everybody."""
+    """Compiles constraints, each after a child process has shown that it can be compiled."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, end_of_sequence: Sequence[int]
@@ -197,7 +200,9 @@ class Compiler:
                 return [_follows(compiled, self._open()[0], text) for text in texts]
             checking = self._lanes.run(lambda limit: self._open()[1].check(source.text, texts, limit), CHECK_SECONDS)
             return checking.result(QUEUE_SECONDS)
-        except Exception:  # whatever happens to the check, the texts are finished
+        except Exception as error:  # whatever happens to the check, the texts are finished
+            if isinstance(error, RuntimeError):
+                log.error("finished texts were not checked: %r", error)
             return [None] * len(texts)
 
     def _open(self) -> tuple[LLTokenizer, Vetter]:
@@ -266,7 +271,7 @@ class Batch:
 
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
-        self._turns = asyncio.Semaphore(COMPILED_TOGETHER)
+        self._turns = asyncio.Semaphore(MAX_COMPILING)
         self._held: set[Compiled] = set()
         self.size = 0
         """Bytes of memory."""
@@ -300,10 +305,11 @@ def _done(found: Compiled | str) -> Future[Compiled]:
 
 
 def _follows(compiled: Compiled, tokenizer: LLTokenizer, text: str) -> bool | None:
+    """Whether the constraint allows the text; None if its lexer has reached its limits."""
     matcher = compiled.matcher.deep_copy()
     if matcher.consume_tokens(tokenizer.greedy_tokenize(text)):
         return matcher.is_accepting()
-    lexer = compiled.matcher.deep_copy()  # they share it
+    lexer = compiled.matcher.deep_copy()  # shared by all copies
     lexer.compute_bitmask()
     return None if lexer.is_error() else False
 

@@ -102,14 +102,14 @@ class Vetter:
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """A child's answer."""
-        most = seconds * PATIENCE + MARGIN
+        wall = seconds * PATIENCE + MARGIN
         ours, theirs = socket.socketpair()
         with ours:
             with theirs, self._lock:
                 socket.send_fds(self._parent(), [b"\0"], [theirs.fileno()])
-            ours.settimeout(most + ANSWER_SECONDS)
+            ours.settimeout(wall + ANSWER_SECONDS)
             try:
-                ours.sendall(json.dumps(request | {"seconds": seconds, "most": most}).encode())
+                ours.sendall(json.dumps(request | {"seconds": seconds, "wall": wall}).encode())
                 ours.shutdown(socket.SHUT_WR)
                 with ours.makefile("rb") as answers:
                     line = answers.readline()
@@ -194,13 +194,14 @@ def _main(control: socket.socket, setup: IO[bytes]) -> None:
 
 
 def _tell_how_they_ended(children: dict[int, socket.socket]) -> None:
+    """A line for each, after its answer if there was one. Others hold copies of its socket, so only a line ends it."""
     while children:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child == 0:
             return
         with children.pop(child) as connection, contextlib.suppress(OSError):
-            if os.WIFSIGNALED(status):
-                connection.sendall(json.dumps({"signal": os.WTERMSIG(status)}).encode())
+            ended = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {}
+            connection.sendall(json.dumps(ended).encode() + b"\n")
 
 
 def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:
@@ -208,7 +209,7 @@ def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:
     with connection.makefile("rb") as requests:
         request = json.loads(requests.read())
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-    signal.setitimer(signal.ITIMER_REAL, request["most"])
+    signal.setitimer(signal.ITIMER_REAL, request["wall"])
     if request["seconds"] > QUICK_SECONDS:
         os.nice(NICE)
     most = _pages() * resource.getpagesize() + STACK + COMPILE_MEMORY

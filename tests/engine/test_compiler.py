@@ -132,7 +132,7 @@ async def test_no_small_constraint_waits_for_slow_ones_whoever_asked_for_them(
     assert len([text for text in fake.began if "of one" in text]) <= 2 * 2  # it has two at a time, begun twice
     fake.allowed.set()
     assert all(await asyncio.gather(*slow))
-    assert fake.most_at_once == compiling.SLOW_TOGETHER
+    assert fake.most_at_once == compiling.MAX_SLOW
 
 
 def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_slow_ones(
@@ -143,13 +143,13 @@ def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_s
 
     with ThreadPoolExecutor(20) as pool:
         slow = [pool.submit(checked, f"slow {i}") for i in range(20)]
-        for _ in range(compiling.SLOW_TOGETHER):
+        for _ in range(compiling.MAX_SLOW):
             assert fake.waiting.acquire(timeout=20)
         assert checked("quick") == [True]
         assert not any(check.done() for check in slow)
         fake.allowed.set()
         assert [check.result() for check in slow] == [[True]] * 20
-    assert fake.most_at_once == compiling.SLOW_TOGETHER
+    assert fake.most_at_once == compiling.MAX_SLOW
 
 
 def test_a_constraint_that_is_in_the_slow_lane_is_compiled_once_for_all_who_ask(
@@ -189,6 +189,19 @@ def test_a_child_that_somebody_else_ends_is_no_refusal_for_good(compiler: Compil
             time.sleep(0.005)
     assert attempt.result() == "json_schema: cannot be compiled now: its process was ended; ask again later."
     assert "not compiled within" in refusal(compiler, json_schema=schema)
+
+
+def test_the_end_of_a_child_is_told_while_others_run(compiler: Compiler) -> None:
+    _, vetter = compiler._open()
+    explosive = Source("json_schema", json.dumps(EXPLOSIVE))
+    with ThreadPoolExecutor(2) as pool:
+        short = pool.submit(vetter.vet, explosive, 0.1)
+        long = pool.submit(vetter.vet, explosive, 0.7)
+        with pytest.raises(TimeoutError):
+            short.result()
+        assert not long.done()
+        with pytest.raises(TimeoutError):
+            long.result()
 
 
 def test_an_error_of_our_own_in_a_child_is_told_as_what_it_is(compiler: Compiler) -> None:

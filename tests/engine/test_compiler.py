@@ -7,19 +7,22 @@ import json
 import random
 import signal
 import string
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerBase
 
 from lmtp.engine import compiler as compiling
-from lmtp.engine import vetting
+from lmtp.engine import source, vetting
 from lmtp.engine.compiler import Batch, Cache, Compiler
 from lmtp.engine.grammar import Grammar
 from lmtp.engine.source import Source
@@ -222,11 +225,15 @@ def test_a_constraint_that_gets_no_processor_time_is_not_called_too_large(
 
 
 def test_a_process_that_does_not_start_in_time_is_ended_and_started_again(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = Compiler(tokenizer, len(tokenizer), ENDS)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
     with monkeypatch.context() as patched:
-        patched.setattr(vetting, "START_SECONDS", 0.001)
+        patched.setattr(vetting, "START_SECONDS", 0.1)
+        patched.setattr(sys, "executable", str(python))
         assert "regex: cannot be compiled now: the process for it does not start" in refusal(compiler, regex="a")
         _, vetter = compiler._open()
         assert vetter._process is not None
@@ -397,8 +404,9 @@ async def test_however_much_some_predictions_hold_others_find_room(
 
 
 def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
-    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(source, "LIMITS", LLParserLimits(verbose_errors=False, max_lexer_states=50_000))
     regex = ".*[a-m].{20}x.*"
     text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
     assert compiler.check(Generate(stream_id=0, prompt="x", regex=regex), [text[:5]]) == [False]

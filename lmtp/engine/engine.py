@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
-from lmtp.engine.compiler import Compiler
+from lmtp.engine.compiler import Batch, Compiler
 from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
 from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed, Bias, packed_bias
@@ -62,9 +62,6 @@ IDLE_SECONDS = 1.0
 
 MANY_BIASES = 1000
 """More entries of ``logit_bias`` than this are read on a thread of the tokenizers'."""
-
-MAX_COMPILING = 2
-"""Constraints of one prediction that are compiled at once."""
 
 
 class LoadedModel(NamedTuple):
@@ -173,8 +170,8 @@ class Engine:
         prediction.turns.began = self._clock() if began is None else began
         # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
         read = [await self._read(operation) for operation in operations]
-        turns = asyncio.Semaphore(MAX_COMPILING)
-        prepared = await asyncio.gather(*(self._compile(each, turns) for each in read))
+        constraints = self.compiler.batch()
+        prepared = await asyncio.gather(*(self._compile(each, constraints) for each in read))
         self._commands.put(Begin(prediction, prepared))
         return prediction
 
@@ -205,13 +202,12 @@ class Engine:
         except Exception as error:
             return Prepared(_refusal(operation, error))
 
-    async def _compile(self, read: Prepared, turns: asyncio.Semaphore) -> Prepared:
+    async def _compile(self, read: Prepared, constraints: Batch) -> Prepared:
         """Compile the operation's grammar."""
         if not isinstance(read.operation, Generate):
             return read
         try:
-            async with turns:
-                return read._replace(grammar=await self.compiler.grammar(read.operation))
+            return read._replace(grammar=await constraints.grammar(read.operation))
         except Exception as error:
             return Prepared(_refusal(read.operation, error))
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine import engine as engine_module
 from lmtp.engine import sampling, scheduler
+from lmtp.engine.compiler import Batch
 from lmtp.engine.engine import Engine
 from lmtp.engine.masks import Bias, stack
 from lmtp.engine.stream import Generation, OperationStream, open_stream
@@ -381,7 +382,7 @@ def test_the_time_of_a_prediction_includes_tokenizing_and_compiling(
     async def slowly(*_: object) -> None:
         clock.now += 6.0
 
-    monkeypatch.setattr(engine.compiler, "grammar", slowly)
+    monkeypatch.setattr(Batch, "grammar", slowly)
     endless = Generate(stream_id=0, prompt=[5, 6], max_tokens=500, min_tokens=500)
     assert "MAX_SECONDS" in answers(engine, endless, replace(endless, stream_id=1)).error(1)
     clock.now = 100.0

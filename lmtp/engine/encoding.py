@@ -3,6 +3,7 @@
 A masked LM fills the masks of a prompt, or scores given tokens in their places. A sequence classifier names a label.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp.engine.masks import Bias
-from lmtp.engine.sampling import Choice, Row, Target
+from lmtp.engine.sampling import NOT_NUMBERS, Choice, Row, Target
 from lmtp.engine.stream import OperationStream, checked_ids
 from lmtp.prediction import Prediction
-from lmtp.protocol import Encode, Generate, RequestError, Score, Token
+from lmtp.protocol import Encode, Generate, RequestError, Score, Token, finite
 from lmtp.runners.model import Head, Limits, UnsupportedModel
+
+IMPOSSIBLE = finite(-math.inf)
 
 
 class Encoding(OperationStream):
@@ -71,6 +74,8 @@ class Encoding(OperationStream):
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
         if error := next((choice.error for choice in choices if choice.error), ""):
             raise RequestError(error)
+        if any(choice.logprob == IMPOSSIBLE for choice in choices):  # no bias applies to tokens that are given
+            raise RequestError(NOT_NUMBERS)
         self._answered += len(choices)
         self.finished = self._answered == len(self._rows)
         return self._replies(choices)

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import inspect
 import itertools
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from transformers import PreTrainedModel
 from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
 from lmtp.runners.selfcheck import AGREEMENT, FORGIVEN
 from lmtp.runners.step import Step, StepLimits, Stream
+
+log = logging.getLogger(__name__)
 
 MAX_STREAMS = 256
 """Streams that run at once. They hold no memory between steps."""
@@ -214,8 +218,18 @@ class EncoderRunner:
         except Exception:
             if len(batch) == 1:
                 raise
-        # BART's classifiers refuse texts with different numbers of end tokens side by side.
-        return [logits for text in batch for logits in self._forward([text])]
+        # BART's classifiers refuse texts with different numbers of end tokens side by side, and any text without one.
+        got: dict[Text, Tensor] = {}
+        for text in batch:
+            try:
+                (got[text],) = self._forward([text])
+            except Exception as error:
+                log.exception("a text failed")
+                failure = error
+        if not got:
+            raise failure
+        some = next(iter(got.values()))
+        return [got.get(text, some.new_full((len(text.places), some.shape[-1]), math.nan)) for text in batch]
 
 
 def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:

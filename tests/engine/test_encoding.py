@@ -402,6 +402,20 @@ def test_many_texts_with_independent_labels_are_answered_as_each_alone(independe
         assert token.top_logprobs == pytest.approx(dict(enumerate(own.tolist())), abs=1e-4)
 
 
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_text_that_the_models_code_refuses_fails_alone(labels: int) -> None:
+    """BART's classifier raises for a text without an end token."""
+    engine = start(build("bart", "SequenceClassification", num_labels=labels), tokenizer_of("bert"))
+    prompts = [[7, 8, 3], [7, 8, 9, 10], [7, 3, 8, 3]]
+    got = answers(engine, *(Encode(stream_id=i, prompt=prompt) for i, prompt in enumerate(prompts)))
+    assert got.error(1) == "the model produced logits that are not finite numbers."
+    for i in (0, 2):
+        alone = answers(engine, Encode(stream_id=i, prompt=prompts[i])).tokens(i)
+        assert got.tokens(i)[0].top_logprobs == pytest.approx(alone[0].top_logprobs, abs=1e-4)
+    assert "must contain at least one <eos>" in answers(engine, Encode(stream_id=0, prompt=prompts[1])).error()
+    engine.stop()
+
+
 # Setup
 
 

@@ -43,6 +43,11 @@ class OperationStream(Stream):
         """The step that last decoded it, while there are too many streams for one step."""
 
     @property
+    def least_length(self) -> int:
+        """The fewest tokens that its memory must have room for."""
+        return self.prompt_length + 1
+
+    @property
     def decoding(self) -> bool:
         """Whether its pending tokens are generated ones: the last one, or several that a grammar forced."""
         return False
@@ -226,6 +231,11 @@ class Scoring(OperationStream):
 
     @property
     @override
+    def least_length(self) -> int:
+        return self.max_length
+
+    @property
+    @override
     def goal(self) -> int:
         return len(self.tokens) - 1
 
@@ -278,12 +288,12 @@ def open_stream(
 
     Raises RequestError where this model cannot serve it.
     """
-    prompt = _ids(operation.prompt, "prompt", limits)
+    prompt = checked_ids(operation.prompt, "prompt", limits)
     wants_text = operation.text or (isinstance(operation, Generate) and bool(operation.stop))
     stop = (operation.stop or []) if isinstance(operation, Generate) else []
     decoder = text.TextDecoder(tokenizer, prompt, stop) if wants_text else None
     if isinstance(operation, Score):
-        scored = _ids(operation.scored, "scored", limits)
+        scored = checked_ids(operation.scored, "scored", limits)
         if not scored:
             raise RequestError("scored is empty; give at least one token.")
         if len(prompt) + len(scored) > limits.context:
@@ -300,7 +310,8 @@ def open_stream(
     return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
 
 
-def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:
+def checked_ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:
+    """The tokens of a field that has been tokenized. Raises RequestError for an id outside the vocabulary."""
     if isinstance(prompt, str):
         raise TypeError(f"{field} has to be tokenized before a stream is opened")
     if len(prompt) <= limits.context and max(prompt, default=0) >= limits.vocabulary:  # a longer one is refused below

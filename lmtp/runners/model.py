@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,28 @@ from transformers import PreTrainedModel
 UNBOUNDED_CONTEXT = 2**20
 """Tokens, for a model whose configuration names no limit."""
 
+UNBOUNDED_TEXT = 2**12
+"""The same for an encoder, which looks at all pairs of tokens at once."""
+
 
 class UnsupportedModel(Exception):
     """The runner cannot serve the model; the message says what was found."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an encoder answers about a text that it reads as a whole: a masked LM fills masks, a classifier names
+    labels."""
+
+    labels: tuple[str, ...] = ()
+    """What a classifier chooses among, by id; empty for a masked LM, which chooses tokens."""
+    independent: bool = False
+    """Whether each label is true or false by itself: its probability is its logit's sigmoid, no share of a softmax."""
+
+    @property
+    def kind(self) -> str:
+        """What such a model is called."""
+        return "sequence classifier" if self.labels else "masked language model"
 
 
 @dataclass(frozen=True)
@@ -23,10 +43,22 @@ class Limits:
     vocabulary: int
     context: int
     end_of_sequence: tuple[int, ...]
+    head: Head | None = None
+    """An encoder's head; None for a model that generates."""
+
+    @property
+    def classes(self) -> int:
+        """How many tokens, or labels, an answer is chosen among."""
+        return len(self.head.labels) if self.head and self.head.labels else self.vocabulary
 
 
 def limits_of(model: PreTrainedModel) -> Limits:
-    """Read the limits from the model's configuration and generation configuration."""
+    """Read the limits from the model's configuration and generation configuration.
+
+    Raises UnsupportedModel for a regression.
+    """
+    if head := _head_of(model):
+        return _encoder_limits(model, head)
     config = model.config.get_text_config(decoder=True)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     context = (
@@ -37,6 +69,32 @@ def limits_of(model: PreTrainedModel) -> Limits:
         ids = getattr(source, "eos_token_id", None)
         ends.update([ids] if isinstance(ids, int) else ids or [])
     return Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+
+
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """The head of a masked LM or a sequence classifier. Labels are independent where Transformers' text-classification
+    pipeline takes the sigmoid of each."""
+    config: Any = model.config
+    name = type(model).__name__
+    if name.endswith("ForMaskedLM"):
+        return Head()
+    if not name.endswith("ForSequenceClassification"):
+        return None
+    if config.problem_type == "regression":
+        raise UnsupportedModel("its problem_type is regression: it answers with numbers; choose one that has labels.")
+    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return Head(labels, config.problem_type == "multi_label_classification" or len(labels) == 1)
+
+
+def _encoder_limits(model: PreTrainedModel, head: Head) -> Limits:
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    positions = next((size for name in names if (size := getattr(config, name, None) or 0) > 0), UNBOUNDED_TEXT)
+    # RoBERTa and its relatives count positions from the padding id on.
+    tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
+    unused = max((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), default=0)
+    embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
+    return Limits(next(embeddings.parameters()).shape[0], positions - unused, (), head)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -111,6 +111,8 @@ class SlotStep(nn.Module):
 class SlotRunner(Slots):
     """Slots that also run steps, each as one padded batch."""
 
+    longest_source = 0
+
     def __init__(
         self,
         step: SlotStep,
@@ -132,9 +134,15 @@ class SlotRunner(Slots):
         self._device = input_device(step.model)
         self._dtype = step.model.dtype
 
-    @torch.inference_mode()
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
+        begun = any(stream.computed for stream in step.streams)
+        fast = self.fast if self.fast and (begun or max(step.counts) <= self.fast.max_first_chunk) else None
+        return functools.partial(fast or self.step, self._inputs(step, masked=begun or fast is not None))
+
+    @torch.inference_mode()
+    def _inputs(self, step: Step[Stream], masked: bool) -> StepInputs:
+        """What the model takes for a step, with masks or without."""
         counts = np.array(step.counts)
         rows, q = len(counts), int(counts.max())
         computed = np.array([stream.computed for stream in step.streams])
@@ -148,13 +156,11 @@ class SlotRunner(Slots):
         writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)
         masks: list[Tensor] = []
-        begun = bool(computed.any())
-        fast = self.fast if self.fast and (begun or q <= self.fast.max_first_chunk) else None
-        if fast or begun:
+        if masked:
             columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
             masks = self._masks(position_ids, columns)
         keys, values = self._memory.from_slot(step.streams[0].slot)
-        inputs = StepInputs(
+        return StepInputs(
             self._tensor(ids),
             position_ids,
             self._tensor(writes),
@@ -163,7 +169,6 @@ class SlotRunner(Slots):
             keys,
             values,
         )
-        return functools.partial(fast or self.step, inputs)
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -172,6 +172,10 @@ class Predictor(BasePredictor):
         if ops_batch_json is not None:
             operations = protocol.parse_batch(ops_batch_json)
         else:
+            if prompt_logprobs and self.engine.limits.source:
+                raise RequestError(
+                    "prompt_logprobs: this model's encoder reads the prompt and gives it no probabilities."
+                )
             generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
                 stream_id=0,
                 prompt=await self.engine.tokenizers.render(

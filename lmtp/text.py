@@ -64,11 +64,16 @@ class Tokenizers:
         return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens)
 
     async def encode(
-        self, field: str, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+        self,
+        field: str,
+        text: str,
+        begins_sequence: bool = True,
+        allow_special_tokens: bool = False,
+        add_special_tokens: bool = True,
     ) -> list[int]:
         """`encode` for a text of any size. Raises RequestError, naming the field."""
         self.check(field, text)
-        return await self._run(encode, text, begins_sequence, allow_special_tokens)
+        return await self._run(encode, text, begins_sequence, allow_special_tokens, add_special_tokens)
 
     def check(self, field: str, *texts: str) -> None:
         """Raise RequestError if the texts together are too long to tokenize, or no text."""
@@ -126,18 +131,22 @@ def render_prompt(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    begins_sequence: bool = True,
+    allow_special_tokens: bool = False,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """Tokenize text, either as the start of a sequence or as what goes on with one.
 
-    At the start the tokenizer adds special tokens, unless the text has them already. Special tokens in the text itself
-    are text unless allowed.
+    At the start the tokenizer adds special tokens, unless the text has them already or ``add_special_tokens`` is false.
+    Special tokens in the text itself are text unless allowed.
     """
     cut = _unused(text)
     if not allow_special_tokens:
         text = _cut(tokenizer, text, cut)
     if begins_sequence:
-        return _encode(tokenizer, text, cut)
+        return _encode(tokenizer, text, cut, add_special_tokens)
     return list(itertools.chain.from_iterable(_continue(tokenizer, part) for part in text.split(cut)))
 
 

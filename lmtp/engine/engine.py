@@ -49,7 +49,18 @@ log = logging.getLogger(__name__)
 
 _BOTH = ("cache_salt", "allow_special_tokens")
 EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS, *_BOTH],
+    "GENERATE": [
+        "seed",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "text",
+        "prompt as a string",
+        "target",
+        "mask",
+        *CONSTRAINTS,
+        *_BOTH,
+    ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
 }
 
@@ -126,7 +137,8 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
-        max_bytes = bounds.max_prompt_bytes or self.limits.context * BYTES_PER_TOKEN
+        longest = max(self.limits.context, self.runner.longest_source)
+        max_bytes = bounds.max_prompt_bytes or longest * BYTES_PER_TOKEN
         self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
         self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
 
@@ -159,9 +171,14 @@ class Engine:
             if isinstance(operation.prompt, str):
                 ids = await self.tokenizers.encode("prompt", operation.prompt, True, allow)
                 operation = replace(operation, prompt=ids)
+            # What an encoder-decoder model writes begins a text of its own; its start token is the stream's.
+            begins, special = bool(self.limits.source), not self.limits.source
             if isinstance(operation, Score) and isinstance(operation.scored, str):
-                ids = await self.tokenizers.encode("scored", operation.scored, False, allow)
+                ids = await self.tokenizers.encode("scored", operation.scored, begins, allow, special)
                 operation = replace(operation, scored=ids)
+            if isinstance(operation, Generate) and isinstance(operation.target, str):
+                ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
+                operation = replace(operation, target=ids)
             return operation
         except Exception as error:
             return _refusal(operation, error)
@@ -187,6 +204,7 @@ class Engine:
             "vocabulary": self.limits.vocabulary,
             "context": self.limits.context,
             "longest_stream": self.runner.longest,
+            "longest_source": self.runner.longest_source,
             "end_of_sequence": list(self.limits.end_of_sequence),
             "runner": self.runner.description,
             "runner_reason": self.runner.reason,
@@ -332,11 +350,12 @@ class Engine:
             before = stream.computed
             stream.advance(count)
             known = stream.computed
+            (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
             received.append((stream, _receive(stream, its_choices) if its_choices else []))
             self._count(
                 stream.prediction,
-                reused_tokens=before if before == stream.reused else 0,
-                computed_tokens=stream.computed - before,
+                reused_tokens=found + (before if before == stream.reused else 0),
+                computed_tokens=encoded + stream.computed - before,
                 drafted_tokens=count - (known - before),
                 accepted_tokens=stream.computed - known,
             )
@@ -367,13 +386,20 @@ class Engine:
             return
         stream = open_stream(prediction, operation, self.limits, self.tokenizer, grammar)
         stream.salt = self._salt(prediction, operation)
+        longest = self.runner.longest_source
+        if len(stream.source) > longest:
+            raise RequestError(
+                f"prompt is {len(stream.source)} tokens; memory for encoding a prompt (KV_CACHE_GB) holds {longest}."
+            )
         longest = self.runner.longest
+        name = "target" if stream.source else "prompt"
         if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.max_length > longest):
             raise RequestError(
-                f"prompt is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
+                f"{name} is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
         stream.max_length = min(stream.max_length, longest)
-        self._count(prediction, input_tokens=len(stream.tokens))
+        given = operation.scored if isinstance(operation, Score) else operation.target or ()
+        self._count(prediction, input_tokens=len(operation.prompt) + len(given))
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return

@@ -1,9 +1,9 @@
 """The runner of encoder-decoder models: slots for the targets, and each stream's source beside its slot.
 
-The model's own code runs unchanged. It gets an EncoderDecoderCache whose part for cross-attention is marked as filled,
-so it computes nothing but the new tokens. Two kinds of models count positions by the length of the cache, which is the
-same for all rows: what T5 and its relatives add to attention, and BART's and its relatives' embeddings of positions. Both
-are looked up by each row's own positions instead.
+The model's own code runs unchanged. It gets an EncoderDecoderCache whose cross-attention part is marked as filled, so
+it computes the new tokens only. Two kinds of models count positions by the length of the cache, the same for all
+rows: T5 and its relatives for the bias that they add to attention, BART and its relatives for the embedding of
+positions. Both are looked up by each row's own positions instead.
 """
 
 import contextlib
@@ -46,13 +46,17 @@ class EncoderDecoderStep(SlotStep):
     """The decoder's forward pass over slots."""
 
     def __init__(self, model: PreTrainedModel, limits: Limits, width: int) -> None:
-        """``width``: numbers of the encoder's output for a token. Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
+        """``width``: numbers of the encoder's output for a token.
+
+        Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
         super().__init__(model)
         self._accepts_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
         decoder: nn.Module = model.get_decoder()
         self._width = width
         self._masks_single_tokens = model.config.model_type != "led"
-        self._biased = [module for module in decoder.modules() if getattr(module, "has_relative_attention_bias", False)]
+        self._biased: list[Any] = [
+            module for module in decoder.modules() if getattr(module, "has_relative_attention_bias", False)
+        ]
         self._embedding = getattr(decoder, "embed_positions", None)
         self._table = None if self._embedding is None else self._position_table(decoder, limits)
 
@@ -95,7 +99,7 @@ class EncoderDecoderStep(SlotStep):
         mask = dict(zip(self.rules, inputs.masks, strict=True)) if len(inputs.masks) > 1 else inputs.masks[0]
         with only_wanted(self.model, inputs.wanted), self._own_positions(inputs.positions):
             output = self.model(
-                encoder_outputs=EncoderOutput(unread.expand(rows, sources.mask.shape[3], self._width)),  # type: ignore[arg-type]
+                encoder_outputs=EncoderOutput(unread.expand(rows, sources.mask.shape[3], self._width)),
                 attention_mask=sources.mask.expand(rows, 1, q, -1),
                 decoder_input_ids=inputs.ids,
                 decoder_attention_mask=mask,
@@ -115,7 +119,7 @@ class EncoderDecoderStep(SlotStep):
                 stack.callback(self._embedding.register_forward_hook(lambda *_: added).remove)
             for module in self._biased:
                 module.compute_bias = functools.partial(_bias, module.compute_bias, positions)
-                stack.callback(delattr, module, "compute_bias")
+                stack.callback(delattr, module, "compute_bias")  # the class's own is seen again
             yield
 
 
@@ -131,7 +135,9 @@ def _widened(inputs: StepInputs) -> StepInputs:
     return inputs._replace(ids=ids, positions=positions, masks=masks, writes=writes, wanted=inputs.wanted * 2)
 
 
-class _Seized(Exception):  # noqa: N818 - no error: it ends a forward pass that has done what it was for
+class _Seized(Exception):
+    """Ends a forward pass that has done what it was for."""
+
     def __init__(self, output: Tensor) -> None:
         self.output = output
 
@@ -234,8 +240,14 @@ def _check(
 
     few = [tuple(some(limits.source.vocabulary, size)) for size in SOURCES]
     targets = [[limits.target_start[0], *some(limits.vocabulary, size)] for size in (5, 14, 9)]
-    pairs = [*zip(few, targets, strict=True), (few[2], targets[1]), (few[1], targets[1][: selfcheck.SHARED] + targets[2])]
-    reference = Reference([target for _, target in pairs], [_own_logits(model, encoder, *pair) for pair in pairs], dtype)
+    pairs = [
+        *zip(few, targets, strict=True),
+        (few[2], targets[1]),
+        (few[1], targets[1][: selfcheck.SHARED] + targets[2]),
+    ]
+    reference = Reference(
+        [target for _, target in pairs], [_own_logits(model, encoder, *pair) for pair in pairs], dtype
+    )
     memory, rows = Memory(own, dtype), Memory(cross, dtype)
     sources = Sources(encoder, rows, rows.bytes_per_token * selfcheck.TOKENS, 2**20)
     budget = memory.bytes_per_token * selfcheck.TOKENS

@@ -53,10 +53,13 @@ def limits_of(model: PreTrainedModel) -> Limits:
 
 
 def _with_source(model: PreTrainedModel, limits: Limits) -> Limits:
-    """The limits of an encoder-decoder model, whose configuration may count both sides' positions by names of their own."""
+    """The limits of an encoder-decoder model. LED names the positions of both sides."""
 
     def own(name: str) -> int | None:
-        return next((value for c in (model.generation_config, model.config) if (value := getattr(c, name, None)) is not None), None)
+        return next(
+            (value for c in (model.generation_config, model.config) if (value := getattr(c, name, None)) is not None),
+            None,
+        )
 
     start = own("decoder_start_token_id")
     start = own("bos_token_id") if start is None else start

@@ -65,10 +65,12 @@ class Text(Stream):
 
     @property
     def goal(self) -> int:
+        """All but the last token."""
         return len(self.tokens) - 1
 
     @property
     def first_wanted(self) -> int:
+        """The last given token."""
         return self._given - 1
 
 

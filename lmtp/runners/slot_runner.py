@@ -7,7 +7,7 @@ boolean masks as numbers, which is silently wrong.)
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -238,7 +238,11 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", None)
+    return layers_in(getattr(cache, "layers", None) or [])
+
+
+def layers_in(layers: Sequence[Any]) -> list[Layer]:
+    """What the layers of a Transformers cache keep. Raises UnsupportedModel as `layers_of`."""
     if not layers or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers):
         raise UnsupportedModel("its cache is not one of keys and values")
     return [

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
+from lmtp.runners.slot_runner import layers_in
 from lmtp.runners.slots import FIRST_SLOTS, Layer, Memory
 from lmtp.runners.step import Stream
 
@@ -105,17 +105,7 @@ class Encoder:
         Raises UnsupportedModel where its cache is not one of keys and values for every token.
         """
         cache = self._cache_of(self([0]))
-        parts = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
-        if not all(isinstance(layer, DynamicLayer) and layer.is_initialized for part in parts for layer in part):
-            raise UnsupportedModel("its cache is not one of keys and values")
-        own, cross = (
-            [
-                Layer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.device)
-                for layer in part
-            ]
-            for part in parts
-        )
-        return own, cross
+        return layers_in(cache.self_attention_cache.layers), layers_in(cache.cross_attention_cache.layers)
 
     @torch.inference_mode()
     def _cache_of(self, encoded: Encoded) -> EncoderDecoderCache:

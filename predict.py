@@ -172,10 +172,6 @@ class Predictor(BasePredictor):
         if ops_batch_json is not None:
             operations = protocol.parse_batch(ops_batch_json)
         else:
-            if prompt_logprobs and self.engine.limits.source:
-                raise RequestError(
-                    "prompt_logprobs: this model's encoder reads the prompt and gives it no probabilities."
-                )
             generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
                 stream_id=0,
                 prompt=await self.engine.tokenizers.render(
@@ -196,7 +192,10 @@ class Predictor(BasePredictor):
                 text=True,
                 cache_salt=cache_salt,
             )
-            completions = Completions(generate, self.engine.tokenizer, output, int(n), prompt_logprobs, normalize)
+            encoded = self.engine.limits.source is not None
+            completions = Completions(
+                generate, self.engine.tokenizer, output, int(n), prompt_logprobs, normalize, encoded
+            )
             operations = completions.operations
         prediction = await self.engine.predict(operations)
         cancellation.when_cancelled(prediction.cancel)

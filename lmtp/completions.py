@@ -42,14 +42,18 @@ class Completions:
         n: int = 1,
         prompt_logprobs: bool = False,
         normalize: str = "sum",
+        encoded: bool = False,
     ) -> None:
         """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
         or ``json``. ``normalize`` says which log-probability of a compared choice counts: ``sum``, that of the text, or
-        ``mean``, per token. Raises RequestError for settings that contradict each other."""
+        ``mean``, per token. ``encoded``: an encoder reads the prompt. Raises RequestError for settings that contradict
+        each other."""
         if output == "text" and n > 1:
             raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
             raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
+        if encoded and prompt_logprobs:
+            raise RequestError("prompt_logprobs: this model encodes the prompt and has no log-probabilities for it.")
         self.constraint = protocol.constraint_of(generate)
         self.finished = True
         """Whether every compared choice was sent whole. GENERATE streams are counted by the engine."""

@@ -119,6 +119,10 @@ def hide_special_tokens(tokenizer: str) -> str:
         model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
     if "unk_token" in model:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    decoder = read.get("decoder") or {}
+    if decoder.get("type") == "Metaspace":  # T5's way; llguidance knows Llama's way to say the same
+        space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+        read["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
     return msgspec.json.encode(read).decode()
 
 

@@ -1,15 +1,20 @@
 """Encoder-decoder models: in batches what Transformers' own generate and forward pass say, or refused by name."""
 
+import asyncio
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from lmtp.completions import Completions
 from lmtp.engine.engine import Engine
-from lmtp.protocol import Generate, ModelInfo, Score
+from lmtp.protocol import Generate, ModelInfo, RequestError, Score
 from lmtp.runners.encoder_decoder import EncoderDecoderRunner
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
@@ -292,6 +297,110 @@ def test_a_target_that_begins_with_the_forced_token_gets_no_second_one() -> None
     engine.stop()
     assert batch.ids(0) == batch.ids(1) == own_greedy(model, source, 9, target)
     assert [t.logprob for t in batch.tokens(2)[1:]] == [t.logprob for t in batch.tokens(3)]
+
+
+WORDS = ("▁", "▁yes", "▁no", "▁may", "be", "yes", "no", *"abcdefghijklmnopqrstuvwxyz", *"0123456789", *'{}[]":,.?- ')
+
+
+def tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """A tokenizer as T5's: words begin with a space that decoding drops at the start, and texts end with an end."""
+    special: list[tuple[str, float]] = [("<pad>", 0.0), ("<unk>", 0.0), ("</s>", 0.0)]
+    vocabulary = special + [(word, -1.0 - 10 * (len(word) < 2)) for word in WORDS]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=1))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
+    backend.add_special_tokens(["<pad>", "<unk>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def talking() -> Iterator[Pair]:
+    model = build("flan_t5", vocab_size=3 + len(WORDS))
+    engine = start(model, tokenizer_of_words())
+    yield model, engine
+    engine.stop()
+
+
+def complete(engine: Engine, prompt: str, output: str = "json", n: int = 1, **settings: Any) -> Any:
+    """What the input ``prompt`` answers."""
+    ids = asyncio.run(engine.tokenizers.render(prompt))
+    generate = Generate(stream_id=0, prompt=ids, text=True, **settings)
+    completions = Completions(generate, engine.tokenizer, output, n, encoded=True)
+    prediction = begin(engine, *completions.operations)
+    text = "".join(completions.add(replies) for replies in prediction)
+    text += completions.end(
+        prediction.counters.reused_tokens, prediction.counters.computed_tokens, engine.compiler.check
+    )
+    return json.loads(text) if output == "json" else text
+
+
+def test_a_prompt_is_the_source_and_its_answer_the_decoded_target(talking: Pair) -> None:
+    model, engine = talking
+    prompt = "can a dog drive a car?"
+    ids = engine.tokenizer(prompt).input_ids
+    assert ids[-1] == END
+    expected = own_greedy(model, ids, 20)
+    document = complete(engine, prompt, max_tokens=20)
+    assert [token["token"] for token in document["choices"][0]["tokens"]] == expected
+    assert document["choices"][0]["text"] == engine.tokenizer.decode(expected, skip_special_tokens=True)
+    assert document["usage"]["input_token_count"] == len(ids)
+    assert complete(engine, prompt, "text", max_tokens=20) == document["choices"][0]["text"]
+    assert complete(engine, prompt, "lmtp", max_tokens=20).count("TOKEN") == len(expected)
+
+
+def test_several_completions_are_each_what_it_is_alone(talking: Pair) -> None:
+    _, engine = talking
+    several = complete(engine, "a dog?", n=3, max_tokens=8, temperature=1.0, seed=4)["choices"]
+    alone = [complete(engine, "a dog?", max_tokens=8, temperature=1.0, seed=4 + i)["choices"][0] for i in range(3)]
+    assert [choice["text"] for choice in several] == [choice["text"] for choice in alone]
+    assert len({choice["text"] for choice in several}) > 1
+
+
+def test_choices_are_compared_as_the_target_would_spell_them(talking: Pair) -> None:
+    model, engine = talking
+    prompt, options = "a dog?", ["yes", "no", "maybe"]
+    source = engine.tokenizer(prompt).input_ids
+    document = complete(engine, prompt, choices=options)
+    for row in document["distribution"]:
+        target = engine.tokenizer(row["choice"]).input_ids[:-1]
+        logprobs = own_logprobs(model, source, target)
+        expected = sum(logprobs[i, token].item() for i, token in enumerate(target))
+        assert row["logprob"] == pytest.approx(expected, abs=1e-4)
+    assert document["choices"][0]["text"] == document["distribution"][0]["choice"]
+
+
+def test_a_constraint_holds_for_the_target(talking: Pair) -> None:
+    _, engine = talking
+    text = complete(engine, "a dog?", "text", regex="(yes|no), [0-9]{3}", max_tokens=20)
+    assert re.fullmatch("(yes|no), [0-9]{3}", text)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    document = complete(engine, "a dog?", json_schema=schema, max_tokens=40)
+    assert document["choices"][0]["constraint_valid"]
+
+
+def test_a_target_given_as_text_goes_on(talking: Pair) -> None:
+    model, engine = talking
+    source, target = engine.tokenizer("a dog?").input_ids, engine.tokenizer("maybe").input_ids[:-1]
+    both = answers(
+        engine,
+        Generate(stream_id=0, prompt="a dog?", target="maybe", max_tokens=9, text=True),
+        Generate(stream_id=1, prompt=source, target=target, max_tokens=9, text=True),
+        Score(stream_id=2, prompt="a dog?", scored="maybe"),
+    )
+    assert both.ids(0) == both.ids(1) == own_greedy(model, source, 9, target)
+    assert both.ids(2) == target
+
+
+def test_log_probabilities_of_a_prompt_that_is_encoded_are_refused(talking: Pair) -> None:
+    _, engine = talking
+    with pytest.raises(RequestError, match=r"^prompt_logprobs: this model encodes the prompt"):
+        Completions(Generate(stream_id=0, prompt=[5]), engine.tokenizer, "json", prompt_logprobs=True, encoded=True)
 
 
 def test_a_decoder_has_no_target() -> None:

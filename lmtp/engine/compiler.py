@@ -17,7 +17,7 @@ from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.engine.grammar import Compiled, Grammar
-from lmtp.engine.source import Source, compile_source, hide_special_tokens, source_of
+from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -106,11 +106,19 @@ class Compiler:
     """Compiles constraints on threads of its own, after a child process has shown that they can be compiled."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, end_of_sequence: Sequence[int]
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocabulary: int,
+        end_of_sequence: Sequence[int],
+        begins_text: bool = False,
     ) -> None:
+        """``begins_text``: what is generated begins a text of its own, as an encoder-decoder model's does."""
         self._model_tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_of_sequence = list(end_of_sequence)
+        self._space = ""
+        if begins_text and isinstance(tokenizer, PreTrainedTokenizerFast):
+            self._space = leading_space(tokenizer.backend_tokenizer.to_str())
         self._pool = _deep_threads(COMPILED_TOGETHER, "compile")
         self._slow = _deep_threads(1, "compile-slow")
         self._slow.submit(lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE))
@@ -125,7 +133,7 @@ class Compiler:
 
         Raises RequestError for a constraint that cannot be used: within a second once it has its turn.
         """
-        source = source_of(operation)
+        source = source_of(operation, self._space)
         if source is None:
             return None
         await asyncio.shield(asyncio.wrap_future(self._start()))  # the first time takes a second or two
@@ -141,7 +149,7 @@ class Compiler:
 
         May take a second, on any thread.
         """
-        source = source_of(operation)
+        source = source_of(operation, self._space)
         assert source is not None
         tokenizer, vetter = self._start().result()
         if source.field == "json_schema":

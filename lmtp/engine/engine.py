@@ -140,7 +140,12 @@ class Engine:
         longest = max(self.limits.context, self.runner.longest_source)
         max_bytes = bounds.max_prompt_bytes or longest * BYTES_PER_TOKEN
         self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
-        self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self.compiler = Compiler(
+            self.tokenizer,
+            self.limits.vocabulary,
+            self.limits.end_of_sequence,
+            begins_text=self.limits.source is not None,
+        )
 
     def stop(self) -> None:
         """End the thread after the step it is in. Running streams get an error reply."""

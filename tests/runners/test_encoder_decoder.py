@@ -384,6 +384,17 @@ def test_a_constraint_holds_for_the_target(talking: Pair) -> None:
     assert document["choices"][0]["constraint_valid"]
 
 
+def test_a_constrained_text_may_begin_with_a_whole_word(talking: Pair) -> None:
+    _, engine = talking
+    yes = int(engine.tokenizer.encode("yes")[0])
+    settings: list[dict[str, Any]] = [{"regex": "yes|nope"}, {"choices": ["yes", "nope"]}]
+    for constraint in settings:
+        likely = Generate(stream_id=0, prompt="a dog?", logit_bias={yes: 50.0}, text=True, **constraint)
+        tokens = answers(engine, likely).tokens()
+        assert tokens[0].token == yes
+        assert "".join(str(token.text) for token in tokens) == "yes"
+
+
 def test_a_target_given_as_text_goes_on(talking: Pair) -> None:
     model, engine = talking
     source, target = engine.tokenizer("a dog?").input_ids, engine.tokenizer("maybe").input_ids[:-1]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmtp import protocol
 from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Score, Token
+from lmtp.text import Tokenizers
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
@@ -60,6 +61,7 @@ class Completions:
         self.valid: Sequence[bool | None] = []
         """For each completion, whether its text satisfies the constraint; None where that could not be told."""
         self._generate = generate
+        self._encoded = encoded
         self._output = output
         self._n = n
         self._normalize = normalize
@@ -83,6 +85,27 @@ class Completions:
         for i in range(0 if self._options else n):
             self.operations.append(replace(generate, stream_id=i, seed=self._seed(i)))
             self._completed[i], self._texts[i] = [], ""
+
+    async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
+        """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
+        prompt = 0 if self._encoded else len(self._generate.prompt)
+        for place, operation in enumerate(self.operations):
+            if not isinstance(operation, Score) or not isinstance(operation.scored, str):
+                continue
+            field = f"choices[{(self._generate.choices or []).index(operation.scored)}]"
+            ids = await tokenizers.encode(field, operation.scored, self._encoded, add_special_tokens=not self._encoded)
+            if not ids:
+                raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")
+            if prompt + len(ids) > context:
+                raise RequestError(
+                    f"prompt and {field} are {prompt + len(ids)} tokens; the model's context is {context}."
+                )
+            self.operations[place] = replace(operation, scored=ids)
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of the prompt. It counts once, however many streams begin with it."""
+        return len(self._generate.prompt)
 
     def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
         top = self._generate.top_logprobs
@@ -200,7 +223,7 @@ class Completions:
         if PROMPT in self._scored:
             document["prompt_logprobs"] = [_token(token) for token in self._scored[PROMPT]]
         generated = sum(map(len, self._completed.values()))
-        document["usage"] = {"input_token_count": len(self._generate.prompt), "output_token_count": generated, **usage}
+        document["usage"] = {"input_token_count": self.input_tokens, "output_token_count": generated, **usage}
         return document
 
 

@@ -11,11 +11,12 @@ import itertools
 import queue
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 from tokenizers.decoders import DecodeStream
@@ -32,6 +33,7 @@ BYTES_PER_TOKEN = 16
 """A longer text, for each token of the context, is refused before it is tokenized."""
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Tokenizers:
@@ -41,7 +43,7 @@ class Tokenizers:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, threads: int, max_bytes: int) -> None:
-        """``max_bytes``: the UTF-8 bytes of the longest text, a prompt's parts counted together."""
+        """``max_bytes``: the UTF-8 bytes of the longest text, a prompt's parts counted together; 0 is no limit."""
         self._max_bytes = max_bytes
         self._original = tokenizer
         self._unused = queue.SimpleQueue[PreTrainedTokenizerBase]()
@@ -75,16 +77,22 @@ class Tokenizers:
         self.check(field, text)
         return await self._run(encode, text, begins_sequence, allow_special_tokens, add_special_tokens)
 
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that takes long, on one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, functools.partial(function, *args, **kwargs)
+        )
+
     def check(self, field: str, *texts: str) -> None:
         """Raise RequestError if the texts together are too long to tokenize, or no text."""
-        size = sum(map(len, texts))
-        if size <= self._max_bytes:
+        size, most = sum(map(len, texts)), self._max_bytes or sys.maxsize
+        if size <= most:
             try:
                 size = sum(len(text.encode()) for text in texts)
             except UnicodeEncodeError as error:
                 raise RequestError(f"{field}: character {error.start} is a lone surrogate, no character.") from None
-        if size > self._max_bytes:
-            raise RequestError(f"{field} is {size} bytes of text; {self._max_bytes} is the limit of this model.")
+        if size > most:
+            raise RequestError(f"{field} is {size} bytes of text; {most} is the limit of this model.")
 
     async def _run(
         self, function: Callable[Concatenate[PreTrainedTokenizerBase, P], list[int]], *args: P.args, **kwargs: P.kwargs
@@ -92,7 +100,7 @@ class Tokenizers:
         def call() -> list[int]:
             return function(self._local.tokenizer, *args, **kwargs)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await self.run(call)
 
 
 def render_prompt(

@@ -9,9 +9,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
-from lmtp.engine.compiler import Compiler
+from lmtp.engine.compiler import Batch, Compiler
 from lmtp.engine.grammar import Grammar, MaskFiller
-from lmtp.engine.masks import Allowed
+from lmtp.engine.masks import Allowed, Bias, packed_bias
 from lmtp.engine.scheduler import Scheduler
 from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
 from lmtp.prediction import Counters, Prediction
@@ -68,8 +70,8 @@ IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""
 
 
-MAX_COMPILING = 2
-"""Constraints of one prediction that are compiled at once."""
+MANY_BIASES = 1000
+"""More entries of ``logit_bias`` than this are read on a thread of the tokenizers'."""
 
 
 class LoadedModel(NamedTuple):
@@ -80,8 +82,13 @@ class LoadedModel(NamedTuple):
     runner: Runner
 
 
-Prepared = tuple[Operation | Failure, Grammar | None]
-"""An operation with token ids in place of text, and its grammar."""
+class Prepared(NamedTuple):
+    """What a stream is opened from."""
+
+    operation: Operation | Failure
+    """With token ids in place of texts."""
+    bias: Bias | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,11 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
-        longest = max(self.limits.context, self.runner.longest_source)
-        max_bytes = bounds.max_prompt_bytes or longest * BYTES_PER_TOKEN
+        self.longest_input = max(self.limits.context, self.runner.longest_source)
+        """Tokens of the longest list of ids that an operation can have."""
+        max_bytes = bounds.max_prompt_bytes
+        if max_bytes is None:
+            max_bytes = self.longest_input * BYTES_PER_TOKEN
         self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
         self.compiler = Compiler(
             self.tokenizer,
@@ -152,51 +162,73 @@ class Engine:
         self._commands.put(Stop())
         self._thread.join()
 
-    async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
-        """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
-        # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
-        tokenized = [await self._tokenize(operation) for operation in operations]
-        turns = asyncio.Semaphore(MAX_COMPILING)
-        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in tokenized))
+    @asynccontextmanager
+    async def preparing(self, began: float) -> AsyncIterator[None]:
+        """Bound by MAX_SECONDS what a prediction does before its streams open. Raises RequestError.
+
+        ``began``: when the prediction did, by the engine's clock.
+        """
+        seconds = self.bounds.max_seconds
+        try:
+            async with asyncio.timeout(began + seconds - self._clock() if seconds else None):
+                yield
+        except TimeoutError:
+            raise RequestError(_took_longer(seconds)) from None
+
+    async def predict(self, operations: Sequence[Operation | Failure], began: float | None = None) -> Prediction:
+        """Begin operations together. Waits only until their text is tokenized and their grammars are compiled.
+
+        ``began``: when the prediction did, by the engine's clock; now by default. Its time counts from there.
+        """
         prediction = Prediction(
             lambda ended: self._commands.put(End(ended)), resume=lambda: self._commands.put(Resume())
         )
+        prediction.turns.began = self._clock() if began is None else began
+        # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
+        read = [await self._read(operation) for operation in operations]
+        constraints = self.compiler.batch()
+        prepared = await asyncio.gather(*(self._compile(each, constraints) for each in read))
         self._commands.put(Begin(prediction, prepared))
         return prediction
 
-    async def _tokenize(self, operation: Operation | Failure) -> Operation | Failure:
-        """Put token ids in place of texts."""
+    async def _read(self, operation: Operation | Failure) -> Prepared:
+        """Put token ids in place of texts, and a bias in place of ``logit_bias`` and ``mask``."""
         try:
             if not isinstance(operation, Generate | Score):
-                return operation
-            if operation.top_logprobs > self.bounds.max_top_logprobs:
-                most = self.bounds.max_top_logprobs
-                return _failure(operation, f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
+                return Prepared(operation)
+            most = self.bounds.max_top_logprobs
+            if most and operation.top_logprobs > most:
+                raise RequestError(f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
             allow = operation.allow_special_tokens
             if isinstance(operation.prompt, str):
                 ids = await self.tokenizers.encode("prompt", operation.prompt, True, allow)
                 operation = replace(operation, prompt=ids)
             # What an encoder-decoder model writes begins a text of its own; its start token is the stream's.
             begins, special = bool(self.limits.source), not self.limits.source
-            if isinstance(operation, Score) and isinstance(operation.scored, str):
-                ids = await self.tokenizers.encode("scored", operation.scored, begins, allow, special)
-                operation = replace(operation, scored=ids)
-            if isinstance(operation, Generate) and isinstance(operation.target, str):
+            if isinstance(operation, Score):
+                if isinstance(operation.scored, str):
+                    ids = await self.tokenizers.encode("scored", operation.scored, begins, allow, special)
+                    operation = replace(operation, scored=ids)
+                return Prepared(operation)
+            if isinstance(operation.target, str):
                 ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
                 operation = replace(operation, target=ids)
-            return operation
+            many = len(operation.logit_bias or ()) > MANY_BIASES
+            pack = partial(packed_bias, operation, self.limits)
+            bias = await self.tokenizers.run(pack) if many else pack()
+            # As Python objects they take many times the memory.
+            return Prepared(replace(operation, logit_bias=None, mask=None), bias)
         except Exception as error:
-            return _refusal(operation, error)
+            return Prepared(_refusal(operation, error))
 
-    async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
+    async def _compile(self, read: Prepared, constraints: Batch) -> Prepared:
         """Compile the operation's grammar."""
-        if not isinstance(operation, Generate):
-            return operation, None
+        if not isinstance(read.operation, Generate):
+            return read
         try:
-            async with turns:
-                return operation, await self.compiler.grammar(operation)
+            return read._replace(grammar=await constraints.grammar(read.operation))
         except Exception as error:
-            return _refusal(operation, error), None
+            return Prepared(_refusal(read.operation, error))
 
     def model_info(self) -> dict[str, Any]:
         """What MODEL_INFO answers."""
@@ -292,18 +324,18 @@ class Engine:
             if not unread or prediction.taken != turns.taken:
                 turns.read, turns.taken = now, prediction.taken
             if bounds.max_seconds and now - turns.began > bounds.max_seconds:
-                self._fail(streams, f"took longer than MAX_SECONDS ({bounds.max_seconds:g} s).", keep=True)
+                self._fail(streams, _took_longer(bounds.max_seconds), keep=True)
             elif bounds.max_unread_seconds and now - turns.read > bounds.max_unread_seconds:
                 error = f"its output was not taken within MAX_UNREAD_SECONDS ({bounds.max_unread_seconds:g} s)."
                 self._fail(streams, error, keep=True)
             elif turns.paused:
                 turns.paused = unread > bounds.max_unread_bytes // 2
-            elif unread > bounds.max_unread_bytes:
+            elif bounds.max_unread_bytes and unread > bounds.max_unread_bytes:
                 self._scheduler.pause(prediction)
 
     def _admit(self) -> Step[OperationStream] | None:
         """Admit waiting streams and choose the next step."""
-        if self._scheduler.waiting:  # memory may grow for them, which takes time
+        if self._scheduler.waits:  # memory may grow for them, which takes time
             self._hand_over()
         try:
             step = self._scheduler.next_step()
@@ -314,7 +346,7 @@ class Engine:
         if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
             reason = self.runner.refusal or "raise KV_CACHE_GB"
-            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting
+            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting()
             self._fail(refused, f"there is no memory for its keys and values: {reason}.")
         return step
 
@@ -372,15 +404,16 @@ class Engine:
                 self._answer(stream, replies)
 
     def _begin(self, prediction: Prediction, operations: Sequence[Prepared]) -> None:
-        prediction.turns.began = prediction.turns.read = self._clock()
-        for operation, grammar in operations:
+        prediction.turns.read = self._clock()
+        for prepared in operations:
             try:
-                self._open(prediction, operation, grammar)
+                self._open(prediction, prepared)
             except Exception as error:
-                prediction.outbox.append(_refusal(operation, error))
+                prediction.outbox.append(_refusal(prepared.operation, error))
         self._touched.add(prediction)
 
-    def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
+    def _open(self, prediction: Prediction, prepared: Prepared) -> None:
+        operation = prepared.operation
         if self.problem:
             raise RequestError(self.problem)
         if isinstance(operation, Failure):
@@ -389,7 +422,7 @@ class Engine:
         if isinstance(operation, ModelInfo):
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
-        stream = open_stream(prediction, operation, self.limits, self.tokenizer, grammar)
+        stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
         stream.salt = self._salt(prediction, operation)
         longest = self.runner.longest_source
         if len(stream.source) > longest:
@@ -486,6 +519,10 @@ def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | Non
 def _failure(operation: Operation | Failure, error: str) -> Failure:
     kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
     return Failure(stream_id=operation.stream_id, error=printable(error), kind=kind)
+
+
+def _took_longer(seconds: float) -> str:
+    return f"took longer than MAX_SECONDS ({seconds:g} s)."
 
 
 def _first_line(error: Exception) -> str:

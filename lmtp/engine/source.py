@@ -23,8 +23,9 @@ MAX_SOURCE = {"choices": 2**22, "regex": 2**20, "json_schema": 2**20, "grammar":
 MAX_QUOTED = 400
 """Characters of an error message."""
 
-LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
-"""llguidance's own. An optional property takes four items of a row."""
+LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000, max_lexer_states=150_000)
+"""llguidance's own. An optional property takes four items of a row. A lexer grows while streams follow it: 50,000
+states were measured to take 12 to 22 MB. A string with a large ``maxLength`` takes about 20 states a token."""
 
 CHOICES_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=40_000_000)
 """100,000 choices take a twentieth of the fuel."""

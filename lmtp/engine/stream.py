@@ -8,14 +8,13 @@ import random
 from collections.abc import Sequence
 
 from msgspec import UNSET
-from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp import text
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.grammar import Grammar
-from lmtp.engine.masks import Bias, bias_of
+from lmtp.engine.masks import Bias
 from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
@@ -38,6 +37,10 @@ class OperationStream(Stream):
         self.finished = False
         self.admitted = -1
         """The step before which it was last given memory; -1: not yet."""
+        self.refused = -1
+        """The step before which it was first refused memory since then; -1: it was not."""
+        self.decoded = -1
+        """The step that last decoded it, while there are too many streams for one step."""
 
     @property
     def decoding(self) -> bool:
@@ -268,9 +271,10 @@ def open_stream(
     operation: Generate | Score,
     limits: Limits,
     tokenizer: PreTrainedTokenizerBase,
+    bias: Bias | None,
     grammar: Grammar | None,
 ) -> OperationStream:
-    """A stream that answers the operation, whose texts are already tokenized.
+    """A stream that answers the operation, whose texts are already tokenized and whose masks are the bias.
 
     Raises RequestError where this model cannot serve it.
     """
@@ -280,7 +284,7 @@ def open_stream(
         source, prompt = _source(prompt, limits.source), _target_start(operation, limits)
     elif isinstance(operation, Generate) and operation.target is not None:
         raise RequestError("target: this model has no encoder; put the text so far at the end of prompt.")
-    stream = _open(prediction, operation, prompt, limits, tokenizer, grammar)
+    stream = _open(prediction, operation, prompt, limits, tokenizer, bias, grammar)
     stream.source = source
     return stream
 
@@ -309,6 +313,7 @@ def _open(
     prompt: list[int],
     limits: Limits,
     tokenizer: PreTrainedTokenizerBase,
+    bias: Bias | None,
     grammar: Grammar | None,
 ) -> OperationStream:
     """A stream that goes on after ``prompt``: the operation's, or what the target begins with."""
@@ -331,15 +336,7 @@ def _open(
         raise RequestError(
             f"{name} is {len(prompt)} tokens; the model's context of {limits.context} leaves no room for a new one."
         )
-    bias = bias_of(operation, limits.vocabulary)
-    if operation.min_tokens and bias is not None:
-        without_end = bias.clone()
-        without_end[list(limits.end_of_sequence)] = -float("inf")
-        if bool(without_end.isneginf().all()):
-            raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
-    packed = None if bias is None else Bias.of(bias)
-    operation = replace(operation, logit_bias=None, mask=None)  # as Python objects they take many times the memory
-    return Generation(prediction, operation, prompt, limits, packed, decoder, grammar)
+    return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
 
 
 def _ids(prompt: Prompt, field: str, limits: Limits | SourceLimits) -> list[int]:

@@ -26,6 +26,12 @@ BUSY_CHUNK = 256
 MAX_LOGITS = 2**24
 """Logits of one step, so that a long scored prompt with a large vocabulary fits: 64 MB in float32."""
 
+STEP_SECONDS = 0.15
+"""How long a step on a CPU should take while others may be waiting."""
+CORE_FLOPS = {torch.float32: 6e10, torch.bfloat16: 2e11}
+"""Operations of one core in a second, as measured: float32 with AVX2, bfloat16 with AMX."""
+MIN_WORK = 16
+
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
 
@@ -185,12 +191,17 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     vocabulary = model.get_output_embeddings().weight.shape[0]
+    work = StepLimits.work
+    if model.device.type == "cpu":
+        flops = CORE_FLOPS.get(model.dtype, CORE_FLOPS[torch.bfloat16]) * torch.get_num_threads()
+        work = max(int(STEP_SECONDS * flops / (2 * sum(p.numel() for p in model.parameters()))), MIN_WORK)
     return StepLimits(
         CHUNK,
-        BUSY_CHUNK,
+        min(BUSY_CHUNK, work),
         logits=max(MAX_LOGITS // vocabulary, max_slots),
         # On a GPU only steps of single tokens are recorded as graphs. With experts, more tokens read more weights.
         drafts=model.device.type == "cpu" and not experts,
+        work=work,
     )
 
 

@@ -77,6 +77,11 @@ class Step(Generic[S_co]):
     counts: Sequence[int]
 
 
+DECODE_COLUMNS, CHUNK_COLUMNS = 1536, 4096
+"""Columns that cost as much as the rest of a token. Measured with the demo model in float32 on a CPU, where a token
+takes 5.2 ms of one core, a column of a decoding row 3.7 µs and a column of a prompt's token 1.2 µs."""
+
+
 @dataclass(frozen=True)
 class StepLimits:
     """Which steps suit a runner; the scheduler keeps to them."""
@@ -89,6 +94,15 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    work: int = 2**31
+    """Tokens of any other step than one that ends all prompts there are, so that nobody waits long for a step. A token
+    counts more the more columns it attends to: see `cost`."""
+
+    @staticmethod
+    def cost(columns: int, together: bool = False) -> float:
+        """What a token costs that attends to so many columns, in tokens without attention. ``together``: it shares
+        the columns with other tokens of its row, so that they are read once."""
+        return 1 + columns / (CHUNK_COLUMNS if together else DECODE_COLUMNS)
 
 
 class StepInputs(NamedTuple):

@@ -327,6 +327,7 @@ def complete(engine: Engine, prompt: str, output: str = "json", n: int = 1, **se
     ids = asyncio.run(engine.tokenizers.render(prompt))
     generate = Generate(stream_id=0, prompt=ids, text=True, **settings)
     completions = Completions(generate, engine.tokenizer, output, n, encoded=True)
+    asyncio.run(completions.tokenize(engine.tokenizers, engine.limits.context))
     prediction = begin(engine, *completions.operations)
     text = "".join(completions.add(replies) for replies in prediction)
     text += completions.end(

@@ -17,7 +17,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import cancel_relay, cancellation, protocol, settings
 from lmtp.places import Places
-from lmtp.protocol import Failure, Operation, RequestError
+from lmtp.protocol import Encode, Failure, Generate, Operation, RequestError
 
 if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
     from lmtp.completions import Completions
@@ -170,7 +170,7 @@ class Predictor(BasePredictor):
             raise RequestError(f"Give prompt or ops_batch_json{', not both' if prompt is not None else ''}.")
         operations: Sequence[Operation | Failure]
         completions: Completions | None = None
-        engine = self.engine
+        engine, head = self.engine, self.engine.limits.head
         async with engine.preparing(started):
             if ops_batch_json is not None:
                 parse = partial(protocol.parse_batch, ops_batch_json, engine.longest_input)
@@ -179,6 +179,7 @@ class Predictor(BasePredictor):
                 )
             else:
                 generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
+                    Encode if head else Generate,
                     stream_id=0,
                     prompt=await engine.tokenizers.render(
                         prompt or "", system_prompt, prompt_template, allow_special_tokens
@@ -198,9 +199,10 @@ class Predictor(BasePredictor):
                     text=True,
                     cache_salt=cache_salt,
                 )
+                labels = head.labels if head else ()
                 encoded = engine.limits.source is not None
                 completions = Completions(
-                    generate, engine.tokenizer, output, int(n), prompt_logprobs, normalize, encoded
+                    generate, engine.tokenizer, output, int(n), prompt_logprobs, normalize, labels, encoded
                 )
                 await completions.tokenize(engine.tokenizers, engine.limits.context)
                 operations = completions.operations

@@ -121,6 +121,13 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     allow_special_tokens: bool = False
 
 
+class Encode(Generate, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Let an encoder answer a prompt, which it reads as a whole: fill its masks, or label it.
+
+    The input ``prompt`` makes it; LMTP has no such operation.
+    """
+
+
 def constraint_of(operation: Generate) -> str | None:
     """The name of the operation's constraint field, or None. Raises RequestError for more than one."""
     given = [field for field in CONSTRAINTS if getattr(operation, field) is not None]
@@ -376,10 +383,10 @@ def _unreadable(error: Exception, text: str) -> str:
     return f"{printable(str(error))}{numbers}"
 
 
-def generate(**fields: Any) -> Generate:
-    """A GENERATE operation from values that did not come as JSON. Raises RequestError, naming the field."""
+def generate(operation: type[Generate] = Generate, **fields: Any) -> Generate:
+    """An operation from values that did not come as JSON. Raises RequestError, naming the field."""
     try:
-        return msgspec.convert(fields, Generate)
+        return msgspec.convert(fields, operation)
     except msgspec.ValidationError as error:
         raise RequestError(_describe(error, Generate)) from None
 

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
 from lmtp.engine.compiler import Batch, Compiler
+from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
 from lmtp.engine.grammar import Grammar, MaskFiller
 from lmtp.engine.masks import Allowed, Bias, packed_bias
 from lmtp.engine.scheduler import Scheduler
-from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
+from lmtp.engine.stream import Generation, OperationStream, open_stream
 from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import (
     BATCH_LIMIT,
@@ -149,7 +150,8 @@ class Engine:
         max_bytes = bounds.max_prompt_bytes
         if max_bytes is None:
             max_bytes = self.longest_input * BYTES_PER_TOKEN
-        self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
+        mask = self.tokenizer.mask_token if self.limits.head and not self.limits.head.labels else None
+        self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes, mask)
         self.compiler = Compiler(
             self.tokenizer,
             self.limits.vocabulary,
@@ -196,6 +198,8 @@ class Engine:
         try:
             if not isinstance(operation, Generate | Score):
                 return Prepared(operation)
+            if self.limits.head:
+                refuse(operation, self.limits.head)
             most = self.bounds.max_top_logprobs
             if most and operation.top_logprobs > most:
                 raise RequestError(f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
@@ -236,6 +240,7 @@ class Engine:
         return {
             "model": getattr(config, "name_or_path", "") or config.model_type,
             "model_type": config.model_type,
+            **(describe(self.limits.head, self.tokenizer) if self.limits.head else {}),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "device": str(self._model.device),
             "vocabulary": self.limits.vocabulary,
@@ -253,8 +258,11 @@ class Engine:
     def _serve(self, open_model: Callable[[], LoadedModel], opened: "Future[LoadedModel]") -> None:
         try:
             made = open_model()
+            limits = limits_of(made.model)
+            if limits.head:
+                prepare_tokenizer(made.tokenizer, limits.head)
             self._scheduler = Scheduler(made.runner)
-            self._mask_filler = MaskFiller(limits_of(made.model).vocabulary)
+            self._mask_filler = MaskFiller(limits.vocabulary)
             opened.set_result(made)
         except BaseException as error:
             opened.set_exception(error)
@@ -422,7 +430,11 @@ class Engine:
         if isinstance(operation, ModelInfo):
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
-        stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
+        stream: OperationStream
+        if self.limits.head:
+            stream = open_encoding(prediction, operation, self.limits, self.tokenizer, prepared.bias)
+        else:
+            stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
         stream.salt = self._salt(prediction, operation)
         longest = self.runner.longest_source
         if len(stream.source) > longest:
@@ -431,13 +443,14 @@ class Engine:
             )
         longest = self.runner.longest
         name = "target" if stream.source else "prompt"
-        if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.max_length > longest):
+        if stream.least_length > longest:
             raise RequestError(
                 f"{name} is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
         stream.max_length = min(stream.max_length, longest)
         given = operation.scored if isinstance(operation, Score) else operation.target or ()
-        self._count(prediction, input_tokens=len(operation.prompt) + len(given))
+        tokens = len(operation.prompt) + len(given) if stream.source else len(stream.tokens)
+        self._count(prediction, input_tokens=tokens)
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return

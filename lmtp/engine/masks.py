@@ -64,7 +64,7 @@ def stack(biases: Sequence[Bias], vocabulary: int, device: torch.device) -> Tens
 
 def packed_bias(operation: Generate, limits: Limits) -> Bias | None:
     """`bias_of`, packed, for any thread. Raises RequestError also where ``min_tokens`` leaves nothing possible."""
-    bias = bias_of(operation, limits.vocabulary)
+    bias = bias_of(operation, limits.classes)
     if bias is None:
         return None
     packed = Bias.of(bias)

@@ -91,7 +91,7 @@ class Scheduler:
             return None
         self._steps += 1
         limits = self._runner.step_limits
-        prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
+        prefilling = [limits.whole or stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
             return self._decode(active, prefilling)
         decoding = not all(prefilling)
@@ -180,6 +180,8 @@ class Scheduler:
         if budget < limits.chunk:  # others may wait for it
             columns = max(row.computed for row in rows)
             budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
+        if limits.whole:
+            return self._step(rows, max(row.pending for row in rows))
         return self._step(rows, max(budget // len(rows), 1))
 
     def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:
@@ -192,7 +194,7 @@ class Scheduler:
             if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left
                 wanted = logits_left
-            if count == 0:
+            if count <= 0:
                 break
             logits_left -= wanted
             counts.append(count)

@@ -43,6 +43,11 @@ class OperationStream(Stream):
         """The step that last decoded it, while there are too many streams for one step."""
 
     @property
+    def least_length(self) -> int:
+        """The fewest tokens that its memory must have room for."""
+        return self.prompt_length + 1
+
+    @property
     def decoding(self) -> bool:
         """Whether its pending tokens are generated ones: the last one, or several that a grammar forced."""
         return False
@@ -226,6 +231,11 @@ class Scoring(OperationStream):
 
     @property
     @override
+    def least_length(self) -> int:
+        return self.max_length
+
+    @property
+    @override
     def goal(self) -> int:
         return len(self.tokens) - 1
 
@@ -278,7 +288,7 @@ def open_stream(
 
     Raises RequestError where this model cannot serve it.
     """
-    prompt = _ids(operation.prompt, "prompt", limits.source or limits)
+    prompt = checked_ids(operation.prompt, "prompt", limits.source or limits)
     source: tuple[int, ...] = ()
     if limits.source:
         source, prompt = _source(prompt, limits.source), _target_start(operation, limits)
@@ -301,7 +311,7 @@ def _source(prompt: list[int], limits: SourceLimits) -> tuple[int, ...]:
 def _target_start(operation: Generate | Score, limits: Limits) -> list[int]:
     """What an encoder-decoder model's target begins with: its start tokens, and the target so far. A target that is
     given with its first token, such as the language's, gets no other one."""
-    so_far = _ids((operation.target or []) if isinstance(operation, Generate) else [], "target", limits)
+    so_far = checked_ids((operation.target or []) if isinstance(operation, Generate) else [], "target", limits)
     given = so_far or (operation.scored if isinstance(operation, Score) else [])
     start, forced = limits.target_start[:1], limits.target_start[1:]
     return [*start, *(() if tuple(given[:1]) == forced else forced), *so_far]
@@ -322,7 +332,7 @@ def _open(
     decoder = text.TextDecoder(tokenizer, prompt, stop) if wants_text else None
     name = "target" if limits.source else "prompt"
     if isinstance(operation, Score):
-        scored = _ids(operation.scored, "scored", limits)
+        scored = checked_ids(operation.scored, "scored", limits)
         if not scored:
             raise RequestError("scored is empty; give at least one token.")
         if len(prompt) + len(scored) > limits.context:
@@ -339,7 +349,8 @@ def _open(
     return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
 
 
-def _ids(prompt: Prompt, field: str, limits: Limits | SourceLimits) -> list[int]:
+def checked_ids(prompt: Prompt, field: str, limits: Limits | SourceLimits) -> list[int]:
+    """The tokens of a field that has been tokenized. Raises RequestError for an id outside the vocabulary."""
     if isinstance(prompt, str):
         raise TypeError(f"{field} has to be tokenized before a stream is opened")
     if len(prompt) <= limits.context and max(prompt, default=0) >= limits.vocabulary:  # a longer one is refused below

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.compiled import CompiledStep
+from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
@@ -67,13 +68,16 @@ class Runner(Protocol):
 def open_runner(
     model: PreTrainedModel, kv_budget: int | None = None, compiled: Path | None = None, graphs: bool = True
 ) -> Runner:
-    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches.
+    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches;
+    for an encoder, its own. Raises UnsupportedModel for one that nothing serves.
 
     ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
     the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
     decodes by CUDA graphs.
     """
     limits = limits_of(model)
+    if limits.head:
+        return open_encoder(model, limits)
     context = limits.context
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:

@@ -62,6 +62,11 @@ class Stream:
         """At how many of the next ``count`` positions logits are wanted: the last ones."""
         return max(self.computed + count - max(self.first_wanted, self.computed), 0)
 
+    def places(self, count: int) -> Sequence[int]:
+        """The position of each row of logits that is wanted once the next ``count`` tokens are computed."""
+        end = self.computed + count
+        return range(end - self.wanted(count), end)
+
 
 S_co = TypeVar("S_co", bound=Stream, covariant=True)
 
@@ -94,6 +99,8 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    whole: bool = False
+    """Whether prompts are computed whole, each in one step, be it longer than a chunk."""
     work: int = 2**31
     """Tokens of any other step than one that ends all prompts there are, so that nobody waits long for a step. A token
     counts more the more columns it attends to: see `cost`."""

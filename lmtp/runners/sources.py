@@ -3,7 +3,7 @@
 A row holds the keys and values that cross-attention reads, in tensors ``[rows, heads, capacity + 1, dim]`` beside the
 slots of the targets. Which source a row holds is remembered, and compared before each step: where it is another one,
 the right one is copied from a row that has it, or projected from what the encoder returned. That is kept while a
-stream uses it, and after that within a budget, least recently used first to go. It is a layer's part of the size.
+stream uses it, and after that within a budget, least recently used first to go.
 """
 
 import inspect

@@ -173,7 +173,7 @@ class Predictor(BasePredictor):
         engine, head = self.engine, self.engine.limits.head
         async with engine.preparing(started):
             if ops_batch_json is not None:
-                parse = partial(protocol.parse_batch, ops_batch_json, engine.limits.context)
+                parse = partial(protocol.parse_batch, ops_batch_json, engine.longest_input)
                 operations = (
                     parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
                 )
@@ -200,8 +200,9 @@ class Predictor(BasePredictor):
                     cache_salt=cache_salt,
                 )
                 labels = head.labels if head else ()
+                encoded = engine.limits.source is not None
                 completions = Completions(
-                    generate, engine.tokenizer, output, int(n), prompt_logprobs, normalize, labels
+                    generate, engine.tokenizer, output, int(n), prompt_logprobs, normalize, labels, encoded
                 )
                 await completions.tokenize(engine.tokenizers, engine.limits.context)
                 operations = completions.operations

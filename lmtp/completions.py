@@ -44,15 +44,18 @@ class Completions:
         prompt_logprobs: bool = False,
         normalize: str = "sum",
         labels: Sequence[str] = (),
+        encoded: bool = False,
     ) -> None:
         """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
         or ``json``. ``normalize`` says which log-probability of a compared choice counts: ``sum``, that of the text, or
-        ``mean``, per token. ``labels`` are a classifier's. Raises RequestError for settings that contradict each
-        other."""
+        ``mean``, per token. ``labels`` are a classifier's. ``encoded``: the prompt is the source of an encoder and a
+        decoder. Raises RequestError for settings that contradict each other."""
         if output == "text" and n > 1:
             raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
             raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
+        if encoded and prompt_logprobs:
+            raise RequestError("prompt_logprobs: this model encodes the prompt and has no log-probabilities for it.")
         self.constraint = protocol.constraint_of(generate)
         self.finished = True
         """Whether every compared choice was sent whole. GENERATE streams are counted by the engine."""
@@ -63,6 +66,7 @@ class Completions:
         if self._encodes:
             generate = replace(generate, max_tokens=protocol.MAX_COUNT)  # each mask gets a token
         self._generate = generate
+        self._begins = encoded
         self._tokenizer = tokenizer
         self._labels = labels
         self._output = output
@@ -105,12 +109,12 @@ class Completions:
 
     async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
         """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
-        prompt = len(self._generate.prompt)
+        prompt = 0 if self._begins else len(self._generate.prompt)
         for place, operation in enumerate(self.operations):
             if not isinstance(operation, Score) or not isinstance(operation.scored, str):
                 continue
             field = f"choices[{(self._generate.choices or []).index(operation.scored)}]"
-            ids = await tokenizers.encode(field, operation.scored, begins_sequence=False)
+            ids = await tokenizers.encode(field, operation.scored, self._begins, add_special_tokens=not self._begins)
             if not ids:
                 raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")
             if self._encodes:

@@ -95,6 +95,7 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     stream_id: StreamId
     prompt: Prompt
+    target: Prompt | None = None
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] = 32
     min_tokens: Count = 0

@@ -70,12 +70,17 @@ class Tokenizers:
         return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens, self._mask)
 
     async def encode(
-        self, field: str, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+        self,
+        field: str,
+        text: str,
+        begins_sequence: bool = True,
+        allow_special_tokens: bool = False,
+        add_special_tokens: bool = True,
     ) -> list[int]:
         """`encode` for a text of any size. Raises RequestError, naming the field."""
         self.check(field, text)
         mask = self._mask if begins_sequence else None
-        return await self._run(encode, text, begins_sequence, allow_special_tokens, mask)
+        return await self._run(encode, text, begins_sequence, allow_special_tokens, mask, add_special_tokens)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that takes long, on one of the threads."""
@@ -145,17 +150,18 @@ def encode(
     begins_sequence: bool = True,
     allow_special_tokens: bool = False,
     mask: str | None = None,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """Tokenize text, either as the start of a sequence or as what goes on with one.
 
-    At the start the tokenizer adds special tokens, unless the text has them already. Special tokens in the text itself
-    are text unless allowed, except for ``mask``.
+    At the start the tokenizer adds special tokens, unless the text has them already or ``add_special_tokens`` is false.
+    Special tokens in the text itself are text unless allowed, except for ``mask``.
     """
     cut = _unused(text)
     if not allow_special_tokens:
         text = _cut(tokenizer, text, cut, mask)
     if begins_sequence:
-        return _encode(tokenizer, text, cut)
+        return _encode(tokenizer, text, cut, add_special_tokens)
     return list(itertools.chain.from_iterable(_continue(tokenizer, part) for part in text.split(cut)))
 
 

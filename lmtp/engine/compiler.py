@@ -20,7 +20,7 @@ from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.engine.grammar import Compiled, Grammar
-from lmtp.engine.source import Source, compile_source, hide_special_tokens, source_of
+from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -148,11 +148,19 @@ class Compiler:
     """Compiles constraints, each after a child process has shown that it can be compiled."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, end_of_sequence: Sequence[int]
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocabulary: int,
+        end_of_sequence: Sequence[int],
+        begins_text: bool = False,
     ) -> None:
+        """``begins_text``: what is generated begins a text of its own, as an encoder-decoder model's does."""
         self._model_tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_of_sequence = list(end_of_sequence)
+        self.space = ""
+        if begins_text and isinstance(tokenizer, PreTrainedTokenizerFast):
+            self.space = leading_space(tokenizer.backend_tokenizer.to_str())
         self._lanes = Lanes()
         self._opening = threading.Lock()
         self._opened: tuple[LLTokenizer, Vetter] | None = None
@@ -192,7 +200,7 @@ class Compiler:
 
         May take a second and the time until its turn comes, on any thread.
         """
-        source = source_of(operation)
+        source = source_of(operation, self.space)
         assert source is not None
         try:
             if source.field != "json_schema":
@@ -281,7 +289,7 @@ class Batch:
 
         Raises RequestError for a constraint that cannot be used.
         """
-        source = source_of(operation)
+        source = source_of(operation, self._compiler.space)
         if source is None:
             return None
         async with self._turns:

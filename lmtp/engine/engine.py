@@ -52,7 +52,18 @@ log = logging.getLogger(__name__)
 
 _BOTH = ("cache_salt", "allow_special_tokens")
 EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS, *_BOTH],
+    "GENERATE": [
+        "seed",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "text",
+        "prompt as a string",
+        "target",
+        "mask",
+        *CONSTRAINTS,
+        *_BOTH,
+    ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
 }
 
@@ -134,12 +145,19 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
+        self.longest_input = max(self.limits.context, self.runner.longest_source)
+        """Tokens of the longest list of ids that an operation can have."""
         max_bytes = bounds.max_prompt_bytes
         if max_bytes is None:
-            max_bytes = self.limits.context * BYTES_PER_TOKEN
+            max_bytes = self.longest_input * BYTES_PER_TOKEN
         mask = self.tokenizer.mask_token if self.limits.head and not self.limits.head.labels else None
         self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes, mask)
-        self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self.compiler = Compiler(
+            self.tokenizer,
+            self.limits.vocabulary,
+            self.limits.end_of_sequence,
+            begins_text=self.limits.source is not None,
+        )
 
     def stop(self) -> None:
         """End the thread after the step it is in. Running streams get an error reply."""
@@ -189,11 +207,16 @@ class Engine:
             if isinstance(operation.prompt, str):
                 ids = await self.tokenizers.encode("prompt", operation.prompt, True, allow)
                 operation = replace(operation, prompt=ids)
+            # What an encoder-decoder model writes begins a text of its own; its start token is the stream's.
+            begins, special = bool(self.limits.source), not self.limits.source
             if isinstance(operation, Score):
                 if isinstance(operation.scored, str):
-                    ids = await self.tokenizers.encode("scored", operation.scored, False, allow)
+                    ids = await self.tokenizers.encode("scored", operation.scored, begins, allow, special)
                     operation = replace(operation, scored=ids)
                 return Prepared(operation)
+            if isinstance(operation.target, str):
+                ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
+                operation = replace(operation, target=ids)
             many = len(operation.logit_bias or ()) > MANY_BIASES
             pack = partial(packed_bias, operation, self.limits)
             bias = await self.tokenizers.run(pack) if many else pack()
@@ -223,6 +246,7 @@ class Engine:
             "vocabulary": self.limits.vocabulary,
             "context": self.limits.context,
             "longest_stream": self.runner.longest,
+            "longest_source": self.runner.longest_source,
             "end_of_sequence": list(self.limits.end_of_sequence),
             "runner": self.runner.description,
             "runner_reason": self.runner.reason,
@@ -371,11 +395,12 @@ class Engine:
             before = stream.computed
             stream.advance(count)
             known = stream.computed
+            (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
             received.append((stream, _receive(stream, its_choices) if its_choices else []))
             self._count(
                 stream.prediction,
-                reused_tokens=before if before == stream.reused else 0,
-                computed_tokens=stream.computed - before,
+                reused_tokens=found + (before if before == stream.reused else 0),
+                computed_tokens=encoded + stream.computed - before,
                 drafted_tokens=count - (known - before),
                 accepted_tokens=stream.computed - known,
             )
@@ -411,13 +436,21 @@ class Engine:
         else:
             stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
         stream.salt = self._salt(prediction, operation)
+        longest = self.runner.longest_source
+        if len(stream.source) > longest:
+            raise RequestError(
+                f"prompt is {len(stream.source)} tokens; memory for encoding a prompt (KV_CACHE_GB) holds {longest}."
+            )
         longest = self.runner.longest
+        name = "target" if stream.source else "prompt"
         if stream.least_length > longest:
             raise RequestError(
-                f"prompt is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
+                f"{name} is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
         stream.max_length = min(stream.max_length, longest)
-        self._count(prediction, input_tokens=len(stream.tokens))
+        given = operation.scored if isinstance(operation, Score) else operation.target or ()
+        tokens = len(operation.prompt) + len(given) if stream.source else len(stream.tokens)
+        self._count(prediction, input_tokens=tokens)
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return

@@ -40,6 +40,7 @@ class CacheRunner:
     whole one can be taken over."""
 
     description = "the model's own caches, one stream at a time"
+    longest_source = 0
 
     def __init__(self, model: PreTrainedModel, context: int, reason: str) -> None:
         self.reason = reason

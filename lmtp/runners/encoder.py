@@ -162,6 +162,8 @@ class Forward:
 class EncoderRunner:
     """Runs whole texts, however few of their tokens a step takes: all are known from the beginning."""
 
+    longest_source = 0
+
     def __init__(self, forward: Forward, limits: Limits, device: torch.device, way: str, reason: str) -> None:
         """``way``: one of WAYS."""
         self.description = f"encoder, {way}"

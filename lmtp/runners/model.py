@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,14 @@ UNBOUNDED_TEXT = 2**12
 
 class UnsupportedModel(Exception):
     """The runner cannot serve the model; the message says what was found."""
+
+
+@dataclass(frozen=True)
+class SourceLimits:
+    """The vocabulary of an encoder, and its context in tokens."""
+
+    vocabulary: int
+    context: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Limits:
     vocabulary: int
     context: int
     end_of_sequence: tuple[int, ...]
+    source: SourceLimits | None = None
+    """The limits of an encoder-decoder model's encoder; the others are then its decoder's."""
+    target_start: tuple[int, ...] = ()
+    """What the target of an encoder-decoder model begins with: the start token, then the one that generate() forces."""
     head: Head | None = None
     """An encoder's head; None for a model that generates."""
 
@@ -68,7 +80,31 @@ def limits_of(model: PreTrainedModel) -> Limits:
     for source in (model.generation_config, config, model.config):
         ids = getattr(source, "eos_token_id", None)
         ends.update([ids] if isinstance(ids, int) else ids or [])
-    return Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+    limits = Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+    return _with_source(model, limits) if model.config.is_encoder_decoder else limits
+
+
+def _with_source(model: PreTrainedModel, limits: Limits) -> Limits:
+    """The limits of an encoder-decoder model. LED names the positions of both sides."""
+
+    def own(name: str) -> int | None:
+        return next(
+            (value for c in (model.generation_config, model.config) if (value := getattr(c, name, None)) is not None),
+            None,
+        )
+
+    start = own("decoder_start_token_id")
+    start = own("bos_token_id") if start is None else start
+    if start is None:
+        raise UnsupportedModel("its configuration names no decoder_start_token_id")
+    forced = own("forced_bos_token_id")
+    encoder = getattr(model.config, "encoder", None) or model.config
+    names = ("max_encoder_position_embeddings", "max_position_embeddings")
+    positions = next((value for name in names if (value := getattr(encoder, name, None))), UNBOUNDED_CONTEXT)
+    embeddings: nn.Module = model.get_input_embeddings()
+    source = SourceLimits(next(embeddings.parameters()).shape[0], positions)
+    context = getattr(model.config, "max_decoder_position_embeddings", None) or limits.context
+    return replace(limits, context=context, source=source, target_start=(start,) if forced is None else (start, forced))
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:
@@ -94,7 +130,7 @@ def _encoder_limits(model: PreTrainedModel, head: Head) -> Limits:
     tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
     unused = max((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), default=0)
     embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
-    return Limits(next(embeddings.parameters()).shape[0], positions - unused, (), head)
+    return Limits(next(embeddings.parameters()).shape[0], positions - unused, (), head=head)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

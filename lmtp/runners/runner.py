@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
+from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -44,6 +45,9 @@ class Runner(Protocol):
     def longest(self) -> int:
         """The most tokens one stream can hold."""
 
+    longest_source: int
+    """The most tokens its source can have; 0 where the model has no encoder."""
+
     def shared_prefix(self, stream: Stream) -> tuple[int, int]:
         """How many of the stream's first tokens are computed now, and how many once running streams are done."""
 
@@ -75,9 +79,11 @@ def open_runner(
     if limits.head:
         return open_encoder(model, limits)
     context = limits.context
+    budget = kv_budget if kv_budget is not None else _default_budget(model.device)
+    if limits.source:
+        return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
     try:
         layers = layers_of(model)
-        budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         step = SlotStep(model)
         reference = Reference.of(model)
         check_slots(step, layers, reference)

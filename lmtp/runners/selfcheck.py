@@ -56,7 +56,7 @@ class Reference:
         return cls(texts, [row[: len(text) - 1].float() for row, text in zip(logits, texts, strict=True)], model.dtype)
 
 
-class _Text(Stream):
+class Text(Stream):
     """A text whose next-token distributions are wanted, except those inside its first ``given`` tokens."""
 
     def __init__(self, tokens: list[int], given: int = 1) -> None:
@@ -65,10 +65,12 @@ class _Text(Stream):
 
     @property
     def goal(self) -> int:
+        """All but the last token."""
         return len(self.tokens) - 1
 
     @property
     def first_wanted(self) -> int:
+        """The last given token."""
         return self._given - 1
 
 
@@ -83,13 +85,13 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     *early, last = reference.texts
     for order in (1, -1) if fast else (1,):
-        late = _Text(last, given=SHARED)
-        texts: list[Stream] = [*map(_Text, early), late]
-        got = _run(runner, texts[:-1][::order], late)
-        _compare(reference, [got[text] for text in texts])
+        late = Text(last, given=SHARED)
+        texts: list[Stream] = [*map(Text, early), late]
+        got = run(runner, texts[:-1][::order], late)
+        compare(reference, [got[text] for text in texts])
 
 
-def _run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
+def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
     """Run the texts, and ``late`` once another row has computed what it shares. Returns each one's logits."""
     got: dict[Stream, list[Tensor]] = {text: [] for text in (*texts, late)}
     for text in texts:
@@ -114,7 +116,8 @@ def _run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stre
     return got
 
 
-def _compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
+def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
+    """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
     for own, ours in zip(reference.logits, got, strict=True):
         own = own[-len(ours) :]  # the shared prefix of the last text has no logits

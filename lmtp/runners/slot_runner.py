@@ -7,7 +7,7 @@ boolean masks as numbers, which is silently wrong.)
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +117,8 @@ class SlotStep(nn.Module):
 class SlotRunner(Slots):
     """Slots that also run steps, each as one padded batch."""
 
+    longest_source = 0
+
     def __init__(
         self,
         step: SlotStep,
@@ -138,9 +140,15 @@ class SlotRunner(Slots):
         self._device = input_device(step.model)
         self._dtype = step.model.dtype
 
-    @torch.inference_mode()
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
+        begun = any(stream.computed for stream in step.streams)
+        fast = self.fast if self.fast and (begun or max(step.counts) <= self.fast.max_first_chunk) else None
+        return functools.partial(fast or self.step, self._inputs(step, masked=begun or fast is not None))
+
+    @torch.inference_mode()
+    def _inputs(self, step: Step[Stream], masked: bool) -> StepInputs:
+        """What the model takes for a step, with masks or without."""
         counts = np.array(step.counts)
         rows, q = len(counts), int(counts.max())
         computed = np.array([stream.computed for stream in step.streams])
@@ -154,13 +162,11 @@ class SlotRunner(Slots):
         writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)
         masks: list[Tensor] = []
-        begun = bool(computed.any())
-        fast = self.fast if self.fast and (begun or q <= self.fast.max_first_chunk) else None
-        if fast or begun:
+        if masked:
             columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
             masks = self._masks(position_ids, columns)
         keys, values = self._memory.from_slot(step.streams[0].slot)
-        inputs = StepInputs(
+        return StepInputs(
             self._tensor(ids),
             position_ids,
             self._tensor(writes),
@@ -169,7 +175,6 @@ class SlotRunner(Slots):
             keys,
             values,
         )
-        return functools.partial(fast or self.step, inputs)
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -244,7 +249,11 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", None)
+    return layers_in(getattr(cache, "layers", None) or [])
+
+
+def layers_in(layers: Sequence[Any]) -> list[Layer]:
+    """What the layers of a Transformers cache keep. Raises UnsupportedModel as `layers_of`."""
     if not layers or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers):
         raise UnsupportedModel("its cache is not one of keys and values")
     return [

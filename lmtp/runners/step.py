@@ -29,6 +29,12 @@ class Stream:
         """Guessed next tokens, computed along with the known ones."""
         self.salt = Stream.SHARED
         """Streams share prefixes only if their salts are equal."""
+        self.source: tuple[int, ...] = ()
+        """What the encoder reads; streams share prefixes only if their sources are equal. A decoder has none."""
+        self.encoded: object = None
+        """What the runner keeps of the source while the stream lasts."""
+        self.source_counts = (0, 0)
+        """How many tokens of the source were computed for this stream and how many reused, until that is counted."""
         self.slot = -1
         """Its place in the runner's memory; -1 while it has none."""
 

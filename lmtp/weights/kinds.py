@@ -31,14 +31,12 @@ AUTO_CLASSES = {
 }
 """The Auto class of Transformers for each kind. Where several know an architecture, the first counts."""
 
-SERVED = (Kind.CAUSAL, Kind.MULTIMODAL, Kind.SEQ2SEQ)
-
 
 def kind_of(config: PreTrainedConfig, source: str) -> Kind:
     """The kind of model that the source's configuration describes.
 
     `architectures` decides, or the model type where it names no class that Transformers loads as one of these kinds.
-    Raises WeightsError if the model is of no kind that is served.
+    Raises WeightsError if the model is of none of these kinds.
     """
     named = (config.architectures or [""])[0]
     # A BERT without `architectures` is a masked language model, though Transformers has a decoder of that type, too.
@@ -48,10 +46,10 @@ def kind_of(config: PreTrainedConfig, source: str) -> Kind:
         or _first(lambda name: named in _classes(name).values(), _possible(config, tuple(AUTO_CLASSES)))
         or _first(lambda name: config.model_type in _classes(name), _possible(config, by_type))
     )
-    if kind not in SERVED:
-        found = f"{kind} ({named or config.model_type})" if kind else named or config.model_type
+    if kind is None:
         raise WeightsError(
-            f"{source} is no model that generates text but a {found}: choose a causal or an encoder-decoder model."
+            f"{source} is no language model but a {ascii(named or config.model_type)[1:-1]:.99}: choose a causal, an"
+            " encoder-decoder or a masked language model, or a sequence classifier."
         )
     return kind
 

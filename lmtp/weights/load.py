@@ -90,7 +90,7 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     if missing := sorted(info["missing_keys"]):
         raise WeightsError(
             f"The files of {manifest.source} in {directory} lack {len(missing)} of the tensors of a "
-            f"{type(model).__name__}, {missing[0]} among them: choose a model made for text generation."
+            f"{type(model).__name__}, {missing[0]} among them: choose a model that was trained and stored as one."
         )
     model.eval().requires_grad_(False)
     if manifest.adapter is not None:

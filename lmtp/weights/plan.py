@@ -35,7 +35,7 @@ def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_co
     """Decide from the directory's config.json. No other file of the model has to be there.
 
     ``with_code`` is the command that fetches the model with its own code, for the error if it needs that. Raises
-    WeightsError if the model is of no kind that generates text, if a package is missing that its quantization needs, or
+    WeightsError if the model is no language model, if a package is missing that its quantization needs, or
     if an argument is unknown.
     """
     config = arguments.configuration(directory, model_args, source, with_code)

@@ -11,11 +11,10 @@ from transformers import AutoModelForMultimodalLM, BertConfig, LlamaConfig, PreT
 
 from lmtp.weights.kinds import Kind, kind_of
 from lmtp.weights.load import load
-from lmtp.weights.manifest import WeightsError
 from tests.hub import Hub
 from tests.tiny import BASE, own_greedy, random_prompts
 from tests.weights.conftest import Download
-from tests.weights.helpers import contents, randomize, refusal, saved, served
+from tests.weights.helpers import randomize, refusal, saved, served
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -61,6 +60,10 @@ def test_a_multimodal_model_serves_its_text_as_the_full_model_does_without_the_r
         (LlamaConfig(), ["LlamaForCausalLM"], Kind.CAUSAL),
         (LlamaConfig(), None, Kind.CAUSAL),
         (BertConfig(is_decoder=True), ["BertLMHeadModel"], Kind.CAUSAL),
+        (BertConfig(), ["BertForMaskedLM"], Kind.MASKED),
+        (BertConfig(), None, Kind.MASKED),
+        (BertConfig(), ["BertForSequenceClassification"], Kind.CLASSIFIER),
+        (LlamaConfig(), ["LlamaForSequenceClassification"], Kind.CLASSIFIER),
         (T5Config(), ["T5ForConditionalGeneration"], Kind.SEQ2SEQ),
         (transformers.BartConfig(), ["BartModel"], Kind.SEQ2SEQ),
         (transformers.Gemma3Config(), ["Gemma3ForConditionalGeneration"], Kind.MULTIMODAL),
@@ -78,18 +81,16 @@ def test_architectures_decide_and_else_the_model_type(
 @pytest.mark.parametrize(
     ("model_type", "architectures", "found"),
     [
-        ("bert", ["BertForMaskedLM"], "a masked language model (BertForMaskedLM)"),
-        ("bert", None, "a masked language model (bert)"),
-        ("llama", ["LlamaForSequenceClassification"], "a sequence classifier (LlamaForSequenceClassification)"),
         ("vit", ["ViTForImageClassification"], "a ViTForImageClassification"),
+        ("clip", None, "a clip"),
     ],
 )
-def test_what_generates_no_text_is_refused_before_its_weights_are_fetched(
+def test_what_is_no_language_model_is_refused_before_its_weights_are_fetched(
     hub: Hub, download: Download, tmp_path: Path, model_type: str, architectures: list[str] | None, found: str
 ) -> None:
     config = {"model_type": model_type, "architectures": architectures}
     hub.repositories["org/tiny"].files["config.json"] = json.dumps(config).encode()
-    with refusal(f"org/tiny is no model that generates text but {found}: choose"):
+    with refusal(f"org/tiny is no language model but {found}: choose"):
         download("org/tiny", tmp_path)
     assert hub.fetched() == {"config.json"}
 
@@ -107,14 +108,14 @@ def test_a_model_type_that_transformers_does_not_know_is_refused_before_its_weig
     assert hub.fetched() == {"config.json"}
 
 
-def test_a_masked_language_model_in_place_is_refused_too(weights: Path) -> None:
-    config = json.loads((weights / "config.json").read_text())
-    (weights / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
-    manifest = json.loads((weights / "manifest.json").read_text())
-    manifest["files"]["config.json"]["size"] = len(contents(weights)["config.json"])
-    (weights / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(WeightsError, match="org/old is no model that generates text but a sequence classifier"):
-        load(weights)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_an_encoder_is_loaded_with_the_head_that_it_was_trained_with(name: str, tiny: Path, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    full = randomize(getattr(transformers, name)(BertConfig(num_hidden_layers=1, **sizes)))
+    loaded = load(saved(full, tmp_path / "weights", tiny), "float32", "cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    assert type(loaded.model) is type(full)
+    assert torch.equal(loaded.model(input_ids=ids).logits, full(input_ids=ids).logits)
 
 
 def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused_before_its_weig
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_an_encoder_is_loaded_with_the_head_that_it_was_trained_with(name: str, tiny: Path, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     full = randomize(getattr(transformers, name)(BertConfig(num_hidden_layers=1, **sizes)))
     loaded = load(saved(full, tmp_path / "weights", tiny), "float32", "cpu")
     ids = torch.tensor([[5, 6, 7]])

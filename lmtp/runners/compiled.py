@@ -114,6 +114,7 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
         str(model.dtype),
         torch.get_num_threads(),
         files,
+        manifest.model_args,  # a scaled rotary embedding, say, is another step over the same files
     ]
     return directory / f"step-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
 

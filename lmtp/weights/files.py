@@ -6,12 +6,15 @@ from pathlib import Path
 
 import msgspec
 
+from lmtp.weights import adapters
 from lmtp.weights.manifest import MANIFEST, STAGING, WeightsError
 
 INDEX = "model.safetensors.index.json"
 """Lists the shards of a model stored in several files."""
 
 MAX_INDEX_BYTES = 100_000_000
+
+ADAPTER_NAMES = tuple(f"{adapters.FOLDER}/{name}" for name in adapters.FILES)
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
 _SHARD = re.compile(rf"{_NAME}\.safetensors")
@@ -86,7 +89,11 @@ def shards_in(index: bytes, source: str) -> list[str]:
 
 def belongs_to_a_model(name: str) -> bool:
     """Whether a file of this name, found in a weights directory, may be replaced by another model's."""
-    return bool(_ACCOMPANYING.fullmatch(name) or _SHARD.fullmatch(name)) or name in (INDEX, f".{MANIFEST}")
+    return (
+        bool(_ACCOMPANYING.fullmatch(name) or _SHARD.fullmatch(name))
+        or name in (INDEX, f".{MANIFEST}")
+        or name in ADAPTER_NAMES
+    )
 
 
 def read_index_in(directory: Path, source: str) -> bytes:

@@ -5,15 +5,16 @@ which are never fetched again. A file that was unfinished when the process ended
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmtp.weights import adapters
 from lmtp.weights.files import INDEX, MAX_INDEX_BYTES, needed_files, read_index_in
 from lmtp.weights.manifest import WeightsError
-from lmtp.weights.staging import require_space
+from lmtp.weights.staging import require_space, verify
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -35,13 +36,47 @@ def commit_of(source: str, revision: str) -> str:
     return str(commit)
 
 
-def collect(source: str, commit: str, trust_remote_code: bool, directory: Path) -> dict[str, str | None]:
-    """Fetch the model's files into the directory. Returns their names with the hub's checksums."""
+def collect_adapter(source: str, commit: str, directory: Path) -> dict[str, str | None]:
+    """Fetch an adapter's files into the directory. Returns their names with the hub's checksums."""
+    listed = _listing(source, commit)
+    if missing := [name for name in adapters.FILES if name not in listed]:
+        raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
+    claims = {name: _size_and_checksum(source, listed[name]) for name in adapters.FILES}
+    if claims[adapters.CONFIG][0] > adapters.MAX_CONFIG_BYTES:
+        raise WeightsError(f"{source} has a malformed {adapters.CONFIG}: it is too large.")
+    directory.mkdir(exist_ok=True)
+    for name, (size, checksum) in claims.items():  # the configuration first
+        fetch(source, commit, {name: size}, directory)
+        verify(directory, {name: checksum})
+        adapters.read_config(directory / adapters.CONFIG, source)
+    return {name: checksum for name, (_, checksum) in claims.items()}
+
+
+def _listing(source: str, commit: str) -> dict[str, "RepoSibling"]:
+    """The repository's files by name."""
     from huggingface_hub import HfApi
 
     with _errors_explained(source, commit):
         info = HfApi().model_info(source, revision=commit, files_metadata=True, timeout=30)
-        listed = {str(file.rfilename): file for file in info.siblings or []}
+        return {str(file.rfilename): file for file in info.siblings or []}
+
+
+def collect(
+    source: str, commit: str, trust_remote_code: bool, adapted: bool, check: Callable[[Path], object], directory: Path
+) -> dict[str, str | None]:
+    """Fetch the model's files into the directory. Returns their names with the hub's checksums.
+
+    Raises AdapterFound if the repository holds an adapter, unless one is chosen (`adapted`). `check` is called once the
+    directory holds config.json, before anything large is fetched; it raises WeightsError for a model that could not be
+    loaded.
+    """
+    listed = _listing(source, commit)
+    if adapters.CONFIG in listed and not adapted:
+        size, checksum = _size_and_checksum(source, listed[adapters.CONFIG])
+        if "config.json" not in listed and size <= adapters.MAX_CONFIG_BYTES:
+            fetch(source, commit, {adapters.CONFIG: size}, directory)
+            verify(directory, {adapters.CONFIG: checksum})
+        adapters.raise_found("config.json" in listed, directory / adapters.CONFIG, source)
 
     def read_index() -> bytes:
         size, _ = _size_and_checksum(source, listed[INDEX])
@@ -53,6 +88,10 @@ def collect(source: str, commit: str, trust_remote_code: bool, directory: Path) 
     names = needed_files(listed, read_index, source, trust_remote_code)
     claims = {name: _size_and_checksum(source, listed[name]) for name in names}
     total = sum(size for size, _ in claims.values())
+    require_space(directory, total - sum(claims[name][0] for name in claims if (directory / name).exists()))
+    fetch(source, commit, {"config.json": claims["config.json"][0]}, directory)
+    verify(directory, {"config.json": claims["config.json"][1]})
+    check(directory)
     print(f"Fetching {source} at {commit}: {len(names)} files, {total / 1e6:,.0f} MB.", flush=True)
     fetch(source, commit, {name: size for name, (size, _) in claims.items()}, directory)
     return {name: checksum for name, (_, checksum) in claims.items()}
@@ -64,8 +103,7 @@ def fetch(source: str, commit: str, sizes: dict[str, int], directory: Path) -> N
 
     for unfinished in directory.glob(".cache/huggingface/download/**/*.incomplete"):
         unfinished.unlink()  # huggingface_hub neither reuses nor removes what a killed process left.
-    present = sum(size for name, size in sizes.items() if (directory / name).exists())
-    require_space(directory, sum(sizes.values()) - present)
+    require_space(directory, sum(sizes.values()) - sum(sizes[name] for name in sizes if (directory / name).exists()))
     pool = ThreadPoolExecutor(8, "fetch")
     try:
         with _errors_explained(source, commit):

@@ -2,13 +2,24 @@
 
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lmtp.weights import demo, hub
-from lmtp.weights.files import files_in, needed_files, read_index_in
-from lmtp.weights.manifest import MANIFEST, Manifest, WeightsError, fetch_command, read_manifest, write_manifest
+from lmtp.weights import adapters, demo, hub, quantization
+from lmtp.weights.files import ADAPTER_NAMES, files_in, needed_files, read_index_in
+from lmtp.weights.manifest import (
+    MANIFEST,
+    Adapter,
+    Manifest,
+    WeightsError,
+    download_command,
+    fetch_command,
+    read_manifest,
+    write_manifest,
+)
+from lmtp.weights.plan import plan_of
 from lmtp.weights.staging import (
     FILES,
     Origin,
@@ -21,35 +32,138 @@ from lmtp.weights.staging import (
     sha256,
     staging_for,
 )
+from lmtp.weights.staging import verify as verify_checksums
 
-DEMO = Origin("demo", demo.VERSION, False)
 
+def download(
+    source: str,
+    revision: str | None,
+    target: Path,
+    trust_remote_code: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    adapter: str | None = None,
+) -> None:
+    """Make the target directory hold the source's model, unless it does already.
 
-def download(source: str, revision: str | None, target: Path, trust_remote_code: bool) -> None:
-    """Make the target directory hold the source's model, unless it does already."""
+    `model_args` are the manifest's but for `trust_remote_code`. `adapter` is a directory or a repository, with
+    `@revision` or without. A source that is an adapter gets the model that it names; one with an adapter beside the
+    model gets both. What could not be loaded is refused before the weights are fetched.
+    """
     path = Path(source).expanduser()
+    loading = {"trust_remote_code": trust_remote_code, **(model_args or {})}
     with exclusive(target):
         if source != "demo" and path.resolve() == target:
-            _adopt(target, trust_remote_code)
+            if adapter or (target / adapters.CONFIG).exists():
+                raise WeightsError(f"{target} cannot take an adapter where it is: choose a directory with --to.")
+            _adopt(target, loading, partial(_check, target, source, revision, loading))
             return
         refuse_foreign_files(target)
-        if source == "demo":
-            install(DEMO, target, demo.collect)
-        elif path.is_dir():
-            copied = partial(_copy_model, path, trust_remote_code)
-            install(Origin(str(path.resolve()), None, trust_remote_code), target, copied)
-        elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-            commit = hub.commit_of(source, revision or "main")
-            fetched = partial(hub.collect, source, commit, trust_remote_code)
-            install(Origin(source, commit, trust_remote_code), target, fetched)
-        else:
-            raise WeightsError(f"{source} is neither a directory nor a repository's name, such as org/name.")
+        chosen = _adapter(adapter) if adapter else None
+        local = source != "demo" and path.is_dir()
+        try:
+            _download(str(path.resolve()) if local else source, revision, target, loading, chosen, local)
+        except adapters.AdapterFound as found:
+            own = (
+                Adapter(str(path.resolve()), None)
+                if local
+                else Adapter(source, hub.commit_of(source, revision or "main"))
+            )
+            if found.base is None:
+                _download(own.source, own.revision, target, loading, own, local)
+            elif trust_remote_code:
+                raise WeightsError(
+                    f"{source} is an adapter: name the model whose code you trust, and give --adapter {source}."
+                ) from None
+            else:
+                # Only a directory of the user's own may name another one.
+                base = Path(found.base).expanduser()
+                beside = local and base.is_dir()
+                if not beside and (found.base == "demo" or not re.fullmatch(REPOSITORY, found.base)):
+                    raise WeightsError(
+                        f"{source} is an adapter of {ascii(found.base)[:99]}, which is no repository: name the model,"
+                        f" and give --adapter {source}."
+                    ) from None
+                print(f"{source} is an adapter of {ascii(found.base)[1:-1]}.", flush=True)
+                _download(str(base.resolve()) if beside else found.base, found.revision, target, loading, own, beside)
 
 
-def _adopt(target: Path, trust_remote_code: bool) -> None:
+def _download(
+    source: str, revision: str | None, target: Path, loading: dict[str, Any], adapter: Adapter | None, local: bool
+) -> None:
+    """Install a model whose files are in the `local` directory of this name, or else on the hub, with an adapter."""
+    check = partial(_check, target, source, revision, loading)
+    trusted = loading["trust_remote_code"]
+    collect: Callable[[Path], Mapping[str, str | None]]
+    if local:
+        origin = Origin(source, None, trusted, adapter)
+        collect = partial(_copy_model, Path(source), trusted, adapter is not None, check)
+    elif source == "demo":
+        quantization.check(None, loading.get("load_in"), source)
+        origin = Origin("demo", demo.VERSION, False, adapter)
+        collect = partial(_convert_demo, check)
+    elif re.fullmatch(REPOSITORY, source):
+        origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter)
+        collect = partial(hub.collect, source, str(origin.revision), trusted, adapter is not None, check)
+    else:
+        raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
+    install(origin, loading, target, partial(_with_adapter, adapter, collect), check)
+
+
+REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
+
+
+def _adapter(given: str) -> Adapter:
+    """What `--adapter` names."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return Adapter(str(path.resolve()), None)
+    source, _, revision = given.partition("@")
+    if not re.fullmatch(REPOSITORY, source):
+        raise WeightsError(f"--adapter {given} is neither a directory nor a repository's name, such as org/name.")
+    return Adapter(source, hub.commit_of(source, revision or "main"))
+
+
+def _with_adapter(
+    adapter: Adapter | None, collect: Callable[[Path], Mapping[str, str | None]], directory: Path
+) -> Mapping[str, str | None]:
+    """Collect the adapter, which is small, and then the model."""
+    if adapter is None:
+        return collect(directory)
+    folder = directory / adapters.FOLDER
+    folder.mkdir(exist_ok=True)
+    names: Mapping[str, str | None]
+    if adapter.revision is None:
+        source = Path(adapter.source)
+        if missing := [name for name in adapters.FILES if not (source / name).is_file()]:
+            raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
+        adapters.read_config(source / adapters.CONFIG, adapter.source)
+        _copy(source, adapters.FILES, folder)
+        names = dict.fromkeys(adapters.FILES)
+    else:
+        names = hub.collect_adapter(adapter.source, adapter.revision, folder)
+    return {**collect(directory), **{f"{adapters.FOLDER}/{name}": checksum for name, checksum in names.items()}}
+
+
+def _check(target: Path, source: str, revision: str | None, model_args: Mapping[str, Any], directory: Path) -> None:
+    """Raise WeightsError if the model whose config.json is in the directory could not be loaded. Runs no code of it."""
+    if model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes():
+        return  # Only its own code can tell.
+    options = ("--revision", revision) if revision else ()
+    plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
+
+
+def _convert_demo(check: Callable[[Path], object], directory: Path) -> Mapping[str, None]:
+    names = demo.collect(directory)
+    check(directory)
+    return names
+
+
+def _adopt(target: Path, model_args: Mapping[str, Any], check: Callable[[Path], object]) -> None:
     """Write the manifest of files that were put into the target by hand. None of them is moved or removed."""
+    trust_remote_code = model_args["trust_remote_code"]
     names = _names_in(target, trust_remote_code)
-    manifest = seal(target, dict.fromkeys(names), Origin(str(target), None, trust_remote_code))
+    check(target)
+    manifest = seal(target, dict.fromkeys(names), Origin(str(target), None, trust_remote_code), model_args)
     write_manifest(target, manifest)
     discard_staging(target)
     print(f"{target / MANIFEST} written: {len(manifest.files)} files, {manifest.bytes / 1e6:,.0f} MB.")
@@ -60,9 +174,17 @@ def _names_in(directory: Path, trust_remote_code: bool) -> list[str]:
     return needed_files(files_in(directory), lambda: read_index_in(directory, source), source, trust_remote_code)
 
 
-def _copy_model(source: Path, trust_remote_code: bool, directory: Path) -> dict[str, None]:
-    """Copy what is needed of a model's directory. Returns the files' names."""
+def _copy_model(
+    source: Path, trust_remote_code: bool, adapted: bool, check: Callable[[Path], object], directory: Path
+) -> dict[str, None]:
+    """Copy what is needed of a model's directory. Returns the files' names.
+
+    Raises AdapterFound if the directory holds an adapter, unless one is chosen (`adapted`).
+    """
+    if (source / adapters.CONFIG).is_file() and not adapted:
+        adapters.raise_found((source / "config.json").is_file(), source / adapters.CONFIG, str(source))
     names = _names_in(source, trust_remote_code)
+    check(source)
     _copy(source, names, directory)
     return dict.fromkeys(names)
 
@@ -110,30 +232,37 @@ def _broken(target: Path, manifest: Manifest) -> list[str]:
 def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     """Get the broken files again from where they came from, and replace them one by one."""
     refuse_foreign_files(target)
-    if manifest.source == "demo":  # One conversion makes all its files.
-        install(DEMO, target, demo.collect, again=True)
-        return
-    source = Path(manifest.source)
     fetch_again = f"`{fetch_command(target, manifest)}`"
-    if source == target:
+    origin = Origin(manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter)
+    if manifest.source == "demo" and not all(name in ADAPTER_NAMES for name in broken):
+        collect = partial(_with_adapter, manifest.adapter, demo.collect)  # One conversion makes all its files.
+        install(origin, manifest.model_args, target, collect, again=True)
+        return
+    if Path(manifest.source) == target:
         raise WeightsError(
             f"{target} was filled by hand: put {', '.join(broken)} back and verify again, or run {fetch_again} if the"
             " files are right as they are."
         )
-    origin = Origin(manifest.source, manifest.revision, manifest.trust_remote_code)
     files = staging_for(origin, target) / FILES
-    if source.is_absolute():
-        for name in broken:
-            if not (source / name).is_file() or sha256(source / name) != manifest.files[name].sha256:
-                raise WeightsError(
-                    f"{source / name} is no longer what was copied, so {name} cannot be repaired: run {fetch_again} to"
-                    " copy the model as it is now."
-                )
-        _copy(source, broken, files)
-    else:
-        sizes = {name: manifest.files[name].size for name in broken}
-        hub.fetch(manifest.source, str(manifest.revision), sizes, files)
-    seal(files, {name: manifest.files[name].sha256 for name in broken}, origin)
+    parts: list[tuple[str, str | None, Path, str]] = [(manifest.source, manifest.revision, files, "")]
+    if manifest.adapter is not None:
+        folder = files / adapters.FOLDER
+        folder.mkdir(exist_ok=True)
+        parts.append((manifest.adapter.source, manifest.adapter.revision, folder, f"{adapters.FOLDER}/"))
+    for source, revision, directory, prefix in parts:
+        names = [name.removeprefix(prefix) for name in broken if (name in ADAPTER_NAMES) == bool(prefix)]
+        if names and Path(source).is_absolute():
+            for name in names:
+                path = Path(source) / name
+                if not path.is_file() or sha256(path) != manifest.files[prefix + name].sha256:
+                    raise WeightsError(
+                        f"{path} is no longer what was copied, so {prefix + name} cannot be repaired: run {fetch_again}"
+                        " to copy the model as it is now."
+                    )
+            _copy(Path(source), names, directory)
+        elif names:
+            hub.fetch(source, str(revision), {name: manifest.files[prefix + name].size for name in names}, directory)
+    verify_checksums(files, {name: manifest.files[name].sha256 for name in broken})
     for name in broken:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (files / name).replace(target / name)

@@ -11,21 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmtp.weights import adapters, quantization
+from lmtp.weights.arguments import DTYPES
+from lmtp.weights.kinds import Kind, auto_class
 from lmtp.weights.manifest import Manifest, WeightsError, fetch_command, read_manifest, verify_sizes
+from lmtp.weights.plan import Plan, plan_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What `load` takes as dtype."""
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model ready for inference, and how it was loaded.
 
-    `device` is where the model takes its input; `seconds` is the time `load` took, its imports included.
+    `dtype` is what it computes in; its weights may have fewer bits. `device` is where the model takes its input;
+    `seconds` is the time `load` took, its imports included.
     """
 
     model: PreTrainedModel
@@ -39,10 +41,11 @@ class Loaded:
 def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loaded:
     """Load the directory's model and tokenizer, without network, ready for inference.
 
-    `dtype` is one of DTYPES. `auto` is bfloat16 on CUDA and on processors that compute it in hardware, else float32.
+    `dtype` is one of DTYPES. `auto` is what the manifest says; without that bfloat16 on CUDA and on processors that
+    compute it in hardware, else float32.
     `device` is what torch takes, such as `cpu` or `cuda:1`. None is the first GPU if there is one, several GPUs if the
     model does not fit on one, else the CPU. Raises WeightsError if the dtype is unknown, if files are missing or differ
-    in size from the manifest, or if they are no causal language model.
+    in size from the manifest, or if they are no model that is served.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -53,19 +56,29 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     # Set before huggingface_hub is imported, so that no code path of Transformers asks the hub anything.
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    plan = plan_of(
+        directory, manifest.model_args, manifest.source, fetch_command(directory, manifest, "--trust-remote-code")
+    )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    quantization.check_device(plan.load_in, place)
+    if dtype == "auto":
+        dtype = manifest.model_args.get("dtype", "auto")
     number = _auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    device_map = manifest.model_args.get("device_map") if device is None else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(plan.kind).from_pretrained(
             directory,
+            config=plan.config,
             dtype=number,
-            device_map=_device_map(place, device is not None, number, manifest),
+            device_map=device_map or _device_map(place, device is not None, number, directory, manifest, plan),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=manifest.trust_remote_code,
             output_loading_info=True,
+            **plan.keywords,
+            **quantization.arguments(plan.quantization, plan.load_in),
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(
@@ -77,10 +90,17 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     if missing := sorted(info["missing_keys"]):
         raise WeightsError(
             f"The files of {manifest.source} in {directory} lack {len(missing)} of the tensors of a "
-            f"{type(model).__name__}, {missing[0]} among them: choose a model made for text generation."
+            f"{type(model).__name__}, {missing[0]} among them: choose a model that was trained and stored as one."
         )
     model.eval().requires_grad_(False)
-    return Loaded(model, tokenizer, manifest, number, model.device, time.perf_counter() - started)
+    if manifest.adapter is not None:
+        quantized = bool(plan.load_in or getattr(model, "is_quantized", False))
+        model = adapters.apply(model, directory / adapters.FOLDER, quantized, manifest.adapter.source)
+    if plan.kind is Kind.MULTIMODAL:
+        from lmtp.weights.text_only import keep_text_only
+
+        keep_text_only(model)
+    return Loaded(model, tokenizer, manifest, model.dtype, model.device, time.perf_counter() - started)
 
 
 def _auto_dtype(device: torch.device) -> torch.dtype:
@@ -95,7 +115,7 @@ def _auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def _device_map(
-    device: torch.device, chosen: bool, dtype: torch.dtype, manifest: Manifest
+    device: torch.device, chosen: bool, dtype: torch.dtype, directory: Path, manifest: Manifest, plan: Plan
 ) -> dict[str, torch.device] | str | None:
     """Where Transformers puts the model's layers; None is the CPU, without accelerate's hooks.
 
@@ -105,15 +125,15 @@ def _device_map(
 
     if device.type != "cuda":
         return None
-    stored = sum(file.size for name, file in manifest.files.items() if name.endswith(".safetensors"))
-    # Most files hold at most 16 bits a weight; a fifth of the memory stays free for keys, values and activations.
-    needed = stored * 2 if dtype == torch.float32 else stored
+    shards = [directory / name for name in manifest.files if name.endswith(".safetensors")]
+    needed = quantization.bytes_loaded(shards, dtype.itemsize, plan.quantization, plan.load_in)
     free, _ = torch.cuda.mem_get_info(device)
+    # A fifth of the memory stays free for keys, values and activations.
     return {"": device} if chosen or needed < 0.8 * free else "auto"
 
 
 def _why_not_loaded(directory: Path, manifest: Manifest, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code" in str(error):  # of the tokenizer
         command = fetch_command(directory, manifest, "--trust-remote-code")
         return f"{manifest.source} runs code of its own: if you trust it, run `{command}`."
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

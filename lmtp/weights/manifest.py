@@ -5,8 +5,11 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -31,23 +34,34 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an adapter came from: a repository and its commit, or an absolute directory and None."""
+
+    source: str
+    revision: str | None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where a model's files came from and their expected sizes and hashes.
 
     `source` is a Hugging Face repository, an absolute directory, or `demo`. `revision` is the repository's commit, the
     demo package's version, or None for a directory. `files` maps names relative to the weights directory. `model_args`
-    are passed to Transformers: `trust_remote_code`.
+    say how Transformers loads the model: `trust_remote_code`, `load_in` (one of quantization.LOAD_IN), and keywords of
+    `from_pretrained`. `adapter` is merged into the weights when they are loaded.
     """
 
     source: str
     revision: str | None
     files: dict[str, File]
-    model_args: dict[str, bool]
+    model_args: dict[str, Any]
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         for name in self.files:
             if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
                 raise ValueError(f"{name!r} is outside the weights directory")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError("trust_remote_code is neither true nor false")
 
     @property
     def bytes(self) -> int:
@@ -57,7 +71,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def trust_remote_code(self) -> bool:
         """Whether the model's own Python code may run."""
-        return self.model_args.get("trust_remote_code", False)
+        trusted: bool = self.model_args.get("trust_remote_code", False)
+        return trusted
 
 
 def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
@@ -101,12 +116,27 @@ def fetch_command(directory: Path, manifest: Manifest, *options: str) -> str:
     """The command that fetches the manifest's files again, with further options."""
     if manifest.revision is not None and manifest.source != "demo":
         options = ("--revision", manifest.revision, *options)
-    if manifest.trust_remote_code:
-        options = (*options, "--trust-remote-code")
-    return _download_command(directory, manifest.source, *options)
+    if manifest.adapter is not None and manifest.adapter.source != manifest.source:
+        at = f"@{manifest.adapter.revision}" if manifest.adapter.revision else ""
+        options = (*options, "--adapter", manifest.adapter.source + at)
+    return download_command(directory, manifest.source, *options, *_options(manifest.model_args))
 
 
-def _download_command(directory: Path, source: str, *options: str) -> str:
+def _options(model_args: Mapping[str, Any]) -> list[str]:
+    """The options of script/download_weights that give these arguments."""
+    options = []
+    for name, value in model_args.items():
+        if name == "trust_remote_code":
+            options += ["--trust-remote-code"] if value else []
+        elif name == "load_in":
+            options += ["--load-in", value]
+        else:
+            options += ["--model-arg", f"{name}={json.dumps(value)}"]
+    return options
+
+
+def download_command(directory: Path, source: str, *options: str) -> str:
+    """The command that fetches the source into the directory."""
     # `weights` is the script's default target, in the container too.
     target = () if directory.name == "weights" else ("--to", str(directory))
     return shlex.join(["script/download_weights", source, *options, *target])
@@ -116,6 +146,6 @@ def _why_no_manifest(directory: Path) -> str:
     if any(directory.glob(f"{STAGING}*/{SEAL}")):
         return f"{directory} is half exchanged for other weights: run script/download_weights again to finish."
     if (directory / "config.json").exists():
-        command = _download_command(directory, str(directory))
+        command = download_command(directory, str(directory))
         return f"{directory} holds a model but no {MANIFEST}: run `{command}` to write it."
-    return f"No weights in {directory}: run `{_download_command(directory, 'demo')}` (or `make weights`) first."
+    return f"No weights in {directory}: run `{download_command(directory, 'demo')}` (or `make weights`) first."

@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from lmtp.weights.files import belongs_to_a_model, files_in
 from lmtp.weights.manifest import (
     MANIFEST,
     SEAL,
     STAGING,
+    Adapter,
     File,
     Manifest,
     WeightsError,
@@ -39,9 +43,11 @@ class Origin:
     source: str
     revision: str | None
     trust_remote_code: bool
+    adapter: Adapter | None = None
 
     def __str__(self) -> str:
-        return f"{self.source} at {self.revision}" if self.revision else self.source
+        adapter = f" with {self.adapter.source}" if self.adapter else ""
+        return (f"{self.source} at {self.revision}" if self.revision else self.source) + adapter
 
 
 @contextmanager
@@ -74,19 +80,32 @@ def _lock(directory: int, target: Path) -> None:
 
 
 def install(
-    origin: Origin, target: Path, collect: Callable[[Path], Mapping[str, str | None]], *, again: bool = False
+    origin: Origin,
+    model_args: Mapping[str, Any],
+    target: Path,
+    collect: Callable[[Path], Mapping[str, str | None]],
+    check: Callable[[Path], object] = lambda directory: None,
+    *,
+    again: bool = False,
 ) -> None:
     """Collect the origin's files, seal them with a manifest, and exchange them for what the target holds.
 
     `collect` puts files into the directory it is given and returns their names, each with its checksum if the origin
-    tells it. An origin that is in place already is not collected unless `again`.
+    tells it. An origin that is in place already is not collected unless `again`; the manifest then takes the
+    `model_args`, once `check` has found nothing wrong with them.
     """
     if not again and is_installed(origin, target):
         discard_staging(target)
-        print(f"{target} holds {origin} already.")
+        manifest = read_manifest(target)
+        if manifest.model_args == model_args:
+            print(f"{target} holds {origin} already.")
+        else:
+            check(target)
+            write_manifest(target, msgspec.structs.replace(manifest, model_args=dict(model_args)))
+            print(f"{target} holds {origin} already; its {MANIFEST} now says how to load it.")
         return
     staging = staging_for(origin, target)
-    manifest = seal(staging / FILES, collect(staging / FILES), origin)
+    manifest = seal(staging / FILES, collect(staging / FILES), origin, model_args)
     write_manifest(staging, manifest, SEAL)
     exchange(staging, target)
     print(f"{target} now holds {origin}: {len(manifest.files)} files, {manifest.bytes / 1e6:,.0f} MB.")
@@ -102,8 +121,9 @@ def is_installed(origin: Origin, target: Path) -> bool:
         verify_sizes(target, manifest)
     except WeightsError:
         return False
-    installed = Origin(manifest.source, manifest.revision, manifest.trust_remote_code)
-    return installed == origin and origin.revision is not None
+    installed = Origin(manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter)
+    fixed = origin.revision is not None and (origin.adapter is None or origin.adapter.revision is not None)
+    return installed == origin and fixed
 
 
 def staging_for(origin: Origin, target: Path) -> Path:
@@ -156,19 +176,26 @@ def require_space(directory: Path, size: int) -> None:
         )
 
 
-def seal(directory: Path, expected: Mapping[str, str | None], origin: Origin) -> Manifest:
+def seal(
+    directory: Path, expected: Mapping[str, str | None], origin: Origin, model_args: Mapping[str, Any]
+) -> Manifest:
+    """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one."""
+    return Manifest(origin.source, origin.revision, verify(directory, expected), dict(model_args), origin.adapter)
+
+
+def verify(directory: Path, expected: Mapping[str, str | None]) -> dict[str, File]:
     """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one."""
     from huggingface_hub.utils.tqdm import tqdm
 
     files = {}
-    for name in tqdm(sorted(expected), desc="Hashing", unit="file", disable=None):
+    for name in tqdm(sorted(expected), desc="Hashing", unit="file", disable=None if len(expected) > 1 else True):
         path = directory / name
         files[name] = File(path.stat().st_size, sha256(path))
         actual = git_blob_id(path) if len(expected[name] or "") == 40 else files[name].sha256
         if expected[name] not in (None, actual):
             path.unlink()
             raise WeightsError(f"{name} arrived damaged: run the command again, it fetches this file anew.")
-    return Manifest(origin.source, origin.revision, files, {"trust_remote_code": origin.trust_remote_code})
+    return files
 
 
 def sha256(path: Path) -> str:

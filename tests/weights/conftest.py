@@ -112,8 +112,16 @@ def download(
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 1)
     close_session()
 
-    def run(source: object, to: Path, revision: str | None = None, trust_remote_code: bool = False) -> str:
-        install.download(str(source), revision, to, trust_remote_code)
+    def run(
+        source: object,
+        to: Path,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        adapter: object = None,
+        **model_args: object,
+    ) -> str:
+        chosen = str(adapter) if adapter else None
+        install.download(str(source), revision, to, trust_remote_code, model_args, chosen)
         return capsys.readouterr().out
 
     yield run

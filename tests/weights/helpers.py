@@ -1,15 +1,21 @@
 """What the tests of weights directories share: sealing, reading and comparing them, and errors."""
 
 import hashlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
+from lmtp.protocol import Generate
+from lmtp.weights.load import Loaded
 from lmtp.weights.manifest import File, Manifest, WeightsError, write_manifest
 from lmtp.weights.staging import Origin
 from tests.hub import Hub
+from tests.tiny import answers, start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "script" / "download_weights"
@@ -17,20 +23,26 @@ NEEDED = {"config.json", "generation_config.json", "model.safetensors", "tokeniz
 
 
 def seal(
-    directory: Path, source: str = "org/old", trust_remote_code: bool = False, name: str = "manifest.json"
+    directory: Path,
+    source: str = "org/old",
+    trust_remote_code: bool = False,
+    name: str = "manifest.json",
+    model_args: Mapping[str, object] | None = None,
 ) -> None:
     """Write the manifest of what the directory holds."""
-    write_manifest(directory, manifest_of(directory, source, trust_remote_code), name)
+    write_manifest(directory, manifest_of(directory, source, trust_remote_code, model_args), name)
 
 
-def manifest_of(directory: Path, source: str, trust_remote_code: bool = False) -> Manifest:
+def manifest_of(
+    directory: Path, source: str, trust_remote_code: bool = False, model_args: Mapping[str, object] | None = None
+) -> Manifest:
     """The manifest of what the directory holds."""
     files = {
         path.name: File(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in directory.iterdir()
         if path.name not in ("manifest.json", ".gitignore")
     }
-    return Manifest(source, "f" * 40, files, {"trust_remote_code": trust_remote_code})
+    return Manifest(source, "f" * 40, files, {"trust_remote_code": trust_remote_code, **(model_args or {})})
 
 
 def names_in(directory: Path) -> set[str]:
@@ -58,3 +70,32 @@ def refusal(*parts: str) -> Iterator[None]:
     assert message.isprintable(), message
     for part in parts:
         assert part in message
+
+
+def saved(model: PreTrainedModel, directory: Path, tokenizer: Path, **model_args: object) -> Path:
+    """Make the directory hold a model, with the tokenizer of another directory and a manifest with these arguments."""
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, directory / name)
+    seal(directory, model_args=model_args)
+    return directory
+
+
+def served(loaded: Loaded, *prompts: list[int], count: int = 12) -> list[list[int]]:
+    """What an engine adds to each of the prompts, greedily and together."""
+    engine = start(loaded.model)
+    try:
+        operations = [Generate(stream_id=i, prompt=prompt, max_tokens=count) for i, prompt in enumerate(prompts)]
+        replies = answers(engine, *operations)
+        return [replies.ids(i) for i in range(len(prompts))]
+    finally:
+        engine.stop()
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the model random weights large enough that its choices differ from each other."""
+    torch.manual_seed(0)
+    for parameter in model.eval().requires_grad_(False).parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.15)
+    return model

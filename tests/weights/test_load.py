@@ -47,10 +47,10 @@ def test_dtype_auto_is_bfloat16_where_the_processor_computes_it(
 @pytest.mark.parametrize(
     ("free", "device", "dtype", "device_map"),
     [
-        (40_000_000, None, torch.bfloat16, {"": torch.device("cuda")}),
-        (40_000_000, None, torch.float32, "auto"),
-        (30_000_000, None, torch.bfloat16, "auto"),
-        (30_000_000, "cuda:1", torch.bfloat16, {"": torch.device("cuda:1")}),
+        (20_000_000, None, torch.bfloat16, {"": torch.device("cuda")}),
+        (20_000_000, None, torch.float32, "auto"),
+        (15_000_000, None, torch.bfloat16, "auto"),
+        (15_000_000, "cuda:1", torch.bfloat16, {"": torch.device("cuda:1")}),
     ],
 )
 def test_a_model_is_spread_over_gpus_only_if_one_has_no_room_for_it(

@@ -1,0 +1,79 @@
+"""Which kind of model a configuration describes, and the Auto class that loads it. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from lmtp.weights.manifest import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class Kind(StrEnum):
+    """What a model does with text."""
+
+    CAUSAL = "causal language model"
+    MULTIMODAL = "multimodal language model"
+    """A decoder whose input may also hold images, video or sound; plain text goes through it as well."""
+    SEQ2SEQ = "encoder-decoder"
+    MASKED = "masked language model"
+    CLASSIFIER = "sequence classifier"
+
+
+AUTO_CLASSES = {
+    Kind.SEQ2SEQ: "AutoModelForSeq2SeqLM",
+    Kind.MULTIMODAL: "AutoModelForMultimodalLM",
+    Kind.CAUSAL: "AutoModelForCausalLM",
+    Kind.MASKED: "AutoModelForMaskedLM",
+    Kind.CLASSIFIER: "AutoModelForSequenceClassification",
+}
+"""The Auto class of Transformers for each kind. Where several know an architecture, the first counts."""
+
+
+def kind_of(config: PreTrainedConfig, source: str) -> Kind:
+    """The kind of model that the source's configuration describes.
+
+    `architectures` decides, or the model type where it names no class that Transformers loads as one of these kinds.
+    Raises WeightsError if the model is of none of these kinds.
+    """
+    named = (config.architectures or [""])[0]
+    # A BERT without `architectures` is a masked language model, though Transformers has a decoder of that type, too.
+    by_type = (Kind.SEQ2SEQ, Kind.MULTIMODAL, Kind.MASKED, Kind.CAUSAL)
+    kind = (
+        _first(lambda name: name in (getattr(config, "auto_map", None) or {}), AUTO_CLASSES)
+        or _first(lambda name: named in _classes(name).values(), _possible(config, tuple(AUTO_CLASSES)))
+        or _first(lambda name: config.model_type in _classes(name), _possible(config, by_type))
+    )
+    if kind is None:
+        raise WeightsError(
+            f"{source} is no language model but a {ascii(named or config.model_type)[1:-1]:.99}: choose a causal, an"
+            " encoder-decoder or a masked language model, or a sequence classifier."
+        )
+    return kind
+
+
+def auto_class(kind: Kind) -> Any:
+    """The Auto class of Transformers that loads models of this kind."""
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[kind])
+
+
+def _possible(config: PreTrainedConfig, kinds: tuple[Kind, ...]) -> list[Kind]:
+    # Transformers' table of sequence-to-sequence models also lists decoders that listen, such as Qwen2-Audio.
+    return [kind for kind in kinds if kind is not Kind.SEQ2SEQ or config.is_encoder_decoder]
+
+
+def _first(fits: Any, kinds: Any) -> Kind | None:
+    return next((kind for kind in kinds if fits(AUTO_CLASSES[kind])), None)
+
+
+def _classes(auto_class: str) -> dict[str, str]:
+    """The class of each model type that the Auto class loads."""
+    from transformers.models.auto import modeling_auto
+
+    mapping = getattr(modeling_auto, auto_class)._model_mapping._model_mapping
+    # Some types have several classes, for configurations of one name.
+    return {key: names if isinstance(names, str) else names[0] for key, names in mapping.items()}

@@ -1,0 +1,201 @@
+"""An adapter is fetched with its base, kept under the rules of a model's files, and merged when the model is loaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from lmtp.weights.install import verify
+from lmtp.weights.load import load
+from lmtp.weights.manifest import Adapter, fetch_command, read_manifest
+from tests.hub import Hub, Repository
+from tests.tiny import own_greedy, random_prompts
+from tests.weights.conftest import Download
+from tests.weights.helpers import NEEDED, contents, refusal, served
+
+PROMPTS = random_prompts(4, 11)
+FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LoRA of the tiny model, org/tiny."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    directory = tmp_path_factory.mktemp("lora")
+    model.save_pretrained(str(directory))
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/tiny"
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "README.md").unlink(missing_ok=True)
+    return directory
+
+
+@pytest.fixture
+def adapted(hub: Hub, lora: Path) -> Hub:
+    """The hub, which also has org/lora."""
+    hub.repositories["org/lora"] = Repository({path.name: path.read_bytes() for path in lora.iterdir()})
+    return hub
+
+
+def test_an_adapter_is_merged_and_answers_as_transformers_and_peft_do(
+    adapted: Hub, download: Download, tiny: Path, lora: Path, tmp_path: Path
+) -> None:
+    download("org/tiny", tmp_path, adapter="org/lora")
+    manifest = read_manifest(tmp_path)
+    assert manifest.source == "org/tiny"
+    assert manifest.adapter == Adapter("org/lora", adapted.repositories["org/lora"].commit)
+    assert {*manifest.files} >= {*NEEDED, *FILES}
+    loaded = load(tmp_path, "float32", "cpu")
+    assert type(loaded.model) is LlamaForCausalLM
+    assert not any("lora" in name for name in loaded.model.state_dict())
+    base = LlamaForCausalLM.from_pretrained(tiny)
+    plain = [own_greedy(base, prompt, 12) for prompt in PROMPTS]
+    own: Any = PeftModel.from_pretrained(base, lora).merge_and_unload()
+    expected = [own_greedy(own, prompt, 12) for prompt in PROMPTS]
+    assert served(loaded, *PROMPTS) == expected != plain
+
+
+def test_over_a_quantized_model_the_adapter_stays_exact(
+    download: Download, tiny: Path, lora: Path, tmp_path: Path
+) -> None:
+    download(tiny, tmp_path / "weights", adapter=lora, load_in="4bit")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    base = LlamaForCausalLM.from_pretrained(
+        tiny, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    )
+    own: Any = PeftModel.from_pretrained(base, lora).get_base_model().eval()
+    loaded = load(tmp_path / "weights", "float32", "cpu")
+    assert served(loaded, *PROMPTS) == [own_greedy(own, prompt, 12) for prompt in PROMPTS]
+
+
+def test_an_adapter_alone_gets_the_model_that_it_names(
+    adapted: Hub, download: Download, lora: Path, tmp_path: Path
+) -> None:
+    assert "org/lora is an adapter of org/tiny." in download("org/lora", tmp_path / "a")
+    download(lora, tmp_path / "b")
+    for name, adapter in (("a", "org/lora"), ("b", str(lora))):
+        manifest = read_manifest(tmp_path / name)
+        assert manifest.source == "org/tiny"
+        assert manifest.adapter is not None
+        assert manifest.adapter.source == adapter
+        assert {*manifest.files} >= {*NEEDED, *FILES}
+    assert "already" in download("org/lora", tmp_path / "a")
+
+
+def test_an_adapter_beside_its_model_is_not_ignored(
+    adapted: Hub, download: Download, tiny: Path, lora: Path, tmp_path: Path
+) -> None:
+    adapted.repositories["org/tiny"].files |= adapted.repositories["org/lora"].files
+    download("org/tiny", tmp_path / "a")
+    both = tmp_path / "both"
+    shutil.copytree(tiny, both)
+    for path in lora.iterdir():
+        shutil.copy(path, both / path.name)
+    download(both, tmp_path / "b")
+    for name in "ab":
+        manifest = read_manifest(tmp_path / name)
+        assert manifest.adapter is not None
+        assert manifest.adapter.source == manifest.source
+        assert {*manifest.files} >= {*NEEDED, *FILES}
+        assert "--adapter" not in fetch_command(tmp_path / name, manifest)
+        load(tmp_path / name, "float32", "cpu")
+    with refusal("cannot take an adapter where it is: choose a directory with --to"):
+        download(both, both)
+
+
+def test_without_the_adapter_the_directory_holds_the_base_again(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    download("org/tiny", tmp_path, adapter="org/lora")
+    command = fetch_command(tmp_path, read_manifest(tmp_path))
+    assert f"--adapter org/lora@{adapted.repositories['org/lora'].commit}" in command
+    download("org/tiny", tmp_path)
+    assert read_manifest(tmp_path).adapter is None
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_damaged_adapter_is_found_and_repaired(adapted: Hub, download: Download, tmp_path: Path) -> None:
+    download("org/tiny", tmp_path, adapter="org/lora")
+    before = contents(tmp_path / "adapter")
+    (tmp_path / FILES[1]).write_bytes(b"damaged")
+    (tmp_path / "tokenizer.json").unlink()
+    verify(tmp_path)
+    assert contents(tmp_path / "adapter") == before
+    load(tmp_path, "float32", "cpu")
+
+
+def change(**values: object) -> Callable[[Repository], None]:
+    def prepare(repository: Repository) -> None:
+        config = json.loads(repository.files["adapter_config.json"])
+        repository.files["adapter_config.json"] = json.dumps({**config, **values}).encode()
+
+    return prepare
+
+
+def content(name: str, value: bytes | None) -> Callable[[Repository], None]:
+    def prepare(repository: Repository) -> None:
+        del repository.files[name]
+        if value is not None:
+            repository.files[name] = value
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (change(peft_type="PROMPT_TUNING"), "an adapter of type 'PROMPT_TUNING', which cannot be merged"),
+        (change(peft_type="\x1b[2J"), "which cannot be merged"),
+        (change(megatron_config={"a": 1}, megatron_core="antigravity"), "is an adapter for Megatron"),
+        (change(base_model_name_or_path="/etc"), "is an adapter of '/etc', which is no repository"),
+        (change(base_model_name_or_path="../../x"), "which is no repository"),
+        (change(base_model_name_or_path="demo"), "which is no repository"),
+        (change(base_model_name_or_path="a\nb"), "which is no repository"),
+        (change(base_model_name_or_path=None), "names no base model"),
+        (content("adapter_config.json", b"[1]"), "has a malformed adapter_config.json"),
+        (content("adapter_config.json", b'{"a":' * 100_000), "has a malformed adapter_config.json"),
+        (content("adapter_model.safetensors", None), "is no adapter stored as safetensors"),
+    ],
+)
+def test_a_hostile_or_unusable_adapter_is_refused_before_any_weights_are_fetched(
+    prepare: Callable[[Repository], None], said: str, adapted: Hub, download: Download, weights: Path
+) -> None:
+    prepare(adapted.repositories["org/lora"])
+    adapted.repositories["org/lora"].files["adapter_model.bin"] = b"pickle"
+    before = contents(weights)
+    with refusal(said):
+        download("org/lora", weights)
+    assert contents(weights) == before
+    assert adapted.fetched() <= {"adapter_config.json"}
+
+
+def test_adapter_weights_other_than_announced_are_refused(adapted: Hub, download: Download, weights: Path) -> None:
+    adapted.repositories["org/lora"].served["adapter_model.safetensors"] = b"!"
+    with refusal("adapter_model.safetensors arrived damaged"):
+        download("org/tiny", weights, adapter="org/lora")
+
+
+def test_an_adapter_of_another_model_is_not_served_as_the_base(
+    download: Download, tiny: Path, lora: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(lora, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, other / "adapter_model.safetensors", {"format": "pt"})
+    download(tiny, tmp_path / "weights", adapter=other)
+    with refusal(f"The adapter {other} does not fit the model", "choose the model that it was trained for"):
+        load(tmp_path / "weights", "float32", "cpu")

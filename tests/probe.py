@@ -1,0 +1,104 @@
+"""Which runner serves an architecture, and whether it serves it as Transformers does: a tiny random model is compared
+with Transformers' own `generate` and one plain forward pass."""
+
+import faulthandler
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from lmtp.protocol import Generate, Score
+from lmtp.runners.model import UnsupportedModel
+from tests import models
+from tests.tiny import answers, own_logits, start
+
+EXACT = "exact"
+WRONG = "WRONG"
+REFUSED = "refused"
+UNBUILT = "not built"
+
+TOKENS = 30
+"""Generated for each prompt. The longest prompt and these are more than twice `models.LENGTH`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the probe found for one type of model."""
+
+    model_type: str
+    architecture: str
+    verdict: str
+    runner: str = ""
+    reason: str = ""
+
+
+def probe(auto: str, model_type: str, architecture: str) -> Row:
+    """Build a tiny model with the Auto class ``auto``, serve it, and compare."""
+    faulthandler.enable()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    row = [model_type, architecture]
+    try:
+        model = models.build(getattr(transformers, auto), model_type)
+    except Exception as error:
+        return Row(*row, UNBUILT, reason=said(error))
+    try:
+        engine = start(model)
+    except UnsupportedModel as error:
+        return Row(*row, REFUSED, reason=str(error))
+    except Exception as error:
+        return Row(*row, WRONG, reason=f"setup: {said(error)}")
+    try:
+        found = differences(model, engine)
+    except Exception as error:
+        found = [said(error)]
+    finally:
+        engine.stop()
+    reason = "; ".join(found) or engine.runner.reason
+    return Row(*row, WRONG if found else EXACT, engine.runner.description, reason)
+
+
+def differences(model: PreTrainedModel, engine: Any) -> list[str]:
+    """What the engine does otherwise than Transformers, in words; nothing if it is exact."""
+    found = []
+    prompts = random_prompts(3, 17, 41)
+    alone = [answers(engine, Generate(stream_id=0, prompt=p, max_tokens=TOKENS)).ids() for p in prompts[2:]]
+    batch = answers(engine, *(Generate(stream_id=i, prompt=p, max_tokens=TOKENS) for i, p in enumerate(prompts)))
+    expected = [greedy(model, p, TOKENS) for p in prompts]
+    if alone != expected[2:]:
+        found.append("alone it differs from generate")
+    if [batch.ids(i) for i in range(len(prompts))] != expected:
+        found.append("beside others it differs from generate")
+    more = prompts[2] + expected[2] + prompts[0]
+    if answers(engine, Generate(stream_id=0, prompt=more, max_tokens=4)).ids() != greedy(model, more, 4):
+        found.append("a continued text differs from generate")
+    (text,) = random_prompts(60, seed=1)
+    scored = answers(engine, Score(stream_id=0, prompt=text[:9], scored=text[9:])).tokens()
+    logprobs = torch.log_softmax(own_logits(model, text), -1)[torch.arange(8, 59), torch.tensor(text[9:])]
+    distance = (logprobs - torch.tensor([token.logprob for token in scored])).abs().max().item()
+    if not distance < 1e-3:
+        found.append(f"log-probabilities are {distance:.2g} from those of a forward pass")
+    return found
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """What Transformers' own greedy generate adds to the prompt, in which 0 is a token like any other."""
+    ids = torch.tensor([prompt])
+    generate: Any = model.generate  # typed as a tensor
+    output = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+    added: list[int] = output[0, len(prompt) :].tolist()
+    return added
+
+
+def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, models.VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:160]}"

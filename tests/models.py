@@ -64,7 +64,14 @@ SIZES: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 """The tiny value of each size, by its name in Transformers' configurations."""
 
-LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "block_types", "attention_layers")
+LAYER_KINDS = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "indexer_types",
+    "block_types",
+    "attention_layers",
+)
 """The names under which configurations list what each layer is."""
 
 NEEDED = ("num_key_value_heads", "head_dim", "n_routed_experts", "num_experts_per_tok")

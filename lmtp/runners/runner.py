@@ -13,7 +13,7 @@ from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
-from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.selfcheck import Reference, check_caches, check_slots
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -68,6 +68,8 @@ def open_runner(
     ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
     the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
     decodes by CUDA graphs.
+
+    Raises UnsupportedModel for a model that no runner serves exactly.
     """
     context = limits_of(model).context
     try:
@@ -78,7 +80,7 @@ def open_runner(
         check_slots(step, layers, reference)
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
         reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-        return CacheRunner(model, context, f"slots do not serve it: {reason}")
+        return _open_cache_runner(model, context, f"slots do not serve it: {reason}")
     fast, reason = None, ""
     try:
         if fast := _fast_step(step, layers, compiled, graphs):
@@ -86,6 +88,22 @@ def open_runner(
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
     return SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, reason)
+
+
+def _open_cache_runner(model: PreTrainedModel, context: int, reason: str) -> CacheRunner:
+    found = ""
+    for alone in (False, True):  # alone: for a model with state in its modules
+        try:
+            runner = CacheRunner(model, context, reason, alone)
+            check_caches(runner, model)
+        except Exception as error:  # whatever the model's code raises
+            found = found or (str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}")
+            continue
+        return CacheRunner(model, context, reason, alone)
+    raise UnsupportedModel(
+        f"No runner serves {type(model).__name__} as Transformers does ({found}): choose a model whose runner is named in "
+        "docs/models.md."
+    )
 
 
 def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:

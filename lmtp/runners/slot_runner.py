@@ -7,6 +7,7 @@ boolean masks as numbers, which is silently wrong.)
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from typing_extensions import override
 
 from lmtp.runners.model import UnsupportedModel, input_device, only_wanted
@@ -86,6 +87,8 @@ class SlotStep(nn.Module):
         super().__init__()
         if _rope_depends_on_batch(model):
             raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
+        if lengths := _hidden_lengths(model):
+            raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
         self.rules = _mask_rules(model)
         self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -225,6 +228,25 @@ def _rope_depends_on_batch(model: PreTrainedModel) -> bool:
     return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds)
 
 
+LENGTH = re.compile("window|local|chunk|floor|extent")
+"""How configurations name a number of tokens after which attention changes."""
+
+NOT_HIDDEN = re.compile("^(sliding_window|attention_chunk_size)$|layers|pattern|feed_forward|^num_")
+"""Those that _mask_rules reads, and those that count no tokens."""
+
+
+def _hidden_lengths(model: PreTrainedModel) -> list[str]:
+    """The configuration's lengths that the model's own code applies to columns or to the tokens in its cache: these differ
+    between the rows of a batch, and the self-check's texts are too short to show it. GPT-Neo's local attention and the
+    scales of Llama 4 are such."""
+    config = model.config.get_text_config(decoder=True)
+    return [
+        name
+        for name, value in vars(config).items()
+        if LENGTH.search(name) and not NOT_HIDDEN.search(name) and type(value) is int and value > 1
+    ]
+
+
 @torch.inference_mode()
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     """A model's layers, read off the cache that the model itself fills for one token.
@@ -233,8 +255,10 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers):
+    layers = list(getattr(cache, "layers", None) or ())
+    while layers and isinstance(layers[-1], DummyLayer):  # the last layers may share those of earlier ones
+        layers.pop()
+    if not layers or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise UnsupportedModel("its cache is not one of keys and values")
     return [
         Layer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.device) for layer in layers

@@ -5,9 +5,9 @@ step computes all of its tokens at once, later ones a token at a time.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-from lmtp.runners.model import input_device, only_wanted
+from lmtp.runners.model import accepts_positions, input_device, only_wanted
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 
@@ -29,7 +29,13 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """The arguments in which models take their caches."""
 
 
-OWN_CACHES = "the model's own caches, one stream at a time"
+class Mode(StrEnum):
+    """How a model carries what it has computed from step to step. The values describe it."""
+
+    CACHES = "the model's own caches, one stream at a time"
+    STATE = "the model's own state, one stream alone"
+    """It is in the model's modules, so the next stream waits for the end of one."""
+    NOTHING = "no cache, so that every token computes its whole text"
 
 
 @dataclass(eq=False)
@@ -45,18 +51,16 @@ class CacheRunner:
     """Runs streams one after the other, each through a cache of its own. A recurrent cache cannot go back, so only a
     whole one can be taken over."""
 
-    def __init__(self, model: PreTrainedModel, context: int, reason: str, alone: bool = False) -> None:
-        """``alone``: the model keeps state in its modules, so the next stream waits for the end of one, and nothing of
-        it can be taken over."""
-        self.description = "the model's own state, one stream alone" if alone else OWN_CACHES
+    def __init__(self, model: PreTrainedModel, context: int, reason: str, mode: Mode = Mode.CACHES) -> None:
+        self.description = mode.value
         self.reason = reason
         self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
         self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
-        self._alone = alone
+        self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors
-        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._accepts_positions = accepts_positions(model)
         self._device = input_device(model)
         self._caches: list[ModelCache] = []
         self._idle: list[ModelCache] = []
@@ -69,7 +73,7 @@ class CacheRunner:
 
     def admit(self, stream: Stream) -> bool:
         """Let the stream run, from the longest idle cache that its tokens begin with; False where too many run."""
-        if len(self.active) >= (1 if self._alone else MAX_STREAMS):
+        if len(self.active) >= (1 if self._mode is Mode.STATE else MAX_STREAMS):
             return False
         cache = self._whole_prefix(stream)
         if cache is None:
@@ -86,7 +90,7 @@ class CacheRunner:
         """See Runner.release."""
         cache = self._caches[stream.slot]
         cache.tokens, cache.salt = stream.tokens[: stream.computed], stream.salt
-        if keep and cache.tokens and not self._alone:
+        if keep and cache.tokens and self._mode is Mode.CACHES:
             self._idle = [*self._idle[-IDLE_CACHES + 1 :], cache]
         del self.active[stream.slot], self._caches[stream.slot]
         for slot, other in enumerate(self.active):
@@ -147,7 +151,9 @@ class CacheRunner:
 
     def _new_cache(self, ids: Tensor) -> dict[str, Any]:
         """An empty cache as generate makes it, under the name that the model gives it."""
-        if self._alone:
+        if self._mode is Mode.NOTHING:
+            return {"use_cache": False}
+        if self._mode is Mode.STATE:
             self._model(input_ids=ids[:, :1], use_cache=False)  # forgets the state of the stream before
         arguments: dict[str, Any] = {"use_cache": True}
         self._model._prepare_cache_for_generation(

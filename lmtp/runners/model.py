@@ -1,6 +1,7 @@
 """What every runner asks of a Transformers model: its limits, where its input goes, logits at some positions only."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,18 @@ from transformers import PreTrainedModel
 
 UNBOUNDED_CONTEXT = 2**20
 """Tokens, for a model whose configuration names no limit."""
+
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "max_seq_len",
+    "context_length",
+    "model_max_length",
+)
+"""How configurations name the context. Whisper's encoder has max_source_positions, XLNet none."""
+
+CONSISTENT_UP_TO = {"doge": "keep_window_size", "moshi": "sliding_window", "moshi_text": "sliding_window"}
+"""Longer texts differ in Transformers itself, depending on how many of their tokens it computes at once."""
 
 
 class UnsupportedModel(Exception):
@@ -29,9 +42,10 @@ def limits_of(model: PreTrainedModel) -> Limits:
     """Read the limits from the model's configuration and generation configuration."""
     config = model.config.get_text_config(decoder=True)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    context = (
-        getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or UNBOUNDED_CONTEXT
-    )
+    lengths = [getattr(config, name, None) for name in CONTEXT_NAMES]
+    context = next((length for length in lengths if isinstance(length, int) and length > 0), UNBOUNDED_CONTEXT)
+    if bound := CONSISTENT_UP_TO.get(config.model_type):
+        context = min(context, getattr(config, bound))
     ends: set[int] = set()
     for source in (model.generation_config, config, model.config):
         ids = getattr(source, "eos_token_id", None)
@@ -43,6 +57,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids have to be: a large model is spread over several devices."""
     embeddings: nn.Module = model.get_input_embeddings()
     return next(embeddings.parameters()).device
+
+
+def accepts_positions(model: PreTrainedModel) -> bool:
+    """Whether the model takes ``position_ids``."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @contextlib.contextmanager

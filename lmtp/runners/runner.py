@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
@@ -79,8 +79,7 @@ def open_runner(
         reference = Reference.of(model)
         check_slots(step, layers, reference)
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
-        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-        return _open_cache_runner(model, context, f"slots do not serve it: {reason}")
+        return _open_cache_runner(model, context, f"slots do not serve it: {_in_words(error)}")
     fast, reason = None, ""
     try:
         if fast := _fast_step(step, layers, compiled, graphs):
@@ -91,19 +90,21 @@ def open_runner(
 
 
 def _open_cache_runner(model: PreTrainedModel, context: int, reason: str) -> CacheRunner:
-    found = ""
-    for alone in (False, True):  # alone: for a model with state in its modules
+    found = []
+    for mode in Mode:
         try:
-            runner = CacheRunner(model, context, reason, alone)
-            check_caches(runner, model)
+            check_caches(CacheRunner(model, context, reason, mode), model)
+            return CacheRunner(model, context, reason, mode)
         except Exception as error:  # whatever the model's code raises
-            found = found or (str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}")
-            continue
-        return CacheRunner(model, context, reason, alone)
+            found.append(_in_words(error))
     raise UnsupportedModel(
-        f"No runner serves {type(model).__name__} as Transformers does ({found}): choose a model whose runner is named in "
-        "docs/models.md."
+        f"No runner serves {type(model).__name__} as Transformers' own forward pass computes it: {found[0]}. "
+        "Choose an architecture that docs/models.md lists as exact."
     )
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
 
 
 def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmtp.runners.cache_runner import CacheRunner
-from lmtp.runners.model import UnsupportedModel, input_device
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, Stream
@@ -125,9 +125,11 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel) -> None:
 
 
 def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    """The logits ``[tokens, vocabulary]`` of one plain forward pass."""
+    """The logits ``[tokens, vocabulary]`` of one forward pass, with the positions that generate gives: RoBERTa's own
+    begin elsewhere."""
     ids = torch.tensor([tokens], device=input_device(model))
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    more = {"position_ids": torch.arange(len(tokens), device=ids.device)[None]} if accepts_positions(model) else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits[0].float()
 
 

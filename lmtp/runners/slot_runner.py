@@ -6,7 +6,6 @@ boolean masks as numbers, which is silently wrong.)
 """
 
 import functools
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from typing_extensions import override
 
-from lmtp.runners.model import UnsupportedModel, input_device, only_wanted
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
 
@@ -91,7 +90,7 @@ class SlotStep(nn.Module):
             raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
         self.rules = _mask_rules(model)
-        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._accepts_positions = accepts_positions(model)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions. The masks are those of ``rules``, in order."""
@@ -236,14 +235,14 @@ NOT_HIDDEN = re.compile("^(sliding_window|attention_chunk_size)$|layers|pattern|
 
 
 def _hidden_lengths(model: PreTrainedModel) -> list[str]:
-    """The configuration's lengths that the model's own code applies to columns or to the tokens in its cache: these differ
-    between the rows of a batch, and the self-check's texts are too short to show it. GPT-Neo's local attention and the
-    scales of Llama 4 are such."""
+    """The configuration's lengths that the model's own code applies to columns, which differ between the rows of a
+    batch, and that the self-check's texts are too short to show: GPT-Neo's local attention, the scales of Llama 4."""
     config = model.config.get_text_config(decoder=True)
+    context = limits_of(model).context
     return [
         name
         for name, value in vars(config).items()
-        if LENGTH.search(name) and not NOT_HIDDEN.search(name) and type(value) is int and value > 1
+        if LENGTH.search(name) and not NOT_HIDDEN.search(name) and type(value) is int and 1 < value < context
     ]
 
 

@@ -97,12 +97,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "doge": {"keep_window_size": CONTEXT},  # limits_of
     "moshi": {"sliding_window": CONTEXT},
-    "dots3_note": {f"text_config.{name}": value for name, value in DOTS.items()},
+    "dots3_note": {"vision_config.num_hidden_layers": 42} | {f"text_config.{name}": value for name, value in DOTS.items()},
     "dots3_note_text": DOTS,
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {f"text_config.{name}": value for name, value in QWEN4.items()},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 6},
-    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 6},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0, "text_config.num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0, "text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0},
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
     "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
     "minimax": {"block_size": 8},
@@ -151,9 +151,8 @@ def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     for name, field in names.items():
         if name in tiny and (field.default is not None or name in NEEDED):
             arguments[name] = tiny[name]
-    for name, value in (("bos_token_id", 1), ("eos_token_id", END), ("pad_token_id", 0)):
-        if name in names:
-            arguments[name] = value
+    special = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
+    arguments |= {name: value for name, value in special.items() if name in names}
     for name, part in kind.sub_configs.items():
         if part is AutoConfig and (kind_of_part := kind.sub_configs_defaults[name].model_type):
             part = CONFIG_MAPPING[kind_of_part]

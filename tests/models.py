@@ -8,7 +8,14 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 VOCABULARY = 128
 END = 2
@@ -117,10 +124,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 MAX_LAYERS = 8
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
-    """The tiny configuration of a type of model."""
+def config_of(model_type: str, decoder: bool = True) -> PreTrainedConfig:
+    """The tiny configuration of a type of model. Without ``decoder`` the attention of BERT and its like looks both ways,
+    and BART and its like have an encoder."""
     kind = CONFIG_MAPPING[model_type]
     arguments = _small(kind)
+    if decoder and "is_decoder" in {field.name for field in dataclasses.fields(kind)}:
+        arguments["is_decoder"] = True
     for name, value in CHANGES.get(model_type, {}).items():
         *parts, last = name.split(".")
         target = arguments
@@ -130,11 +140,11 @@ def config_of(model_type: str) -> PreTrainedConfig:
     return kind(**arguments)
 
 
-def build(auto: Any, model_type: str) -> PreTrainedModel:
+def build(model_type: str, auto: Any = AutoModelForCausalLM, decoder: bool = True) -> PreTrainedModel:
     """A float32 model with random weights large enough that its choices differ from each other. ``auto`` is an Auto
     class of Transformers."""
     torch.manual_seed(0)
-    model: PreTrainedModel = auto.from_config(config_of(model_type)).eval()
+    model: PreTrainedModel = auto.from_config(config_of(model_type, decoder)).eval()
     # Without what a configuration forces on generate, such as an end at max_length.
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=END, pad_token_id=0)
     for parameter in model.parameters():
@@ -162,8 +172,6 @@ def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
                 arguments[name]["model_type"] = part.model_type
     if "kv_lora_rank" in names and "num_key_value_heads" in arguments:
         arguments["num_key_value_heads"] = 4  # latent attention has no grouped heads
-    if "is_decoder" in names:
-        arguments["is_decoder"] = True  # otherwise the attention of BERT and its like looks both ways
     if "num_hidden_layers" in names:
         arguments["num_hidden_layers"] = _layers(kind)
     return arguments

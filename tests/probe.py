@@ -1,7 +1,6 @@
 """Which runner serves an architecture, and whether it serves it as Transformers does: a tiny random model is compared
 with Transformers' own `generate` and one plain forward pass."""
 
-import faulthandler
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,10 @@ TOKENS = 30
 """Generated for each prompt. The longest prompt and these are more than twice `models.LENGTH`."""
 
 
+CAUSAL = "AutoModelForCausalLM"
+ENCODER_DECODER = "AutoModelForSeq2SeqLM"
+
+
 @dataclass(frozen=True)
 class Row:
     """What the probe found for one type of model."""
@@ -35,30 +38,26 @@ class Row:
     reason: str = ""
 
 
-def probe(auto: str, model_type: str, architecture: str) -> Row:
-    """Build a tiny model with the Auto class ``auto``, serve it, and compare."""
-    faulthandler.enable()
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    row = [model_type, architecture]
+def probe(model_type: str, architecture: str, auto: str = CAUSAL) -> Row:
+    """Build a tiny model with an Auto class of Transformers, serve it, and compare."""
+    named = model_type, architecture
     try:
-        model = models.build(getattr(transformers, auto), model_type)
+        model = models.build(model_type, getattr(transformers, auto), decoder=auto == CAUSAL)
     except Exception as error:
-        return Row(*row, UNBUILT, reason=said(error))
+        return Row(*named, UNBUILT, reason=said(error))
     try:
         engine = start(model)
     except UnsupportedModel as error:
-        return Row(*row, REFUSED, reason=str(error))
+        return Row(*named, REFUSED, reason=str(error))
     except Exception as error:
-        return Row(*row, WRONG, reason=f"setup: {said(error)}")
+        return Row(*named, WRONG, reason=f"setup: {said(error)}")
     try:
         found = differences(model, engine)
     except Exception as error:
         found = [said(error)]
     finally:
         engine.stop()
-    reason = "; ".join(found) or engine.runner.reason
-    return Row(*row, WRONG if found else EXACT, engine.runner.description, reason)
+    return Row(*named, WRONG if found else EXACT, engine.runner.description, "; ".join(found) or engine.runner.reason)
 
 
 def differences(model: PreTrainedModel, engine: Any) -> list[str]:

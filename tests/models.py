@@ -104,7 +104,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "doge": {"keep_window_size": CONTEXT},  # limits_of
     "moshi": {"sliding_window": CONTEXT},
-    "dots3_note": {"vision_config.num_hidden_layers": 42} | {f"text_config.{name}": value for name, value in DOTS.items()},
+    "dots3_note": {"vision_config.num_hidden_layers": 42, "vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32, "audio_config.adapter_out_dim": 32, "audio_config.adapter_input_size": 32} | {f"text_config.{name}": value for name, value in DOTS.items()},
     "dots3_note_text": DOTS,
     "qwen4_exp_text": QWEN4,
     "qwen4_exp": {f"text_config.{name}": value for name, value in QWEN4.items()},
@@ -163,7 +163,8 @@ def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
             arguments[name] = tiny[name]
     special = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
     arguments |= {name: value for name, value in special.items() if name in names}
-    for name, part in kind.sub_configs.items():
+    parts: dict[str, Any] = kind.sub_configs
+    for name, part in parts.items():
         if part is AutoConfig and (kind_of_part := kind.sub_configs_defaults[name].model_type):
             part = CONFIG_MAPPING[kind_of_part]
         if dataclasses.is_dataclass(part):

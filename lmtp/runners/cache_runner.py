@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from lmtp.runners.model import accepts_positions, input_device, only_wanted
 from lmtp.runners.slots import common_prefix

@@ -94,9 +94,10 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str) -> Cac
     for mode in Mode:
         try:
             check_caches(CacheRunner(model, context, reason, mode), model)
-            return CacheRunner(model, context, reason, mode)
         except Exception as error:  # whatever the model's code raises
             found.append(_in_words(error))
+        else:
+            return CacheRunner(model, context, "; nor do its own caches: ".join([reason, *found[:1]]), mode)
     raise UnsupportedModel(
         f"No runner serves {type(model).__name__} as Transformers' own forward pass computes it: {found[0]}. "
         "Choose an architecture that docs/models.md lists as exact."

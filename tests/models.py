@@ -167,7 +167,7 @@ def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     for name, part in parts.items():
         if part is AutoConfig and (kind_of_part := kind.sub_configs_defaults[name].model_type):
             part = CONFIG_MAPPING[kind_of_part]
-        if dataclasses.is_dataclass(part):
+        if hasattr(part, "__dataclass_fields__"):
             arguments[name] = _small(part)
             if "model_type" in {field.name for field in dataclasses.fields(part)}:
                 arguments[name]["model_type"] = part.model_type

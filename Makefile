@@ -23,7 +23,7 @@ serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
 	@script/serve
 
 test: $(READY) $(MODEL)  ## Run all tests
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)  ## Send a mix of everything for two minutes; NIGHTLY=1 or SOAK_SECONDS=600 for longer
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(VENV)/bin/python -m pytest tests/soak

@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Optional
 
@@ -16,7 +17,7 @@ from cog import AsyncConcatenateIterator, BasePredictor, Input
 
 from lmtp import cancel_relay, cancellation, protocol, settings
 from lmtp.places import Places
-from lmtp.protocol import Failure, Operation, RequestError
+from lmtp.protocol import Encode, Failure, Generate, Operation, RequestError
 
 if TYPE_CHECKING:  # setup imports what needs torch, so that the inputs can be read without it
     from lmtp.completions import Completions
@@ -169,32 +170,43 @@ class Predictor(BasePredictor):
             raise RequestError(f"Give prompt or ops_batch_json{', not both' if prompt is not None else ''}.")
         operations: Sequence[Operation | Failure]
         completions: Completions | None = None
-        if ops_batch_json is not None:
-            operations = protocol.parse_batch(ops_batch_json)
-        else:
-            generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
-                stream_id=0,
-                prompt=await self.engine.tokenizers.render(
-                    prompt or "", system_prompt, prompt_template, allow_special_tokens
-                ),
-                max_tokens=int(max_tokens),
-                temperature=temperature,
-                top_p=max(top_p, 1e-9),  # 0 keeps the most likely token alone
-                top_k=int(top_k),
-                seed=None if seed is None else int(seed),
-                stop=text.parse_stop_sequences(stop_sequences),
-                logit_bias=protocol.parse_logit_bias(logit_bias),
-                choices=protocol.parse_choices(choices),
-                regex=regex or None,
-                json_schema=protocol.parse_json_schema(json_schema),
-                grammar=grammar or None,
-                top_logprobs=int(top_logprobs),
-                text=True,
-                cache_salt=cache_salt,
-            )
-            completions = Completions(generate, self.engine.tokenizer, output, int(n), prompt_logprobs, normalize)
-            operations = completions.operations
-        prediction = await self.engine.predict(operations)
+        engine, head = self.engine, self.engine.limits.head
+        async with engine.preparing(started):
+            if ops_batch_json is not None:
+                parse = partial(protocol.parse_batch, ops_batch_json, engine.longest_input)
+                operations = (
+                    parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
+                )
+            else:
+                generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
+                    Encode if head else Generate,
+                    stream_id=0,
+                    prompt=await engine.tokenizers.render(
+                        prompt or "", system_prompt, prompt_template, allow_special_tokens
+                    ),
+                    max_tokens=int(max_tokens),
+                    temperature=temperature,
+                    top_p=max(top_p, 1e-9),  # 0 keeps the most likely token alone
+                    top_k=int(top_k),
+                    seed=None if seed is None else int(seed),
+                    stop=text.parse_stop_sequences(stop_sequences),
+                    logit_bias=protocol.parse_logit_bias(logit_bias),
+                    choices=protocol.parse_choices(choices),
+                    regex=regex or None,
+                    json_schema=protocol.parse_json_schema(json_schema),
+                    grammar=grammar or None,
+                    top_logprobs=int(top_logprobs),
+                    text=True,
+                    cache_salt=cache_salt,
+                )
+                labels = head.labels if head else ()
+                encoded = engine.limits.source is not None
+                completions = Completions(
+                    generate, engine.tokenizer, output, int(n), prompt_logprobs, normalize, labels, encoded
+                )
+                await completions.tokenize(engine.tokenizers, engine.limits.context)
+                operations = completions.operations
+            prediction = await engine.predict(operations, started)
         cancellation.when_cancelled(prediction.cancel)
         # Cog's runtime 0.23.1 streams output only from a plain generator, which it runs on a thread of its own. What an
         # async generator yields is sent at the end.
@@ -235,7 +247,7 @@ class Predictor(BasePredictor):
                 print("A text ended inside the constraint, at max_tokens or a stop sequence: it is not valid.")
             elif not all(completions.valid):
                 print("A text ended as the constraint allows, but it is not known to be valid; see docs/protocol.md.")
-        self.record_metric("input_token_count", counters.input_tokens)
+        self.record_metric("input_token_count", completions.input_tokens if completions else counters.input_tokens)
         self.record_metric("output_token_count", counters.output_tokens)
         self.record_metric("reused_token_count", counters.reused_tokens)
         self.record_metric("computed_token_count", counters.computed_tokens)

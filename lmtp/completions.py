@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 
 from lmtp import protocol
-from lmtp.protocol import Failure, Generate, Operation, Reply, RequestError, Score, Token
+from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
+from lmtp.text import Tokenizers
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
@@ -42,26 +43,40 @@ class Completions:
         n: int = 1,
         prompt_logprobs: bool = False,
         normalize: str = "sum",
+        labels: Sequence[str] = (),
+        encoded: bool = False,
     ) -> None:
         """``generate`` holds the prompt's tokens and the settings of every completion. ``output`` is ``text``, ``lmtp``
         or ``json``. ``normalize`` says which log-probability of a compared choice counts: ``sum``, that of the text, or
-        ``mean``, per token. Raises RequestError for settings that contradict each other."""
+        ``mean``, per token. ``labels`` are a classifier's. ``encoded``: the prompt is the source of an encoder and a
+        decoder. Raises RequestError for settings that contradict each other."""
         if output == "text" and n > 1:
             raise RequestError(f"n is {n}: choose output json or lmtp; output text holds one completion.")
         if output == "text" and prompt_logprobs:
             raise RequestError("prompt_logprobs: choose output json or lmtp; output text holds no numbers.")
+        if encoded and prompt_logprobs:
+            raise RequestError("prompt_logprobs: this model encodes the prompt and has no log-probabilities for it.")
         self.constraint = protocol.constraint_of(generate)
         self.finished = True
         """Whether every compared choice was sent whole. GENERATE streams are counted by the engine."""
         self.valid: Sequence[bool | None] = []
         """For each completion, whether its text satisfies the constraint; None where that could not be told."""
+        self._encodes = isinstance(generate, Encode)
+        """Whether an encoder answers: the prompt itself is the text, filled in, or its label is."""
+        if self._encodes:
+            generate = replace(generate, max_tokens=protocol.MAX_COUNT)  # each mask gets a token
         self._generate = generate
+        self._begins = encoded
+        self._tokenizer = tokenizer
+        self._labels = labels
         self._output = output
         self._n = n
         self._normalize = normalize
         options = list(dict.fromkeys(generate.choices or []))
         whole = len(options) <= MAX_COMPARED and not generate.logit_bias and not generate.stop
         self._options = options if whole else []
+        if self._encodes:
+            self._check_encoding(prompt_logprobs)
         self._scored: dict[protocol.StreamId, list[Token]] = {}
         """The tokens of the prompt and of the options."""
         self._completed: dict[protocol.StreamId, list[Token]] = {}
@@ -79,6 +94,48 @@ class Completions:
         for i in range(0 if self._options else n):
             self.operations.append(replace(generate, stream_id=i, seed=self._seed(i)))
             self._completed[i], self._texts[i] = [], ""
+
+    def _check_encoding(self, prompt_logprobs: bool) -> None:
+        """Raise RequestError for what an encoder has no answer to. The engine refuses other fields."""
+        if prompt_logprobs:
+            raise RequestError("prompt_logprobs: this model reads the whole prompt at once, and predicts none of it.")
+        if self._generate.choices and self._labels:
+            raise RequestError("choices: this model chooses among its labels; use logit_bias to allow only some.")
+        if self._generate.choices and not self._options:
+            raise RequestError(
+                f"choices: this model compares at most {MAX_COMPARED}, without logit_bias and stop_sequences; "
+                "use logit_bias alone to allow only some tokens."
+            )
+
+    async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
+        """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
+        prompt = 0 if self._begins else len(self._generate.prompt)
+        for place, operation in enumerate(self.operations):
+            if not isinstance(operation, Score) or not isinstance(operation.scored, str):
+                continue
+            field = f"choices[{(self._generate.choices or []).index(operation.scored)}]"
+            ids = await tokenizers.encode(field, operation.scored, self._begins, add_special_tokens=not self._begins)
+            if not ids:
+                raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")
+            if self._encodes:
+                self._check_masks(field, ids)
+            elif prompt + len(ids) > context:
+                raise RequestError(
+                    f"prompt and {field} are {prompt + len(ids)} tokens; the model's context is {context}."
+                )
+            self.operations[place] = replace(operation, scored=ids)
+
+    def _check_masks(self, field: str, ids: Sequence[int]) -> None:
+        """Raise RequestError if a choice cannot fill the prompt's masks."""
+        tokenizer = self._tokenizer
+        masks = list(self._generate.prompt).count(tokenizer.mask_token_id)
+        if masks and len(ids) != masks:
+            raise RequestError(f"{field} is {len(ids)} tokens; give {masks}, one for each {tokenizer.mask_token}.")
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of the prompt. It counts once, however many streams begin with it."""
+        return len(self._generate.prompt)
 
     def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
         top = self._generate.top_logprobs
@@ -107,12 +164,12 @@ class Completions:
                     continue
             else:
                 self._texts[reply.stream_id] += _text([reply])
-                if self._output == "json":
+                if self._output == "json" or self._encodes:
                     self._keep(self._completed[reply.stream_id], reply)
             sent.append(reply)
         if self._output == "lmtp":
             return protocol.encode(sent)
-        return _text(sent) if self._output == "text" else ""
+        return _text(sent) if self._output == "text" and not self._encodes else ""
 
     def _keep(self, tokens: list[Token], token: Token) -> None:
         """Keep what the end of the output needs."""
@@ -134,12 +191,34 @@ class Completions:
             self.valid = [text in self._options for text in self._texts.values()]
         elif self.constraint:
             self.valid = check(self._generate, list(self._texts.values()))
+        if self._encodes:
+            self._texts = {i: self._encoded(tokens) for i, tokens in self._completed.items()}
+        if self._labels:
+            distribution = self._of_labels(self._completed[0][0])
         if self._output == "json":
             usage = {"reused_token_count": reused, "computed_token_count": computed}
             return msgspec.json.encode(self._document(distribution, usage)).decode()
-        if self._options:
-            return self._texts[0] if self._output == "text" else "".join(map(protocol.encode, self._completed.values()))
-        return ""
+        if self._output == "text":
+            return self._texts[0] if self._options or self._encodes else ""
+        return "".join(map(protocol.encode, self._completed.values())) if self._options else ""
+
+    def _encoded(self, tokens: Sequence[Token]) -> str:
+        """An encoder's answer: the prompt with its masks filled, as the tokenizer writes it, or the label."""
+        if self._labels:
+            return _text(list(tokens))
+        prompt = self._generate.prompt
+        assert isinstance(prompt, list)
+        fillings, mask = iter(tokens), self._tokenizer.mask_token_id
+        filled: list[int] = [next(fillings).token if token == mask else token for token in prompt]
+        return str(self._tokenizer.decode(filled, skip_special_tokens=True))
+
+    def _of_labels(self, token: Token) -> list[dict[str, Any]]:
+        """Each possible label with its log-probability, most likely first."""
+        assert isinstance(token.top_logprobs, dict)
+        return [
+            {"choice": self._labels[i], "logprob": logprob, "probability": round(math.exp(logprob), 6)}
+            for i, logprob in token.top_logprobs.items()
+        ]
 
     def _choose(self) -> list[dict[str, Any]]:
         """Choose among the options. Returns each with its log-probability after the prompt and its probability among
@@ -196,7 +275,7 @@ class Completions:
         if PROMPT in self._scored:
             document["prompt_logprobs"] = [_token(token) for token in self._scored[PROMPT]]
         generated = sum(map(len, self._completed.values()))
-        document["usage"] = {"input_token_count": len(self._generate.prompt), "output_token_count": generated, **usage}
+        document["usage"] = {"input_token_count": self.input_tokens, "output_token_count": generated, **usage}
         return document
 
 

@@ -29,6 +29,10 @@ MAX_SUSPICIONS = 3
 """After how many answers in a row places count as lost."""
 
 
+IGNORED_SHARE = 8
+"""One place in so many may be missing: of predictions that are just starting or ending."""
+
+
 class Places:
     """Counts the predictions of this process and compares them with what the server says."""
 
@@ -38,7 +42,7 @@ class Places:
         self.problem = ""
         """Why the server has to be started again, if it has."""
         self._taken: set[object] = set()
-        self._begun = 0
+        self._begun = self._begun_before = 0
         self._suspicions = 0
 
     def begin(self, context: Context) -> None:
@@ -76,7 +80,8 @@ class Places:
             connection = http.client.HTTPConnection(host, port, timeout=WATCH_SECONDS)
             with suppress(OSError, http.client.HTTPException, ValueError), closing(connection):
                 connection.request("GET", "/health-check")
-                self.compare(json.load(connection.getresponse()).get("status") == "BUSY")
+                answer = json.load(connection.getresponse())
+                self.compare(isinstance(answer, dict) and answer.get("status") == "BUSY")
 
     def compare(self, busy: bool) -> None:
         """Take in whether all of the server's places are taken.
@@ -84,9 +89,10 @@ class Places:
         Those of predictions that run here are, and those of predictions that began and ended since the last time may
         have been.
         """
-        missing = self.total - len(self._taken) - self._begun
-        self._begun = 0
-        self._suspicions = self._suspicions + 1 if busy and missing * 2 > self.total else 0
+        begun = self._begun
+        missing = self.total - len(self._taken) - (begun - self._begun_before)
+        self._begun_before = begun
+        self._suspicions = self._suspicions + 1 if busy and missing > self.total // IGNORED_SHARE else 0
         if self._suspicions == MAX_SUSPICIONS:
             self.problem = (
                 f"Cog's runtime has lost {missing} or more of its {self.total} places, because it could not make a"

@@ -52,8 +52,15 @@ class Turns:
     """The step before which one of its streams was last admitted; -1: none yet."""
     prefilled: int = -1
     """The step that last computed some of its prompts."""
+    decoded: int = -1
+    """The step that last decoded some of its streams, while there are too many for one step."""
     paused: bool = False
     """Whether its streams wait because its replies do."""
+
+    @property
+    def last(self) -> int:
+        """The later of the two steps."""
+        return max(self.prefilled, self.decoded)
 
 
 class Prediction:

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+MANY_BYTES = 2**16
+"""A batch of more characters is not parsed on the event loop."""
+
 BATCH_LIMIT = 256
 """The most operations in one prediction."""
 
@@ -30,12 +33,18 @@ MAX_COUNT = 2**31 - 1
 MAX_BATCH_BYTES = 2**26
 """The longest ``ops_batch_json``."""
 
+MAX_OPERATION_BYTES = 2**24
+"""The longest operation of it. Parsing one holds the interpreter for a tenth of a second at most."""
+
 MAX_BIASES = 2**21
 """Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take
 100 times the memory of a ``mask``."""
 
+MAX_JSON = {"json_schema": 2**22, "data": 2**20}
+"""Bytes of a field that holds any JSON."""
+
 MAX_SPLIT = 2**24
-"""Characters of a batch that `_split` looks through."""
+"""Characters of a batch whose operations are told apart although it is not JSON."""
 
 MAX_QUOTED = 60
 """Characters of a caller's text that an error message quotes."""
@@ -86,6 +95,7 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     stream_id: StreamId
     prompt: Prompt
+    target: Prompt | None = None
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_COUNT)] = 32
     min_tokens: Count = 0
@@ -109,6 +119,13 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: bool = False
     cache_salt: Salt | None = None
     allow_special_tokens: bool = False
+
+
+class Encode(Generate, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Let an encoder answer a prompt, which it reads as a whole: fill its masks, or label it.
+
+    The input ``prompt`` makes it; LMTP has no such operation.
+    """
 
 
 def constraint_of(operation: Generate) -> str | None:
@@ -208,21 +225,20 @@ def _line(reply: Reply) -> str:
 _LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
-def parse_batch(text: str) -> list[Operation | Failure]:
+def parse_batch(text: str, max_ids: int = MAX_COUNT) -> list[Operation | Failure]:
     """Parse ``ops_batch_json``. A Failure takes the place of each invalid operation.
 
-    Raises RequestError if there is no stream to answer: not JSON, not a list, empty, over a limit.
+    ``max_ids``: token ids that a prompt may have. More are not even parsed.
+    Raises RequestError if there is no stream to answer: not an array, empty, over a limit.
     """
     if len(text) > MAX_BATCH_BYTES:
         raise RequestError(f"ops_batch_json has {len(text)} characters; {MAX_BATCH_BYTES} is the limit.")
     try:
         entries: Sequence[msgspec.Raw | str] = msgspec.json.decode(text, type=list[msgspec.Raw])
     except msgspec.ValidationError:
-        raise RequestError("ops_batch_json must be a JSON array of operations, each [name, {fields}].") from None
+        raise RequestError(_NO_ARRAY) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        if isinstance(error, msgspec.DecodeError) and not _SURROGATE.search(text):
-            raise RequestError(f"ops_batch_json is not JSON: {error}.") from None
-        entries = _split(text)  # one operation is at fault, and the others are to run
+        entries = _split(text, error)  # one operation is at fault, and the others are to run
     if not entries:
         raise RequestError("ops_batch_json holds no operations; send at least one.")
     if len(entries) > BATCH_LIMIT:
@@ -232,69 +248,79 @@ def parse_batch(text: str) -> list[Operation | Failure]:
     operations: list[Operation | Failure] = []
     biases = 0
     for index, entry in enumerate(entries):
-        operation = _parse_operation(index, entry)
+        operation = _parse_operation(index, entry, max_ids, MAX_BIASES - biases)
         if isinstance(operation, Generate) and operation.logit_bias:
             biases += len(operation.logit_bias)
-            if biases > MAX_BIASES:
-                reason = (
-                    f"GENERATE logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it."
-                )
-                operation = Failure(stream_id=operation.stream_id, error=reason, kind="TOKEN")
         operations.append(operation)
     return _reject_repeated_ids(operations)
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_NO_ARRAY = "ops_batch_json must be a JSON array of operations, each [name, {fields}]."
+_SPACE = " \t\r\n"
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 
 
-def _split(text: str) -> list[str]:
-    """The operations of a batch, each as its JSON text, however deep it is nested and whatever its strings hold.
-
-    The parser descends into all of them at once, and gives up all of them for one.
-    """
+def _split(text: str, error: Exception) -> list[str]:
+    """The operations of a batch that the parser gave up, each as its text, however deep it is nested and whatever is in
+    it. The parser descends into all of them at once, and gives up all of them for one. ``error`` is why."""
     if len(text) > MAX_SPLIT:
-        raise RequestError("ops_batch_json holds a lone surrogate, or is nested too deep to parse.")
+        raise RequestError(
+            f"ops_batch_json: {_unreadable(error, text)}; repair it, or send at most {MAX_SPLIT} characters at once to"
+            " learn which operation it is."
+        )
     depth = start = end = 0
-    entries = []
+    entries: list[str] = []
     for token in _TOKEN.finditer(text):
-        if depth == 1 and text[end : token.start()].strip(" \t\r\n,"):
+        opens, closes = token[0] in "[{", token[0] in "]}"
+        if depth <= 1 and text[end : token.start()].strip(_SPACE) != ("," if entries and not closes else ""):
             break
-        if depth == 1 and token[0].startswith('"'):
-            entries.append(token[0])
-        if token[0] in "[{":
-            start = token.start() if depth == 1 else start
-            depth += 1
-        elif token[0] in "]}":
-            depth -= 1
-            if depth == 1:
-                entries.append(text[start : token.end()])
+        if depth == 0 and token[0] != "[":
+            break
+        if depth == 1 and not closes:
+            start = token.start()
+        depth += opens - closes
+        if depth == 1 and token.start() > 0 and (closes or not opens):
+            entries.append(text[start : token.end()])
+            if len(entries) > BATCH_LIMIT:
+                break
         if depth <= 1:
             end = token.end()
         if depth == 0:
             break
-    if depth or text[end:].strip():
-        raise RequestError("ops_batch_json must be a JSON array of operations, each [name, {fields}].")
+    if len(entries) > BATCH_LIMIT:
+        raise RequestError(f"ops_batch_json holds more than {BATCH_LIMIT} operations; send several batches.")
+    if depth or text[end:].strip(_SPACE) or not text[:end].endswith("]"):
+        malformed = isinstance(error, msgspec.DecodeError)
+        raise RequestError(f"ops_batch_json is not JSON: {error}." if malformed else _NO_ARRAY)
     return entries
 
 
 _STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,19}|"(?:[^"\\]|\\.)*")')
 
 
-def _parse_operation(index: int, entry: msgspec.Raw | str) -> Operation | Failure:
+class _Long(Struct):
+    """The fields that can be long, unparsed."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    scored: msgspec.Raw = msgspec.Raw()
+    logit_bias: msgspec.Raw = msgspec.Raw()
+    json_schema: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+
+
+def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_biases: int) -> Operation | Failure:
+    size = len(entry) if isinstance(entry, str) else memoryview(entry).nbytes
+    if size > MAX_OPERATION_BYTES:
+        reason = f"operation {index}: {size} bytes; {MAX_OPERATION_BYTES} is the limit."
+        return Failure(stream_id=_written_id(entry), error=reason, kind="TOKEN")
     try:
         name, payload = msgspec.json.decode(entry, type=tuple[str, msgspec.Raw])
         stream_id = _stream_id(payload)
     except msgspec.ValidationError:
         return Failure(stream_id=None, error=f"operation {index}: must be [name, {{fields}}].", kind="MSG")
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        written = entry if isinstance(entry, str) else bytes(entry).decode(errors="replace")
-        found = _STREAM_ID.search(written)
-        try:
-            stream_id = msgspec.json.decode(found[1], type=StreamId) if found else None
-        except (msgspec.DecodeError, UnicodeError):
-            stream_id = None
-        return Failure(stream_id=stream_id, error=f"operation {index}: {_unreadable(error)}.", kind="TOKEN")
+        reason = f"operation {index}: {_unreadable(error, _written(entry))}."
+        return Failure(stream_id=_written_id(entry), error=reason, kind="TOKEN")
     kind: Literal["TOKEN", "MSG"] = "TOKEN" if name in ("GENERATE", "SCORE") else "MSG"
     operation = OPERATIONS.get(name)
     if operation is None:
@@ -303,11 +329,41 @@ def _parse_operation(index: int, entry: msgspec.Raw | str) -> Operation | Failur
         reason = f"operation {index}: unknown operation {quoted(name)} (known: {known}){hint}"
         return Failure(stream_id=stream_id, error=reason, kind=kind)
     try:
+        _check_lengths(payload, max_ids, max_biases)
         return msgspec.json.decode(payload, type=operation)
+    except RequestError as error:
+        return Failure(stream_id=stream_id, error=f"{name} {error}", kind=kind)
     except msgspec.ValidationError as error:
         return Failure(stream_id=stream_id, error=f"{name} {_describe(error, operation)}", kind=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        return Failure(stream_id=stream_id, error=f"{name}: {_unreadable(error)}.", kind=kind)
+        return Failure(stream_id=stream_id, error=f"{name}: {_unreadable(error, '')}.", kind=kind)
+
+
+def _check_lengths(payload: msgspec.Raw, max_ids: int, max_biases: int) -> None:
+    """Raise RequestError for more than can be used, before millions of objects are made of it."""
+    long = msgspec.json.decode(payload, type=_Long)
+    for field in ("prompt", "scored"):
+        written = bytes(getattr(long, field))
+        if written.startswith(b"[") and (count := written.count(b",") + 1) > max_ids:
+            raise RequestError(f"{field}: {count} token ids; the model's context is {max_ids}.")
+    for field, most in MAX_JSON.items():
+        if (size := memoryview(getattr(long, field)).nbytes) > most:
+            raise RequestError(f"{field}: {size} bytes of JSON; {most} is the limit.")
+    if bytes(long.logit_bias).count(b":") > max_biases:
+        raise RequestError(f"logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it.")
+
+
+def _written(entry: msgspec.Raw | str) -> str:
+    return entry if isinstance(entry, str) else bytes(entry).decode(errors="replace")
+
+
+def _written_id(entry: msgspec.Raw | str) -> StreamId | None:
+    """The stream_id of an operation that is not parsed."""
+    found = _STREAM_ID.search(_written(entry))
+    try:
+        return msgspec.json.decode(found[1], type=StreamId) if found else None
+    except (msgspec.DecodeError, UnicodeError):
+        return None
 
 
 def _stream_id(payload: msgspec.Raw) -> StreamId | None:
@@ -317,19 +373,20 @@ def _stream_id(payload: msgspec.Raw) -> StreamId | None:
         return None
 
 
-def _unreadable(error: Exception) -> str:
-    """What is wrong with JSON that the parser gives up."""
+def _unreadable(error: Exception, text: str) -> str:
+    """What is wrong with JSON text that the parser gives up."""
     if isinstance(error, RecursionError):
         return f"nested too deep; the limit is about {sys.getrecursionlimit()} levels"
     if isinstance(error, UnicodeError) or any(word in str(error) for word in ("surrogate", "escape", "truncated")):
         return "a string holds a lone surrogate, which is no character"
-    return printable(str(error))
+    numbers = "; JSON has no NaN and no Infinity" if "NaN" in text or "Infinity" in text else ""
+    return f"{printable(str(error))}{numbers}"
 
 
-def generate(**fields: Any) -> Generate:
-    """A GENERATE operation from values that did not come as JSON. Raises RequestError, naming the field."""
+def generate(operation: type[Generate] = Generate, **fields: Any) -> Generate:
+    """An operation from values that did not come as JSON. Raises RequestError, naming the field."""
     try:
-        return msgspec.convert(fields, Generate)
+        return msgspec.convert(fields, operation)
     except msgspec.ValidationError as error:
         raise RequestError(_describe(error, Generate)) from None
 
@@ -405,7 +462,7 @@ def _parse(text: str, kind: Any, expected: str) -> Any:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        reason = str(error).replace("`", "") if isinstance(error, msgspec.DecodeError) else _unreadable(error)
+        reason = str(error).replace("`", "") if isinstance(error, msgspec.DecodeError) else _unreadable(error, text)
         raise RequestError(f"{expected}: {reason}.") from None
 
 

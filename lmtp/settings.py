@@ -1,8 +1,10 @@
 """Settings from environment variables. The README lists them."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_CHOICES = ("auto", "off")
@@ -24,10 +26,11 @@ class Bounds:
     max_unread_seconds: float = 60.0
     """How long a prediction may wait for its output to be taken; 0 is no limit."""
     max_unread_bytes: int = 2**24
-    """Replies that a prediction may have waiting, estimated in bytes, before its streams pause."""
+    """Replies that a prediction may have waiting, estimated in bytes, before its streams pause; 0 is no limit."""
     max_top_logprobs: int = 100
+    """0 is no limit."""
     max_prompt_bytes: int | None = None
-    """UTF-8 bytes of one text to tokenize; None is BYTES_PER_TOKEN for each token of the context."""
+    """UTF-8 bytes of one text to tokenize; None is BYTES_PER_TOKEN for each token of the context, 0 is no limit."""
     tokenizer_threads: int = 2
 
 
@@ -50,21 +53,27 @@ class Settings:
 
 def read() -> Settings:
     """Read the settings of this process. Raises SettingsError."""
-    prompt_bytes = _number("MAX_PROMPT_BYTES", 0, "such as 131072")
+    gigabytes = _number("KV_CACHE_GB", None, "a number of gigabytes above 0, such as 4 or 0.5", lowest=2.0**-30)
+    seconds = "a number of seconds; 0 is no limit"
+    count = "a number such as {}; 0 is no limit"
+    prompt_bytes = _number("MAX_PROMPT_BYTES", None, count.format(131072))
     return Settings(
         weights=Path(os.environ.get("WEIGHTS_DIR") or ROOT / "weights"),
         dtype=os.environ.get("DTYPE") or "auto",
-        kv_budget=_gigabytes("KV_CACHE_GB"),
+        kv_budget=None if gigabytes is None else int(gigabytes * 2**30),
         compile=_choice("COMPILE", COMPILE_CHOICES) == "auto",
         compiled=Path(os.environ.get("COMPILED_DIR") or ROOT / "compiled"),
         bounds=Bounds(
             prefix_reuse=_choice("PREFIX_REUSE", PREFIX_REUSE_CHOICES),
-            max_seconds=_number("MAX_SECONDS", Bounds.max_seconds, "of seconds; 0 is no limit"),
-            max_unread_seconds=_number("MAX_UNREAD_SECONDS", Bounds.max_unread_seconds, "of seconds; 0 is no limit"),
-            max_unread_bytes=int(_number("MAX_UNREAD_MB", Bounds.max_unread_bytes / 2**20, "of megabytes") * 2**20),
-            max_top_logprobs=int(_number("MAX_TOP_LOGPROBS", Bounds.max_top_logprobs, "such as 100")),
-            max_prompt_bytes=int(prompt_bytes) or None,
-            tokenizer_threads=max(int(_number("TOKENIZER_THREADS", Bounds.tokenizer_threads, "such as 2")), 1),
+            max_seconds=_number("MAX_SECONDS", Bounds.max_seconds, seconds),
+            max_unread_seconds=_number("MAX_UNREAD_SECONDS", Bounds.max_unread_seconds, seconds),
+            max_unread_bytes=int(
+                _number("MAX_UNREAD_MB", Bounds.max_unread_bytes / 2**20, "a number of megabytes; 0 is no limit")
+                * 2**20
+            ),
+            max_top_logprobs=int(_number("MAX_TOP_LOGPROBS", Bounds.max_top_logprobs, count.format(100))),
+            max_prompt_bytes=None if prompt_bytes is None else int(prompt_bytes),
+            tokenizer_threads=max(int(_number("TOKENIZER_THREADS", Bounds.tokenizer_threads, "a number such as 2")), 1),
         ),
     )
 
@@ -76,27 +85,18 @@ def _choice(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _number(name: str, default: float, what: str) -> float:
+Default = TypeVar("Default", float, None)
+
+
+def _number(name: str, default: Default, what: str, lowest: float = 0.0) -> float | Default:
+    """The variable's number, at least ``lowest``; the default if it is not set."""
     value = os.environ.get(name)
     if not value:
         return default
     try:
         number = float(value)
     except ValueError:
-        number = -1.0
-    if not 0 <= number < 2**31:
-        raise SettingsError(f"{name} is {value!r}; use a number {what}.")
+        number = math.nan
+    if not lowest <= number < 2**31:
+        raise SettingsError(f"{name} is {value!r}; use {what}.")
     return number
-
-
-def _gigabytes(name: str) -> int | None:
-    value = os.environ.get(name)
-    if not value:
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e6:
-        raise SettingsError(f"{name} is {value!r}; use a number of gigabytes above 0, such as 4 or 0.5.")
-    return int(number * 2**30)

@@ -11,11 +11,12 @@ import itertools
 import queue
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 from tokenizers.decoders import DecodeStream
@@ -32,6 +33,7 @@ BYTES_PER_TOKEN = 16
 """A longer text, for each token of the context, is refused before it is tokenized."""
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Tokenizers:
@@ -40,8 +42,12 @@ class Tokenizers:
     A tokenizer is not thread-safe, so every thread but the first has a copy, made when it is first needed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, threads: int, max_bytes: int) -> None:
-        """``max_bytes``: the UTF-8 bytes of the longest text, a prompt's parts counted together."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, threads: int, max_bytes: int, mask: str | None = None
+    ) -> None:
+        """``max_bytes``: the UTF-8 bytes of the longest text, a prompt's parts counted together; 0 is no limit.
+        ``mask``: the special token that is itself wherever a prompt spells it."""
+        self._mask = mask
         self._max_bytes = max_bytes
         self._original = tokenizer
         self._unused = queue.SimpleQueue[PreTrainedTokenizerBase]()
@@ -61,25 +67,37 @@ class Tokenizers:
         """`render_prompt` for a prompt of any size. Raises RequestError."""
         prompts, system_prompts = template.count("{prompt}"), template.count("{system_prompt}")
         self.check("prompt", template, *[prompt] * max(prompts, 1), *[system_prompt] * max(system_prompts, 1))
-        return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens)
+        return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens, self._mask)
 
     async def encode(
-        self, field: str, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+        self,
+        field: str,
+        text: str,
+        begins_sequence: bool = True,
+        allow_special_tokens: bool = False,
+        add_special_tokens: bool = True,
     ) -> list[int]:
         """`encode` for a text of any size. Raises RequestError, naming the field."""
         self.check(field, text)
-        return await self._run(encode, text, begins_sequence, allow_special_tokens)
+        mask = self._mask if begins_sequence else None
+        return await self._run(encode, text, begins_sequence, allow_special_tokens, mask, add_special_tokens)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that takes long, on one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, functools.partial(function, *args, **kwargs)
+        )
 
     def check(self, field: str, *texts: str) -> None:
         """Raise RequestError if the texts together are too long to tokenize, or no text."""
-        size = sum(map(len, texts))
-        if size <= self._max_bytes:
+        size, most = sum(map(len, texts)), self._max_bytes or sys.maxsize
+        if size <= most:
             try:
                 size = sum(len(text.encode()) for text in texts)
             except UnicodeEncodeError as error:
                 raise RequestError(f"{field}: character {error.start} is a lone surrogate, no character.") from None
-        if size > self._max_bytes:
-            raise RequestError(f"{field} is {size} bytes of text; {self._max_bytes} is the limit of this model.")
+        if size > most:
+            raise RequestError(f"{field} is {size} bytes of text; {most} is the limit of this model.")
 
     async def _run(
         self, function: Callable[Concatenate[PreTrainedTokenizerBase, P], list[int]], *args: P.args, **kwargs: P.kwargs
@@ -87,7 +105,7 @@ class Tokenizers:
         def call() -> list[int]:
             return function(self._local.tokenizer, *args, **kwargs)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await self.run(call)
 
 
 def render_prompt(
@@ -96,19 +114,20 @@ def render_prompt(
     system_prompt: str = "",
     template: str = "",
     allow_special_tokens: bool = False,
+    mask: str | None = None,
 ) -> list[int]:
     """Render and tokenize one prompt.
 
     A template is plain text with ``{prompt}`` and optionally ``{system_prompt}``; other braces are kept. An empty
     template selects the tokenizer's chat template. Without a chat template the system prompt and the prompt are joined
-    unchanged. Special tokens in the prompts are text unless allowed. Raises RequestError for an empty prompt and for a
-    template without ``{prompt}``.
+    unchanged. Special tokens in the prompts are text unless allowed, except for ``mask``. Raises RequestError for an
+    empty prompt and for a template without ``{prompt}``.
     """
     if not prompt:
         raise RequestError("prompt is empty; give at least one character.")
     cut = _unused(prompt, system_prompt, template)
     if not allow_special_tokens:
-        prompt, system_prompt = (_cut(tokenizer, text, cut) for text in (prompt, system_prompt))
+        prompt, system_prompt = (_cut(tokenizer, text, cut, mask) for text in (prompt, system_prompt))
     if template:
         if "{prompt}" not in template:
             raise RequestError("prompt_template has no {prompt}; put {prompt} where the prompt belongs.")
@@ -126,18 +145,23 @@ def render_prompt(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, begins_sequence: bool = True, allow_special_tokens: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    begins_sequence: bool = True,
+    allow_special_tokens: bool = False,
+    mask: str | None = None,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """Tokenize text, either as the start of a sequence or as what goes on with one.
 
-    At the start the tokenizer adds special tokens, unless the text has them already. Special tokens in the text itself
-    are text unless allowed.
+    At the start the tokenizer adds special tokens, unless the text has them already or ``add_special_tokens`` is false.
+    Special tokens in the text itself are text unless allowed, except for ``mask``.
     """
     cut = _unused(text)
     if not allow_special_tokens:
-        text = _cut(tokenizer, text, cut)
+        text = _cut(tokenizer, text, cut, mask)
     if begins_sequence:
-        return _encode(tokenizer, text, cut)
+        return _encode(tokenizer, text, cut, add_special_tokens)
     return list(itertools.chain.from_iterable(_continue(tokenizer, part) for part in text.split(cut)))
 
 
@@ -212,28 +236,29 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> _Spellings | None:
 _BRACKETED = re.compile(r"<\S+>|\[[^\s\]]+\]", re.DOTALL)
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, cut: str) -> str:
-    """The text with a cut after the first character of every special token that it spells."""
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, cut: str, mask: str | None) -> str:
+    """The text with a cut after the first character of every special token that it spells, ``mask`` excepted."""
     spellings = _spellings(tokenizer)
     if spellings is None:
         return text
-    places = list(_places(text, spellings))
+    places = list(_places(text, spellings, mask))
     if (
         spellings.normalized
         and isinstance(tokenizer, PreTrainedTokenizerFast)
         and tokenizer.backend_tokenizer.normalizer
     ):
         normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-        if len(normal_places := list(_places(normal, spellings))) > len(places):
+        if len(normal_places := list(_places(normal, spellings, mask))) > len(places):
             text, places = normal, normal_places
     edges = [0, *(place + 1 for place in places), len(text)]
     return cut.join(text[start:end] for start, end in itertools.pairwise(edges))
 
 
-def _places(text: str, spellings: _Spellings) -> Iterable[int]:
+def _places(text: str, spellings: _Spellings, mask: str | None) -> Iterable[int]:
     for found in spellings.begin.finditer(text):
         place = found.start()
-        if any(text[place : place + n] in spellings.all for n in spellings.lengths[text[place : place + 2]]):
+        spelt = (text[place : place + n] for n in spellings.lengths[text[place : place + 2]])
+        if any(token in spellings.all and token != mask for token in spelt):
             yield place
 
 

@@ -146,7 +146,9 @@ def build(model_type: str, auto: Any = AutoModelForCausalLM, decoder: bool = Tru
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config_of(model_type, decoder)).eval()
     # Without what a configuration forces on generate, such as an end at max_length.
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=END, pad_token_id=0)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None if decoder else 1
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() > 1:

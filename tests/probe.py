@@ -1,7 +1,7 @@
 """Which runner serves an architecture, and whether it serves it as Transformers does: a tiny random model is compared
 with Transformers' own `generate` and one plain forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runners.model import UnsupportedModel, accepts_positions
+from lmtp.runners.model import UnsupportedModel, accepts_positions, limits_of
 from tests import models
 from tests.tiny import answers, start
 
@@ -60,8 +61,9 @@ def probe(model_type: str, architecture: str, auto: str = CAUSAL) -> Row:
     return Row(*named, WRONG if found else EXACT, engine.runner.description, "; ".join(found) or engine.runner.reason)
 
 
-def differences(model: PreTrainedModel, engine: Any) -> list[str]:
-    """What the engine does otherwise than Transformers, in words; nothing if it is exact."""
+def differences(model: PreTrainedModel, engine: Engine) -> list[str]:
+    """What the engine does otherwise than Transformers, in words; nothing if it is exact. The prompts of an
+    encoder-decoder model are its sources."""
     found = []
     prompts = random_prompts(3, 17, 41)
     alone = [answers(engine, Generate(stream_id=0, prompt=p, max_tokens=TOKENS)).ids() for p in prompts[2:]]
@@ -72,14 +74,17 @@ def differences(model: PreTrainedModel, engine: Any) -> list[str]:
     if [batch.ids(i) for i in range(len(prompts))] != expected:
         found.append("beside others it differs from generate")
     more = prompts[2] + expected[2] + prompts[0]
+    if engine.limits.source:
+        more = prompts[2]  # the same source once more
     if answers(engine, Generate(stream_id=0, prompt=more, max_tokens=4)).ids() != greedy(model, more, 4):
         found.append("a continued text differs from generate")
     (text,) = random_prompts(60, seed=1)
     scored = answers(engine, Score(stream_id=0, prompt=text[:9], scored=text[9:])).tokens()
     got = torch.tensor([token.logprob for token in scored])
-    at = torch.arange(8, 59), torch.tensor(text[9:])
+    at = torch.arange(len(got)), torch.tensor(text[9:])
     distance = min(
-        (torch.log_softmax(logits, -1)[at] - got).abs().max().item() for logits in forward_passes(model, text)
+        (torch.log_softmax(logits, -1)[at] - got).abs().max().item()
+        for logits in forward_passes(model, text[:9], text[9:], engine.limits.target_start)
     )
     if not distance < 1e-3:
         found.append(f"log-probabilities are {distance:.2g} from those of a forward pass")
@@ -87,13 +92,20 @@ def differences(model: PreTrainedModel, engine: Any) -> list[str]:
 
 
 @torch.inference_mode()
-def forward_passes(model: PreTrainedModel, tokens: list[int]) -> Iterator[torch.Tensor]:
-    """The logits ``[tokens, vocabulary]`` of a plain forward pass, and of one with the positions that generate gives:
-    RoBERTa's own begin elsewhere."""
-    ids = torch.tensor([tokens])
-    yield model(input_ids=ids, use_cache=False).logits[0].float()
+def forward_passes(
+    model: PreTrainedModel, prompt: list[int], scored: list[int], target_start: Sequence[int]
+) -> Iterator[torch.Tensor]:
+    """The logits ``[scored, vocabulary]`` before each scored token: of a plain forward pass, and of one with the
+    positions that generate gives, since RoBERTa's own begin elsewhere."""
+    if target_start:
+        target = torch.tensor([[*target_start, *scored[:-1]]])
+        yield model(input_ids=torch.tensor([prompt]), decoder_input_ids=target).logits[0, -len(scored) :].float()
+        return
+    ids = torch.tensor([prompt + scored[:-1]])
+    yield model(input_ids=ids, use_cache=False).logits[0, -len(scored) :].float()
     if accepts_positions(model):
-        yield model(input_ids=ids, use_cache=False, position_ids=torch.arange(len(tokens))[None]).logits[0].float()
+        positions = torch.arange(ids.shape[1])[None]
+        yield model(input_ids=ids, use_cache=False, position_ids=positions).logits[0, -len(scored) :].float()
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
@@ -105,7 +117,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[i
         output = generate(ids, **arguments)
     except (AttributeError, TypeError, ValueError):  # some models' own caches do not work
         output = generate(ids, **arguments, use_cache=False)
-    added: list[int] = output[0, len(prompt) :].tolist()
+    begun = len(limits_of(model).target_start) or len(prompt)
+    added: list[int] = output[0, begun:].tolist()
     return added
 
 

@@ -25,6 +25,8 @@ is refused with the reason.
 - **own state**: the model keeps its state in its modules. A stream waits for the end of the one before.
 - **no cache**: every token computes its whole text, since the model's own cache does not work.
 
+The prompts of encoder-decoder models are their sources, which are encoded at once; log-probabilities are those of targets.
+
 BERT and its like are served as decoders only if their configuration says `is_decoder`: the rows are for such models.
 """
 

@@ -60,7 +60,6 @@ class Channel:
         relay = Relay(from_server, to_worker, from_worker, to_server)
         self.relay = threading.Thread(target=relay.run, daemon=True)
         self.relay.start()
-        self.server.reader.start()
 
     def close(self) -> None:
         os.close(self.server.sends)
@@ -73,6 +72,7 @@ class Channel:
 @pytest.fixture
 def channel() -> Iterator[Channel]:
     channel = Channel()
+    channel.server.reader.start()
     channel.worker.reader.start()
     yield channel
     channel.close()
@@ -138,16 +138,47 @@ def test_a_cancel_that_crosses_an_idle_message_is_not_repeated(channel: Channel)
     assert len(channel.worker.arrived) == 1
 
 
+def test_a_cancel_that_comes_before_the_server_reads_the_idle_message_is_not_repeated() -> None:
+    channel = Channel()  # nothing reads at the server's end yet
+    try:
+        channel.worker.reader.start()
+        channel.worker.send(type="idle", slot="a")
+        time.sleep(10 * cancel_relay.CROSSING_SECONDS)
+        channel.server.send(type="cancel", slot="a")
+        channel.worker.wait_for(1)
+        time.sleep(LONG)
+        assert len(channel.worker.arrived) == 1
+    finally:
+        channel.server.reader.start()
+        channel.close()
+
+
+def test_a_second_cancel_of_a_prediction_that_has_ended_is_dropped(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancel_relay, "STALE_SECONDS", 0.5)  # so long is the idle message held back
+    channel.server.send(type="cancel", slot="a")
+    channel.worker.wait_for(1)
+    channel.worker.send(type="idle", slot="a")
+    time.sleep(0.1)
+    channel.server.send(type="cancel", slot="a")
+    channel.server.wait_for(1)
+    count = len(channel.worker.arrived)
+    time.sleep(LONG)
+    assert len(channel.worker.arrived) == count
+
+
 def test_the_next_prediction_of_a_slot_can_be_cancelled(channel: Channel) -> None:
     channel.worker.send(type="idle", slot="a")
     channel.server.wait_for(1)
-    time.sleep(2 * cancel_relay.CROSSING_SECONDS)
+    time.sleep(5 * cancel_relay.CROSSING_SECONDS)
     channel.server.send(type="cancel", slot="a")
     channel.worker.wait_for(2)
 
 
-def test_a_cancel_that_the_worker_does_not_take_is_forgotten(channel: Channel) -> None:
+def test_a_cancel_that_the_worker_does_not_take_is_forgotten(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It came too late for its prediction, and must not wait for the slot's next one."""
+    monkeypatch.setattr(cancel_relay, "MAX_REPEAT_SECONDS", 0.5)
     channel.server.send(type="cancel", slot="a")
     time.sleep(cancel_relay.MAX_REPEAT_SECONDS + HOLD_SECONDS)
     count = len(channel.worker.arrived)
@@ -174,6 +205,7 @@ def test_a_slot_that_the_worker_gives_up_is_cancelled_no_more(channel: Channel) 
 
 def test_a_worker_that_does_not_read_keeps_nobody_waiting() -> None:
     channel = Channel()  # nothing reads at the worker's end
+    channel.server.reader.start()
     try:
         for _ in range(2_000):
             channel.server.send(type="healthcheck", id="x" * 100)
@@ -187,6 +219,7 @@ def test_a_worker_that_does_not_read_keeps_nobody_waiting() -> None:
 
 def test_the_worker_sees_that_the_server_has_ended() -> None:
     channel = Channel()
+    channel.server.reader.start()
     channel.worker.reader.start()
     channel.server.send(type="shutdown")
     channel.close()

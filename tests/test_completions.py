@@ -1,5 +1,6 @@
 """One prompt's completions as text, as protocol lines and as a JSON document."""
 
+import asyncio
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import torch
 from lmtp.completions import Completions
 from lmtp.engine.engine import Engine
 from lmtp.prediction import Counters
-from lmtp.protocol import Generate, RequestError, parse_choices, parse_json_schema
+from lmtp.protocol import Generate, RequestError, Score, parse_choices, parse_json_schema
 from lmtp.text import encode, render_prompt
 from lmtp.weights import load as weights
 from lmtp.weights.load import Loaded
@@ -131,6 +132,43 @@ def test_an_empty_choice_counts_as_the_end_of_the_text(demo: Demo) -> None:
     end = torch.log_softmax(own_logits(loaded.model, prompt)[-1], -1)[loaded.tokenizer.eos_token_id].item()
     assert row["logprob"] == pytest.approx(end, abs=1e-3)
     assert read(demo, "text", question="Say nothing.", choices=["", ""])[0] == ""
+
+
+def test_the_prompt_counts_once_however_many_streams_begin_with_it(demo: Demo) -> None:
+    asked = completions(demo, "json", choices=["Yes", "No"], n=3, prompt_logprobs=True)
+    assert len(asked.operations) == 2 + 1
+    assert asked.input_tokens == len(render_prompt(demo[0].tokenizer, "Name three colours."))
+
+
+@pytest.mark.parametrize(
+    ("choices", "context", "message"),
+    [
+        (["yes", "\ue000"], 8192, "choices[1] is no token of this model: '\\ue000'."),
+        (["yes", "no", "perhaps not at all"], 10, "prompt and choices[2] are 12 tokens; the model's context is 10."),
+        (["yes", "yes", "n" * 200_000], 8192, "choices[2] is 200000 bytes of text; 131072 is the limit"),
+        (["\ud800", "no"], 8192, "choices[0]: character 0 is a lone surrogate"),
+    ],
+)
+def test_a_choice_that_cannot_be_scored_is_named(
+    demo: Demo, choices: list[str], context: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, engine = demo
+
+    def nothing(tokenizer: Any, text: str, *args: Any, **kwargs: Any) -> list[int]:
+        return [] if text == "\ue000" else encode(tokenizer, text, *args, **kwargs)
+
+    monkeypatch.setattr("lmtp.text.encode", nothing)
+    asked = Completions(Generate(stream_id=0, prompt=[5] * 8, choices=choices), loaded.tokenizer, "json")
+    with pytest.raises(RequestError, match=re.escape(message)):
+        asyncio.run(asked.tokenize(engine.tokenizers, context))
+
+
+def test_choices_are_tokenized_before_their_streams_open(demo: Demo) -> None:
+    choices = ["Yes", "Not at all", ""]
+    asked = completions(demo, "json", choices=choices)
+    asyncio.run(asked.tokenize(demo[1].tokenizers, 8192))
+    scored = [operation.scored for operation in asked.operations if isinstance(operation, Score)]
+    assert scored == [demo[0].tokenizer.encode(choice) or [demo[0].tokenizer.eos_token_id] for choice in choices]
 
 
 def test_choices_can_be_compared_by_their_mean_per_token(demo: Demo) -> None:

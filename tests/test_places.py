@@ -93,7 +93,7 @@ class TestLostPlaces:
             await asyncio.sleep(60)
 
         async def main() -> None:
-            tasks = [asyncio.create_task(waiting()) for _ in range(2)]
+            tasks = [asyncio.create_task(waiting()) for _ in range(5)]
             await asyncio.sleep(0)
             with counted.hold(), counted.hold():
                 for _ in range(MAX_SUSPICIONS + 1):
@@ -108,10 +108,17 @@ class TestLostPlaces:
             counted.compare(busy=True)
         assert counted.problem
 
+    def test_some_lost_places_are_noticed_while_others_are_taken(self) -> None:
+        counted = Places(8)
+        with counted.hold(), counted.hold(), counted.hold(), counted.hold(), counted.hold(), counted.hold():
+            for _ in range(MAX_SUSPICIONS):
+                counted.compare(busy=True)
+        assert "lost 2 or more of its 8 places" in counted.problem
+
     def test_short_predictions_that_come_and_go_take_places(self, directories: Path) -> None:
         counted = Places(8)
         for _ in range(MAX_SUSPICIONS + 1):
-            for name in "abcd":
+            for name in "abcdefg":
                 begin(counted, name)
             counted.compare(busy=True)
         assert counted.problem == ""

@@ -52,7 +52,14 @@ def test_a_batch_from_lmql_is_parsed_with_its_defaults() -> None:
         ("{}", "must be a JSON array of operations"),
         ("[]", "holds no operations"),
         (json.dumps([["MODEL_INFO", {"stream_id": i}] for i in range(BATCH_LIMIT + 1)]), "takes at most 256"),
-        ('[["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": NaN}]]', "is not JSON"),
+        ('[["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": NaN}] 5]', "is not JSON"),
+        ('[["GENERATE", {"stream_id": 1, "prompt": NaN}] ["MODEL_INFO", {"stream_id": 2}]]', "is not JSON"),
+        ('[["GENERATE", {"stream_id": 1, "prompt": NaN}],, ["MODEL_INFO", {"stream_id": 2}]]', "is not JSON"),
+        ('[["GENERATE", {"stream_id": 1, "prompt": NaN}],]', "is not JSON"),
+        ('7, [["GENERATE", {"stream_id": 1, "prompt": NaN}]]', "must be a JSON array"),
+        ('[["GENERATE", {"stream_id": 1, "prompt": NaN}]}', "is not JSON"),
+        ('{["GENERATE", {"stream_id": 1, "prompt": NaN}]]', "must be a JSON array"),
+        (f"[{', '.join(['[NaN]'] * (BATCH_LIMIT + 1))}]", "holds more than 256 operations"),
     ],
 )
 def test_input_without_a_stream_to_answer_fails_the_prediction(payload: str, message: str) -> None:
@@ -155,6 +162,13 @@ DEEP = '{"a": ' * 5000 + "1" + "}" * 5000
         ('["GENERATE", {"stream_id": 1, "prompt": "\\ud800 [{ \\" "}]', "lone surrogate"),
         ('["GENERATE", {"stream_id": 1, "prompt": [1], "stop": ["\\udfff"]}]', "lone surrogate"),
         ('["GENERATE", {"stream_id": 1, "prompt": "\ud800"}]', "lone surrogate"),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1], "temperature": NaN}]', "JSON has no NaN"),
+        (
+            '["GENERATE", {"stream_id": 1, "prompt": "a, [", "temperature": -Infinity}]',
+            "JSON has no NaN and no Infinity",
+        ),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1,, 2]}]', "malformed"),
+        ('["GENERATE", {"stream_id": 1, "prompt": [1}]}', "malformed"),
     ],
 )
 def test_what_the_json_parser_gives_up_ends_that_stream_and_no_other(operation: str, message: str) -> None:
@@ -238,3 +252,43 @@ def test_a_batch_has_a_limit_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "MAX_BATCH_BYTES", 40)
     with pytest.raises(RequestError, match="ops_batch_json has 48 characters; 40 is the limit"):
         parse_batch('[["GENERATE", {"stream_id": 1, "prompt": [1]}]] ')
+
+
+def test_more_token_ids_than_the_context_are_not_even_parsed() -> None:
+    def op(name: str, fields: str) -> str:
+        return f'["{name}", {{"stream_id": 1, {fields}}}]'
+
+    ids = '["no id"' + ", 7" * 8 + "]"  # parsed, it would be another error
+    for name, fields in (("GENERATE", f'"prompt": {ids}'), ("SCORE", f'"prompt": [1], "scored": {ids}')):
+        (failure,) = parse_batch(f"[{op(name, fields)}]", max_ids=8)
+        assert isinstance(failure, Failure)
+        assert failure.error.endswith(": 9 token ids; the model's context is 8.")
+    prompt = '"prompt": '
+    for fits in ("[1, 2, 3, 4, 5, 6, 7, 8]", '"a, b, c, d, e, f, g, h, i, j"'):
+        assert isinstance(parse_batch(f"[{op('GENERATE', prompt + fits)}]", max_ids=8)[0], Generate)
+
+
+def test_fields_of_any_json_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_JSON", {"json_schema": 12, "data": 12})
+    long, short = '{"a": [[], []]}', '{"a": [[]]}'
+    for fields, field in (('"GENERATE", {"prompt": [1], ', "json_schema"), ('"MODEL_INFO", {', "data")):
+        assert (
+            f" {field}: 15 bytes of JSON; 12 is the limit."
+            in only(f'[[{fields}"stream_id": 1, "{field}": {long}}}]]').error
+        )
+        assert not isinstance(parse_batch(f'[[{fields}"stream_id": 1, "{field}": {short}}}]]')[0], Failure)
+
+
+def test_an_operation_has_a_limit_in_size_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_OPERATION_BYTES", 60)
+    failure, other = parse_batch(
+        '[["GENERATE", {"stream_id": 7, "prompt": "a text that is too long"}], ["MODEL_INFO", {"stream_id": 1}]]'
+    )
+    assert failure == Failure(stream_id=7, error="operation 0: 67 bytes; 60 is the limit.", kind="TOKEN")
+    assert other == ModelInfo(stream_id=1)
+
+
+def test_a_batch_too_long_to_be_split_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_SPLIT", 20)
+    with pytest.raises(RequestError, match="JSON has no NaN and no Infinity; repair it, or send at most 20 characters"):
+        parse_batch('[["GENERATE", {"stream_id": 1, "prompt": NaN}]]')

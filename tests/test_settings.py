@@ -37,6 +37,21 @@ def test_every_bound_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_zero_is_no_limit_and_the_default_only_holds_for_what_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = ("MAX_SECONDS", "MAX_UNREAD_SECONDS", "MAX_UNREAD_MB", "MAX_TOP_LOGPROBS", "MAX_PROMPT_BYTES")
+    for name in limits:
+        monkeypatch.setenv(name, "0")
+    bounds = settings.read().bounds
+    assert bounds == Bounds(
+        max_seconds=0, max_unread_seconds=0, max_unread_bytes=0, max_top_logprobs=0, max_prompt_bytes=0
+    )
+    for name in limits:
+        monkeypatch.setenv(name, "-1")
+        with pytest.raises(SettingsError, match=f"{name} is '-1'; use a number .*; 0 is no limit"):
+            settings.read()
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import logging
 import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from functools import partial
+from typing import TypeVar
 
 from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp.engine.grammar import Compiled, Grammar
-from lmtp.engine.source import Source, compile_source, hide_special_tokens, source_of
+from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of
 from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
 from lmtp.protocol import Generate, RequestError
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 COMPILE_SECONDS = {"choices": 4.0, "regex": 0.8, "json_schema": 0.8, "grammar": 0.8}
-"""How long one constraint may take. The work for choices grows only with their length."""
+"""Processor time that one constraint may take. The work for choices grows only with their length."""
 
 CHECK_SECONDS = 1.0
 
 QUEUE_SECONDS = 30
-"""How long a constraint waits for others to be compiled."""
+"""How long a constraint waits until it is compiled."""
 
-COMPILED_TOGETHER = 8
+MAX_QUICK = 4
+"""Constraints that have their first, short attempt at once."""
+
+MAX_SLOW = 2
+"""Constraints that take longer and are compiled at once."""
+
+MAX_COMPILING = 2
+"""Constraints of one prediction that are compiled at once."""
 
 STACK = 2**30
 """Bytes of address space for the stack of a compiling thread: more than in vetting, as an overflow ends the process."""
 
 CACHE_BYTES = 2**28
-"""Memory for compiled constraints that no stream uses."""
+"""Memory for compiled constraints that were used lately."""
 
 LIVE_BYTES = 2**30
-"""Memory for all compiled constraints."""
+"""Memory for compiled constraints that streams use."""
 
 OVERHEAD = 2**14
 """Bytes of a compiled constraint beside what its compilation took."""
@@ -102,155 +116,227 @@ def _size(value: Compiled | str) -> int:
     return OVERHEAD + (value.size if isinstance(value, Compiled) else len(value))
 
 
+class Lanes:
+    """Runs work that may take long without holding up work that does not.
+
+    All work gets a short attempt first. What needs longer is begun anew, beside few others that do.
+    """
+
+    def __init__(self) -> None:
+        self._quick = ThreadPoolExecutor(MAX_QUICK, "quick")
+        self._slow = ThreadPoolExecutor(MAX_SLOW, "slow", initializer=_yield_to_the_engine)
+
+    def run(self, work: Callable[[float], T], seconds: float) -> Future[T]:
+        """Call ``work`` with the seconds that it may take. It raises TimeoutError if they are too few."""
+        result: Future[T] = Future()
+        self._quick.submit(self._attempt, work, min(QUICK_SECONDS, seconds), seconds, result)
+        return result
+
+    def _attempt(self, work: Callable[[float], T], limit: float, most: float, result: Future[T]) -> None:
+        try:
+            value = work(limit)
+        except BaseException as error:
+            if isinstance(error, TimeoutError) and limit < most:
+                self._slow.submit(self._attempt, work, most, most, result)
+            else:
+                result.set_exception(error)
+        else:
+            result.set_result(value)
+
+
 class Compiler:
-    """Compiles constraints on threads of its own, after a child process has shown that they can be compiled."""
+    """Compiles constraints, each after a child process has shown that it can be compiled."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, end_of_sequence: Sequence[int]
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocabulary: int,
+        end_of_sequence: Sequence[int],
+        begins_text: bool = False,
     ) -> None:
+        """``begins_text``: what is generated begins a text of its own, as an encoder-decoder model's does."""
         self._model_tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_of_sequence = list(end_of_sequence)
-        self._pool = _deep_threads(COMPILED_TOGETHER, "compile")
-        self._slow = _deep_threads(1, "compile-slow")
-        self._slow.submit(lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE))
-        self._ready: Future[tuple[LLTokenizer, Vetter]] | None = None
+        self.space = ""
+        if begins_text and isinstance(tokenizer, PreTrainedTokenizerFast):
+            self.space = leading_space(tokenizer.backend_tokenizer.to_str())
+        self._lanes = Lanes()
+        self._opening = threading.Lock()
+        self._opened: tuple[LLTokenizer, Vetter] | None = None
         self._compiling: dict[bytes, Future[Compiled]] = {}
         self._cache = Cache(CACHE_BYTES)
-        self._live = 0
-        self._lock = threading.RLock()  # a constraint may be released by whoever holds it
+        self._in_use = 0
+        self._lock = threading.RLock()  # a batch may be released by whoever holds it
 
-    async def grammar(self, operation: Generate) -> Grammar | None:
-        """The operation's grammar, at its beginning; None if it has no constraint of this kind.
+    def batch(self) -> Batch:
+        """For the constraints of one prediction."""
+        return Batch(self)
 
-        Raises RequestError for a constraint that cannot be used: within a second once it has its turn.
-        """
-        source = source_of(operation)
-        if source is None:
-            return None
-        await asyncio.shield(asyncio.wrap_future(self._start()))  # the first time takes a second or two
-        compiling = self._compile(source)
+    async def compile(self, source: Source) -> Compiled:
+        """Compile a constraint. Raises RequestError for one that cannot be used or whose turn does not come."""
+        compiling = asyncio.wrap_future(self._compile(source))
         try:
-            compiled = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(compiling)), QUEUE_SECONDS)
+            return await asyncio.wait_for(asyncio.shield(compiling), QUEUE_SECONDS)
         except TimeoutError:
             raise RequestError(f"{source.field}: too many constraints are being compiled; ask again later.") from None
-        return compiled.begin()
+
+    def hold(self, batch: Batch, compiled: Compiled) -> bool:
+        """Count a constraint as used by a batch until that is gone. False if the batch would use too much memory.
+
+        It may use a quarter of what others leave, so that something is left for whoever comes next.
+        """
+        size = _size(compiled)
+        with self._lock:
+            if batch.size + size > (LIVE_BYTES - (self._in_use - batch.size)) // 4:
+                return False
+            batch.size += size
+            self._in_use += size
+        weakref.finalize(batch, self._release, size)
+        return True
 
     def check(self, operation: Generate, texts: Sequence[str]) -> list[bool | None]:
         """Whether finished texts satisfy the operation's constraint; None where that cannot be told.
 
-        May take a second, on any thread.
+        May take a second and the time until its turn comes, on any thread.
         """
-        source = source_of(operation)
+        source = source_of(operation, self.space)
         assert source is not None
-        tokenizer, vetter = self._start().result()
-        if source.field == "json_schema":
-            return vetter.check(source.text, texts, CHECK_SECONDS)
         try:
-            compiled = self._compile(source).result(CHECK_SECONDS)
-        except Exception:  # whatever happens to the check, the texts are finished
+            if source.field != "json_schema":
+                compiled = self._compile(source).result(QUEUE_SECONDS)
+                return [_follows(compiled, self._open()[0], text) for text in texts]
+            checking = self._lanes.run(lambda limit: self._open()[1].check(source.text, texts, limit), CHECK_SECONDS)
+            return checking.result(QUEUE_SECONDS)
+        except Exception as error:  # whatever happens to the check, the texts are finished
+            if isinstance(error, RuntimeError):
+                log.error("finished texts were not checked: %r", error)
             return [None] * len(texts)
-        return [_follows(compiled, tokenizer, text) for text in texts]
-
-    def _start(self) -> Future[tuple[LLTokenizer, Vetter]]:
-        """What is needed to compile, made once."""
-        with self._lock:
-            if self._ready is None:
-                self._ready = self._pool.submit(self._open)
-            return self._ready
 
     def _open(self) -> tuple[LLTokenizer, Vetter]:
-        if not isinstance(self._model_tokenizer, PreTrainedTokenizerFast):
-            raise RequestError("constraints need a fast tokenizer, which this model does not have.")
-        backend = copy(self._model_tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        try:
-            hidden = hide_special_tokens(backend.to_str())
-            vetter = Vetter(hidden, self._vocabulary, self._end_of_sequence)
-            starting = self._pool.submit(vetter.start)
-            tokenizer = LLTokenizer(hidden, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None)
-        except Exception as error:  # only constraints need the tokenizer in this form
-            raise RequestError(f"this model's tokenizer cannot be used with constraints: {error}.") from error
-        wait([starting])  # should it have failed, the next constraint tries again
-        return tokenizer, vetter
+        """What is needed to compile, made in a second or two. Should it fail, the next constraint tries again."""
+        with self._opening:
+            if self._opened is None:
+                if not isinstance(self._model_tokenizer, PreTrainedTokenizerFast):
+                    raise Later("constraints need a fast tokenizer, which this model does not have.")
+                backend = copy(self._model_tokenizer.backend_tokenizer)
+                backend.no_padding()
+                backend.no_truncation()
+                try:
+                    hidden = hide_special_tokens(backend.to_str())
+                    vetter = Vetter(hidden, self._vocabulary, self._end_of_sequence)
+                    with contextlib.suppress(OSError):  # each constraint starts it if it does not run
+                        vetter.start()
+                    tokenizer = LLTokenizer(hidden, n_vocab=self._vocabulary, eos_token=self._end_of_sequence or None)
+                except Exception as error:  # only constraints need the tokenizer in this form
+                    raise Later(f"this model's tokenizer cannot be used with constraints: {error}.") from error
+                self._opened = tokenizer, vetter
+            return self._opened
 
     def _compile(self, source: Source) -> Future[Compiled]:
         key = hashlib.sha256("\0".join(source).encode()).digest()
         with self._lock:
             if key in self._compiling:
                 return self._compiling[key]
-            future: Future[Compiled] = Future()
-            found = self._cache.get(key)
-            if isinstance(found, Compiled):
-                future.set_result(found)
-            elif found is not None:
-                future.set_exception(RequestError(found))
-            else:
-                self._compiling[key] = future
-                self._pool.submit(self._run, source, key, future)
-            return future
+            if (found := self._cache.get(key)) is not None:
+                return _done(found)
+            compiling = self._lanes.run(partial(self._attempt, source), COMPILE_SECONDS[source.field])
+            self._compiling[key] = compiling
+        compiling.add_done_callback(partial(self._keep, key))
+        return compiling
 
-    def _run(self, source: Source, key: bytes, future: Future[Compiled]) -> None:
-        result: Compiled | BaseException
-        try:
-            result = self._vet_and_compile(source)
-        except BaseException as error:
-            result = error
-        with self._lock:
-            del self._compiling[key]
-            if isinstance(result, Compiled):
-                self._cache.add(key, result)
-            elif isinstance(result, RequestError) and not isinstance(result, Later):
-                self._cache.add(key, str(result))
-        if isinstance(result, Compiled):
-            future.set_result(result)
-        else:
-            future.set_exception(result)
-
-    def _vet_and_compile(self, source: Source) -> Compiled:
-        tokenizer, vetter = self._start().result()
+    def _attempt(self, source: Source, seconds: float) -> Compiled:
+        tokenizer, vetter = self._open()
         limit = COMPILE_SECONDS[source.field]
         try:
-            seconds, size = vetter.vet(source, limit)
+            size = vetter.vet(source, seconds)
         except TimeoutError:
+            if seconds < limit:
+                raise
             raise Later(
                 f"{source.field}: not compiled within {limit} s; make it smaller, or ask again later."
             ) from None
         except OSError as error:
             raise Later(f"{source.field}: cannot be compiled now: {error}; ask again later.") from error
+        return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size)
+
+    def _keep(self, key: bytes, compiled: Future[Compiled]) -> None:
+        error = compiled.exception()
         with self._lock:
-            if self._live + size > LIVE_BYTES:
-                raise Later(f"{source.field}: constraints in use take too much memory; ask again later.")
-            self._live += size
-        try:
-            compile_ = partial(compile_source, source, tokenizer)
-            compiled = Compiled(compile_() if seconds < QUICK_SECONDS else self._slow.submit(compile_).result(), size)
-        except BaseException:
-            self._release(size)
-            raise
-        weakref.finalize(compiled, self._release, size)
-        return compiled
+            del self._compiling[key]
+            if error is None:
+                self._cache.add(key, compiled.result())
+            elif isinstance(error, RequestError) and not isinstance(error, Later):
+                self._cache.add(key, str(error))
 
     def _release(self, size: int) -> None:
         with self._lock:
-            self._live -= size
+            self._in_use -= size
 
 
-def _follows(compiled: Compiled, tokenizer: LLTokenizer, text: str) -> bool:
+class Batch:
+    """The constraints of one prediction. All stay in memory until the last stream that follows one is gone."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._turns = asyncio.Semaphore(MAX_COMPILING)
+        self._held: set[Compiled] = set()
+        self.size = 0
+        """Bytes of memory."""
+
+    async def grammar(self, operation: Generate) -> Grammar | None:
+        """The operation's grammar, at its beginning; None if it has no constraint of this kind.
+
+        Raises RequestError for a constraint that cannot be used.
+        """
+        source = source_of(operation, self._compiler.space)
+        if source is None:
+            return None
+        async with self._turns:
+            compiled = await self._compiler.compile(source)
+        if compiled not in self._held:
+            if not self._compiler.hold(self, compiled):
+                raise RequestError(
+                    f"{source.field}: constraints in use take too much memory; use fewer at once, or ask again later."
+                )
+            self._held.add(compiled)
+        return Grammar(compiled, self)
+
+
+def _done(found: Compiled | str) -> Future[Compiled]:
+    future: Future[Compiled] = Future()
+    if isinstance(found, Compiled):
+        future.set_result(found)
+    else:
+        future.set_exception(RequestError(found))
+    return future
+
+
+def _follows(compiled: Compiled, tokenizer: LLTokenizer, text: str) -> bool | None:
+    """Whether the constraint allows the text; None if its lexer has reached its limits."""
     matcher = compiled.matcher.deep_copy()
-    return matcher.consume_tokens(tokenizer.greedy_tokenize(text)) and matcher.is_accepting()
+    if matcher.consume_tokens(tokenizer.greedy_tokenize(text)):
+        return matcher.is_accepting()
+    lexer = compiled.matcher.deep_copy()  # shared by all copies
+    lexer.compute_bitmask()
+    return None if lexer.is_error() else False
 
 
-def _deep_threads(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads with room for deep recursion."""
-    pool = ThreadPoolExecutor(count, name)
-    usual = threading.stack_size(STACK)
-    try:
-        together = threading.Barrier(count + 1)
-        for _ in range(count):
-            pool.submit(together.wait)
-        together.wait()
-    finally:
-        threading.stack_size(usual)
-    return pool
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """Do it on a thread with room for deep recursion, which ends with it: so the stack's memory is given back."""
+    with ThreadPoolExecutor(1) as thread:
+        with _STACK_SIZE:
+            usual = threading.stack_size(STACK)
+            try:
+                doing = thread.submit(work)
+            finally:
+                threading.stack_size(usual)
+        return doing.result()
+
+
+_STACK_SIZE = threading.Lock()
+
+
+def _yield_to_the_engine() -> None:
+    """Lower the priority of this thread and of those that it starts."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -9,9 +9,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,11 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine import sampling
-from lmtp.engine.compiler import Compiler
+from lmtp.engine.compiler import Batch, Compiler
+from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
 from lmtp.engine.grammar import Grammar, MaskFiller
-from lmtp.engine.masks import Allowed
+from lmtp.engine.masks import Allowed, Bias, packed_bias
 from lmtp.engine.scheduler import Scheduler
-from lmtp.engine.stream import Generation, OperationStream, Scoring, open_stream
+from lmtp.engine.stream import Generation, OperationStream, open_stream
 from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import (
     BATCH_LIMIT,
@@ -49,7 +52,18 @@ log = logging.getLogger(__name__)
 
 _BOTH = ("cache_salt", "allow_special_tokens")
 EXTENSIONS = {
-    "GENERATE": ["seed", "min_p", "min_tokens", "stop", "text", "prompt as a string", "mask", *CONSTRAINTS, *_BOTH],
+    "GENERATE": [
+        "seed",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "text",
+        "prompt as a string",
+        "target",
+        "mask",
+        *CONSTRAINTS,
+        *_BOTH,
+    ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
 }
 
@@ -57,8 +71,8 @@ IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""
 
 
-MAX_COMPILING = 2
-"""Constraints of one prediction that are compiled at once."""
+MANY_BIASES = 1000
+"""More entries of ``logit_bias`` than this are read on a thread of the tokenizers'."""
 
 
 class LoadedModel(NamedTuple):
@@ -69,8 +83,13 @@ class LoadedModel(NamedTuple):
     runner: Runner
 
 
-Prepared = tuple[Operation | Failure, Grammar | None]
-"""An operation with token ids in place of text, and its grammar."""
+class Prepared(NamedTuple):
+    """What a stream is opened from."""
+
+    operation: Operation | Failure
+    """With token ids in place of texts."""
+    bias: Bias | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -126,55 +145,94 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
-        max_bytes = bounds.max_prompt_bytes or self.limits.context * BYTES_PER_TOKEN
-        self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes)
-        self.compiler = Compiler(self.tokenizer, self.limits.vocabulary, self.limits.end_of_sequence)
+        self.longest_input = max(self.limits.context, self.runner.longest_source)
+        """Tokens of the longest list of ids that an operation can have."""
+        max_bytes = bounds.max_prompt_bytes
+        if max_bytes is None:
+            max_bytes = self.longest_input * BYTES_PER_TOKEN
+        mask = self.tokenizer.mask_token if self.limits.head and not self.limits.head.labels else None
+        self.tokenizers = Tokenizers(self.tokenizer, bounds.tokenizer_threads, max_bytes, mask)
+        self.compiler = Compiler(
+            self.tokenizer,
+            self.limits.vocabulary,
+            self.limits.end_of_sequence,
+            begins_text=self.limits.source is not None,
+        )
 
     def stop(self) -> None:
         """End the thread after the step it is in. Running streams get an error reply."""
         self._commands.put(Stop())
         self._thread.join()
 
-    async def predict(self, operations: Sequence[Operation | Failure]) -> Prediction:
-        """Begin operations together. Waits only until their text is tokenized and their grammars are compiled."""
-        # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
-        tokenized = [await self._tokenize(operation) for operation in operations]
-        turns = asyncio.Semaphore(MAX_COMPILING)
-        prepared = await asyncio.gather(*(self._prepare(operation, turns) for operation in tokenized))
+    @asynccontextmanager
+    async def preparing(self, began: float) -> AsyncIterator[None]:
+        """Bound by MAX_SECONDS what a prediction does before its streams open. Raises RequestError.
+
+        ``began``: when the prediction did, by the engine's clock.
+        """
+        seconds = self.bounds.max_seconds
+        try:
+            async with asyncio.timeout(began + seconds - self._clock() if seconds else None):
+                yield
+        except TimeoutError:
+            raise RequestError(_took_longer(seconds)) from None
+
+    async def predict(self, operations: Sequence[Operation | Failure], began: float | None = None) -> Prediction:
+        """Begin operations together. Waits only until their text is tokenized and their grammars are compiled.
+
+        ``began``: when the prediction did, by the engine's clock; now by default. Its time counts from there.
+        """
         prediction = Prediction(
             lambda ended: self._commands.put(End(ended)), resume=lambda: self._commands.put(Resume())
         )
+        prediction.turns.began = self._clock() if began is None else began
+        # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
+        read = [await self._read(operation) for operation in operations]
+        constraints = self.compiler.batch()
+        prepared = await asyncio.gather(*(self._compile(each, constraints) for each in read))
         self._commands.put(Begin(prediction, prepared))
         return prediction
 
-    async def _tokenize(self, operation: Operation | Failure) -> Operation | Failure:
-        """Put token ids in place of texts."""
+    async def _read(self, operation: Operation | Failure) -> Prepared:
+        """Put token ids in place of texts, and a bias in place of ``logit_bias`` and ``mask``."""
         try:
             if not isinstance(operation, Generate | Score):
-                return operation
-            if operation.top_logprobs > self.bounds.max_top_logprobs:
-                most = self.bounds.max_top_logprobs
-                return _failure(operation, f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
+                return Prepared(operation)
+            if self.limits.head:
+                refuse(operation, self.limits.head)
+            most = self.bounds.max_top_logprobs
+            if most and operation.top_logprobs > most:
+                raise RequestError(f"top_logprobs is {operation.top_logprobs}; MAX_TOP_LOGPROBS is {most}.")
             allow = operation.allow_special_tokens
             if isinstance(operation.prompt, str):
                 ids = await self.tokenizers.encode("prompt", operation.prompt, True, allow)
                 operation = replace(operation, prompt=ids)
-            if isinstance(operation, Score) and isinstance(operation.scored, str):
-                ids = await self.tokenizers.encode("scored", operation.scored, False, allow)
-                operation = replace(operation, scored=ids)
-            return operation
+            # What an encoder-decoder model writes begins a text of its own; its start token is the stream's.
+            begins, special = bool(self.limits.source), not self.limits.source
+            if isinstance(operation, Score):
+                if isinstance(operation.scored, str):
+                    ids = await self.tokenizers.encode("scored", operation.scored, begins, allow, special)
+                    operation = replace(operation, scored=ids)
+                return Prepared(operation)
+            if isinstance(operation.target, str):
+                ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
+                operation = replace(operation, target=ids)
+            many = len(operation.logit_bias or ()) > MANY_BIASES
+            pack = partial(packed_bias, operation, self.limits)
+            bias = await self.tokenizers.run(pack) if many else pack()
+            # As Python objects they take many times the memory.
+            return Prepared(replace(operation, logit_bias=None, mask=None), bias)
         except Exception as error:
-            return _refusal(operation, error)
+            return Prepared(_refusal(operation, error))
 
-    async def _prepare(self, operation: Operation | Failure, turns: asyncio.Semaphore) -> Prepared:
+    async def _compile(self, read: Prepared, constraints: Batch) -> Prepared:
         """Compile the operation's grammar."""
-        if not isinstance(operation, Generate):
-            return operation, None
+        if not isinstance(read.operation, Generate):
+            return read
         try:
-            async with turns:
-                return operation, await self.compiler.grammar(operation)
+            return read._replace(grammar=await constraints.grammar(read.operation))
         except Exception as error:
-            return _refusal(operation, error), None
+            return Prepared(_refusal(read.operation, error))
 
     def model_info(self) -> dict[str, Any]:
         """What MODEL_INFO answers."""
@@ -182,11 +240,13 @@ class Engine:
         return {
             "model": getattr(config, "name_or_path", "") or config.model_type,
             "model_type": config.model_type,
+            **(describe(self.limits.head, self.tokenizer) if self.limits.head else {}),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "device": str(self._model.device),
             "vocabulary": self.limits.vocabulary,
             "context": self.limits.context,
             "longest_stream": self.runner.longest,
+            "longest_source": self.runner.longest_source,
             "end_of_sequence": list(self.limits.end_of_sequence),
             "runner": self.runner.description,
             "runner_reason": self.runner.reason,
@@ -198,8 +258,11 @@ class Engine:
     def _serve(self, open_model: Callable[[], LoadedModel], opened: "Future[LoadedModel]") -> None:
         try:
             made = open_model()
+            limits = limits_of(made.model)
+            if limits.head:
+                prepare_tokenizer(made.tokenizer, limits.head)
             self._scheduler = Scheduler(made.runner)
-            self._mask_filler = MaskFiller(limits_of(made.model).vocabulary)
+            self._mask_filler = MaskFiller(limits.vocabulary)
             opened.set_result(made)
         except BaseException as error:
             opened.set_exception(error)
@@ -269,18 +332,18 @@ class Engine:
             if not unread or prediction.taken != turns.taken:
                 turns.read, turns.taken = now, prediction.taken
             if bounds.max_seconds and now - turns.began > bounds.max_seconds:
-                self._fail(streams, f"took longer than MAX_SECONDS ({bounds.max_seconds:g} s).", keep=True)
+                self._fail(streams, _took_longer(bounds.max_seconds), keep=True)
             elif bounds.max_unread_seconds and now - turns.read > bounds.max_unread_seconds:
                 error = f"its output was not taken within MAX_UNREAD_SECONDS ({bounds.max_unread_seconds:g} s)."
                 self._fail(streams, error, keep=True)
             elif turns.paused:
                 turns.paused = unread > bounds.max_unread_bytes // 2
-            elif unread > bounds.max_unread_bytes:
+            elif bounds.max_unread_bytes and unread > bounds.max_unread_bytes:
                 self._scheduler.pause(prediction)
 
     def _admit(self) -> Step[OperationStream] | None:
         """Admit waiting streams and choose the next step."""
-        if self._scheduler.waiting:  # memory may grow for them, which takes time
+        if self._scheduler.waits:  # memory may grow for them, which takes time
             self._hand_over()
         try:
             step = self._scheduler.next_step()
@@ -291,7 +354,7 @@ class Engine:
         if step is None and not self._scheduler.idle:
             # With nothing running, a stream that was not admitted now never will be.
             reason = self.runner.refusal or "raise KV_CACHE_GB"
-            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting
+            refused = [self._scheduler.refused] if self._scheduler.refused else self._scheduler.waiting()
             self._fail(refused, f"there is no memory for its keys and values: {reason}.")
         return step
 
@@ -332,11 +395,12 @@ class Engine:
             before = stream.computed
             stream.advance(count)
             known = stream.computed
+            (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
             received.append((stream, _receive(stream, its_choices) if its_choices else []))
             self._count(
                 stream.prediction,
-                reused_tokens=before if before == stream.reused else 0,
-                computed_tokens=stream.computed - before,
+                reused_tokens=found + (before if before == stream.reused else 0),
+                computed_tokens=encoded + stream.computed - before,
                 drafted_tokens=count - (known - before),
                 accepted_tokens=stream.computed - known,
             )
@@ -348,15 +412,16 @@ class Engine:
                 self._answer(stream, replies)
 
     def _begin(self, prediction: Prediction, operations: Sequence[Prepared]) -> None:
-        prediction.turns.began = prediction.turns.read = self._clock()
-        for operation, grammar in operations:
+        prediction.turns.read = self._clock()
+        for prepared in operations:
             try:
-                self._open(prediction, operation, grammar)
+                self._open(prediction, prepared)
             except Exception as error:
-                prediction.outbox.append(_refusal(operation, error))
+                prediction.outbox.append(_refusal(prepared.operation, error))
         self._touched.add(prediction)
 
-    def _open(self, prediction: Prediction, operation: Operation | Failure, grammar: Grammar | None) -> None:
+    def _open(self, prediction: Prediction, prepared: Prepared) -> None:
+        operation = prepared.operation
         if self.problem:
             raise RequestError(self.problem)
         if isinstance(operation, Failure):
@@ -365,15 +430,27 @@ class Engine:
         if isinstance(operation, ModelInfo):
             prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
             return
-        stream = open_stream(prediction, operation, self.limits, self.tokenizer, grammar)
+        stream: OperationStream
+        if self.limits.head:
+            stream = open_encoding(prediction, operation, self.limits, self.tokenizer, prepared.bias)
+        else:
+            stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
         stream.salt = self._salt(prediction, operation)
-        longest = self.runner.longest
-        if stream.prompt_length >= longest or (isinstance(stream, Scoring) and stream.max_length > longest):
+        longest = self.runner.longest_source
+        if len(stream.source) > longest:
             raise RequestError(
-                f"prompt is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
+                f"prompt is {len(stream.source)} tokens; memory for encoding a prompt (KV_CACHE_GB) holds {longest}."
+            )
+        longest = self.runner.longest
+        name = "target" if stream.source else "prompt"
+        if stream.least_length > longest:
+            raise RequestError(
+                f"{name} is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
             )
         stream.max_length = min(stream.max_length, longest)
-        self._count(prediction, input_tokens=len(stream.tokens))
+        given = operation.scored if isinstance(operation, Score) else operation.target or ()
+        tokens = len(operation.prompt) + len(given) if stream.source else len(stream.tokens)
+        self._count(prediction, input_tokens=tokens)
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return
@@ -455,6 +532,10 @@ def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | Non
 def _failure(operation: Operation | Failure, error: str) -> Failure:
     kind: Literal["TOKEN", "MSG"] = "MSG" if isinstance(operation, ModelInfo) else "TOKEN"
     return Failure(stream_id=operation.stream_id, error=printable(error), kind=kind)
+
+
+def _took_longer(seconds: float) -> str:
+    return f"took longer than MAX_SECONDS ({seconds:g} s)."
 
 
 def _first_line(error: Exception) -> str:

@@ -25,17 +25,15 @@ class Compiled:
     broken: bool = False
     """Whether its lexer has reached its limits: no stream can follow it any more."""
 
-    def begin(self) -> Grammar:
-        """A stream's place at its beginning."""
-        return Grammar(self)
-
 
 class Grammar:
     """One stream's place in its grammar. After each token it allows other ones."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: Compiled, batch: object) -> None:
+        """A place at the beginning. ``batch`` lives until the last of its grammars is gone."""
         self.matcher = compiled.matcher.deep_copy()
         self._compiled = compiled
+        self._batch = batch
 
     @property
     def complete(self) -> bool:

@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lmtp.protocol import FORCE, Generate, RequestError
+from lmtp.runners.model import Limits
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +42,11 @@ class Bias:
     @staticmethod
     def of(dense: Tensor) -> Bias:
         """Pack a bias ``[vocabulary]``."""
-        possible = ~torch.isneginf(dense)
-        ids = (possible & (dense != 0)).nonzero()[:, 0]
-        return Bias(torch.from_numpy(np.packbits(possible.numpy(), bitorder="little")), ids, dense[ids])
+        values = dense.numpy()
+        possible = ~np.isneginf(values)
+        ids = np.flatnonzero(possible & (values != 0))
+        bits = np.packbits(possible, bitorder="little")
+        return Bias(torch.from_numpy(bits), torch.from_numpy(ids), torch.from_numpy(values[ids]))
 
     def forbids(self, token: int) -> bool:
         """Whether the token is impossible."""
@@ -56,6 +62,19 @@ def stack(biases: Sequence[Bias], vocabulary: int, device: torch.device) -> Tens
     return stacked
 
 
+def packed_bias(operation: Generate, limits: Limits) -> Bias | None:
+    """`bias_of`, packed, for any thread. Raises RequestError also where ``min_tokens`` leaves nothing possible."""
+    bias = bias_of(operation, limits.classes)
+    if bias is None:
+        return None
+    packed = Bias.of(bias)
+    if operation.min_tokens:
+        bias[list(limits.end_of_sequence)] = -math.inf
+        if np.isneginf(bias.numpy()).all():
+            raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
+    return packed
+
+
 def bias_of(operation: Generate, vocabulary: int) -> Tensor | None:
     """The operation's ``logit_bias`` and ``mask`` as one bias ``[vocabulary]`` on the CPU; None if it has neither.
 
@@ -63,33 +82,34 @@ def bias_of(operation: Generate, vocabulary: int) -> Tensor | None:
     """
     if not operation.logit_bias and operation.mask is None:
         return None
-    bias = torch.zeros(vocabulary)
+    # With numpy: PyTorch would start OpenMP threads beside those that run the model.
+    bias = np.zeros(vocabulary, np.float32)
     if operation.logit_bias:
         bias += _logit_bias(operation.logit_bias, vocabulary)
     if operation.mask is not None:
         bias[~_bitset(operation.mask, vocabulary)] = -math.inf
-    if torch.isneginf(bias).all():
+    if np.isneginf(bias).all():
         raise RequestError("logit_bias and mask leave no token that may be generated.")
-    return bias
+    return torch.from_numpy(bias)
 
 
-def _logit_bias(logit_bias: dict[int, float], vocabulary: int) -> Tensor:
+def _logit_bias(logit_bias: dict[int, float], vocabulary: int) -> FloatArray:
     """LMQL's dense-or-sparse mask (see docs/protocol.md, Masks) as a bias ``[vocabulary]``."""
-    ids = torch.from_numpy(np.fromiter(logit_bias.keys(), dtype=np.int64, count=len(logit_bias)))
-    values = torch.from_numpy(np.fromiter(logit_bias.values(), dtype=np.float32, count=len(logit_bias)))
+    ids = np.fromiter(logit_bias.keys(), dtype=np.int64, count=len(logit_bias))
+    values = np.fromiter(logit_bias.values(), dtype=np.float32, count=len(logit_bias))
     if int(ids.max()) >= vocabulary:
         raise RequestError(f"logit_bias: token id {int(ids.max())} is outside the vocabulary of {vocabulary}.")
     only_forced = bool((values >= FORCE).any())
-    bias = torch.full((vocabulary,), -math.inf if only_forced else 0.0)
+    bias = np.full(vocabulary, -math.inf if only_forced else 0.0, np.float32)
     if only_forced:
         bias[ids[values >= FORCE]] = 0.0
     else:
-        bias[ids] = torch.where(values <= -FORCE, -math.inf, values)
+        bias[ids] = np.where(values <= -FORCE, -math.inf, values)
     return bias
 
 
-def _bitset(mask: str, vocabulary: int) -> Tensor:
-    """A base64 bitset, least significant bit first, as a bool tensor ``[vocabulary]``: true is allowed."""
+def _bitset(mask: str, vocabulary: int) -> npt.NDArray[np.bool_]:
+    """A base64 bitset, least significant bit first, as ``[vocabulary]``: true is allowed."""
     try:
         packed = np.frombuffer(base64.b64decode(mask, validate=True), dtype=np.uint8)
     except (binascii.Error, ValueError):
@@ -97,7 +117,7 @@ def _bitset(mask: str, vocabulary: int) -> Tensor:
     size = (vocabulary + 7) // 8
     if len(packed) != size:
         raise RequestError(f"mask: {len(packed)} bytes; a vocabulary of {vocabulary} takes {size}, a bit per token id.")
-    return torch.from_numpy(np.unpackbits(packed, bitorder="little")[:vocabulary].astype(bool))
+    return np.unpackbits(packed, bitorder="little")[:vocabulary].astype(bool)
 
 
 @dataclass(frozen=True)
@@ -117,11 +137,12 @@ class Allowed:
         return Allowed([self.rows[place] - part.start for place in places], self.bits[places]) if places else None
 
     def apply(self, logits: Tensor) -> Tensor:
-        """The float32 logits ``[all rows, vocabulary]``, with negative infinity where a token is not allowed."""
+        """The float32 logits ``[all rows, vocabulary]``, with negative infinity where a token is not allowed. Where it
+        applies to some rows, these change in place."""
         bias = _unpack(self.bits, logits.shape[-1], logits.device)
         if len(self.rows) == len(logits):
             return logits + bias
-        return logits.index_add(0, torch.tensor(self.rows, device=logits.device), bias)
+        return logits.index_add_(0, torch.tensor(self.rows, device=logits.device), bias)
 
 
 def _unpack(bits: Tensor, vocabulary: int, device: torch.device) -> Tensor:

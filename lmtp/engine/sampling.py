@@ -90,19 +90,41 @@ Row = Draw | Target
 
 
 def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
-    """The token of each row from its logits ``[rows, vocabulary]``, of any float dtype.
+    """The token of each row from its logits ``[rows, vocabulary]``, of any float dtype, which stay as they are.
 
     ``allowed`` is what the grammars of some rows allow. A row that must choose but has no possible token, or whose
     logits are not numbers, gets a Choice with an error.
     """
     draws = {i: row for i, row in enumerate(rows) if not isinstance(row, Target)}
-    logits = _biased(logits.float(), draws)
+    own = logits.float()
+    changed = _changed_in_place(draws, allowed, len(rows)) if own is logits else []
+    if not changed:
+        return _sample(own, rows, draws, allowed)
+    index = torch.tensor(changed, device=logits.device)
+    kept = logits[index]
+    try:
+        return _sample(logits, rows, draws, allowed)
+    finally:
+        logits[index] = kept
+
+
+def _changed_in_place(draws: Mapping[int, Draw], allowed: Allowed | None, count: int) -> list[int]:
+    """The rows of ``count`` whose masks are added in place. Masks of all rows make a new tensor."""
+    masked = {i for i, row in draws.items() if row.bias is not None}
+    if len(masked) == count:
+        return []
+    masked |= {i for i, row in draws.items() if row.forbidden_now}
+    return sorted(masked.union(allowed.rows) if allowed and len(allowed.rows) < count else masked)
+
+
+def _sample(logits: Tensor, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None) -> list[Choice]:
+    logits = _biased(logits, draws)
     if allowed:
         logits = allowed.apply(logits)
     logprobs = torch.log_softmax(logits, -1)
-    broken = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()  # one logit that is not a number makes its whole row NaN
-    wrong = [i for i in broken if i in draws]
-    errors = {i: NO_TOKEN if logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
+    # One logit that is not a number makes its whole row NaN.
+    wrong = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()
+    errors = {i: NO_TOKEN if i in draws and logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
     if wrong:  # placeholder logits: their draws are discarded
         index = torch.tensor(wrong, device=logits.device)
         logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
@@ -184,7 +206,7 @@ def _rounded(logprobs: Tensor) -> Tensor:
 
 
 def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
-    """The logits with the biases of the rows that have one."""
+    """The logits with the biases of the rows that have one. Where these are some of the rows, they change in place."""
     biases = {i: row.bias for i, row in draws.items() if row.bias is not None}
     if biases:
         rows = tuple(biases.values())
@@ -193,7 +215,7 @@ def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
         if len(biases) == len(logits):
             logits = logits + stacked
         else:
-            logits = logits.index_add(0, torch.tensor(list(biases), device=logits.device), stacked)
+            logits.index_add_(0, torch.tensor(list(biases), device=logits.device), stacked)
     for i, row in draws.items():
         if row.forbidden_now:
             logits[i, list(row.forbidden_now)] = -math.inf

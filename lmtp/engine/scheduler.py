@@ -11,7 +11,7 @@ from typing import cast
 from lmtp.engine.stream import OperationStream
 from lmtp.prediction import Prediction
 from lmtp.runners.runner import Runner
-from lmtp.runners.step import Step
+from lmtp.runners.step import Step, StepLimits
 
 WORTH_WAITING = 16
 """A new stream waits for another one to compute at least this many tokens that both begin with."""
@@ -26,8 +26,8 @@ a single token, since most of its time goes into reading the model's weights."""
 
 
 MAX_PASSED = 16
-"""Streams of one prediction that are passed over, since they wait for a prefix, before its others wait as well. Each is
-compared with all slots."""
+"""Streams of one prediction that are passed over, since they wait for a prefix or found no room, before its others wait
+as well; and streams of all predictions that found no room. Each is compared with all slots."""
 
 TURN = 512
 """Steps after which a prediction's only stream gives way to a prediction that has none running. Preempting it sooner
@@ -50,8 +50,12 @@ class Scheduler:
         """The step at which the last turn ended."""
 
     @property
+    def waits(self) -> bool:
+        """Whether streams wait for memory, those of paused predictions excepted."""
+        return any(not prediction.turns.paused for prediction in self._queues)
+
     def waiting(self) -> list[OperationStream]:
-        """The streams that wait for memory, except those of paused predictions."""
+        """The streams that wait for memory, those of paused predictions excepted."""
         return [s for prediction, queue in self._queues.items() if not prediction.turns.paused for s in queue]
 
     @property
@@ -87,25 +91,70 @@ class Scheduler:
             return None
         self._steps += 1
         limits = self._runner.step_limits
-        prefilling = [stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
+        prefilling = [limits.whole or stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
-            return self._step(active, max(_width(active), self._draft(active)))
+            return self._decode(active, prefilling)
         decoding = not all(prefilling)
         self._prefilled_last = not (decoding and self._prefilled_last and limits.busy_chunk)
         if not self._prefilled_last:
-            return self._step(active, _width([s for s, prefill in zip(active, prefilling, strict=True) if not prefill]))
+            return self._decode(active, prefilling)
         first = min(
             (i for i, prefill in enumerate(prefilling) if prefill), key=lambda i: active[i].prediction.turns.prefilled
         )
         last = prefilling.index(False, first) if False in prefilling[first:] else len(active)
-        budget = limits.busy_chunk if decoding and limits.busy_chunk else limits.chunk
-        step = self._prefill(active[first:last], budget)
+        step = self._prefill(active[first:last], self._budget(active, decoding))
         for stream in step.streams:
             stream.prediction.turns.prefilled = self._steps
         return step
 
     def _active(self) -> Sequence[OperationStream]:
         return cast(Sequence[OperationStream], self._runner.active)  # only `_admit` admits streams
+
+    def _decode(self, active: Sequence[OperationStream], prefilling: Sequence[bool]) -> Step[OperationStream]:
+        """A token of each stream, or several if most of them have several. Where that is too much for one step, the
+        prediction that has waited longest comes first, with the streams next to its own.
+
+        Streams that prefill compute a token along with the others.
+        """
+        first, end = 0, len(active)
+        work = self._runner.step_limits.work
+        longest = max(stream.computed for stream in active)
+        if end * StepLimits.cost(longest) > work:
+            first, end, longest = self._in_turn(active, prefilling, work)
+        streams = active[first:end]
+        several = _width([s for s, prefill in zip(streams, prefilling[first:end], strict=True) if not prefill])
+        if several > 1:  # forced runs save whole steps, so they may take twice the work of one
+            several = max(min(several, int(2 * work / len(streams) / StepLimits.cost(longest))), 1)
+        return self._step(streams, several if any(prefilling) else max(several, self._draft(streams)))
+
+    def _in_turn(
+        self, active: Sequence[OperationStream], prefilling: Sequence[bool], work: int
+    ) -> tuple[int, int, int]:
+        """Where the streams begin and end that decode in this step, and how much the longest of them has computed. A
+        prediction that had one of the last two steps does not join another one's."""
+        first = min(
+            (i for i, prefill in enumerate(prefilling) if not prefill),
+            key=lambda i: (active[i].prediction.turns.last, active[i].decoded),
+        )
+        own, longest, end = active[first].prediction, 0, first
+        while end < len(active):
+            stream = active[end]
+            columns = max(longest, stream.computed)
+            joins = stream.prediction is own or stream.prediction.turns.last < self._steps - 2
+            if end > first and not (joins and (end + 1 - first) * StepLimits.cost(columns) <= work):
+                break
+            longest, end = columns, end + 1
+        for stream in active[first:end]:
+            stream.decoded = stream.prediction.turns.decoded = self._steps
+        return first, end, longest
+
+    def _budget(self, active: Sequence[OperationStream], decoding: bool) -> int:
+        """Tokens of a prefill step."""
+        limits = self._runner.step_limits
+        if decoding:
+            return limits.busy_chunk or limits.chunk
+        whole = sum((s.goal - s.reused) * StepLimits.cost(s.reused, together=True) for s in active)
+        return limits.chunk if whole <= limits.chunk else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""
@@ -127,6 +176,12 @@ class Scheduler:
                 break
             rows.append(stream)
             tokens += stream.pending
+        limits = self._runner.step_limits
+        if budget < limits.chunk:  # others may wait for it
+            columns = max(row.computed for row in rows)
+            budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
+        if limits.whole:
+            return self._step(rows, max(row.pending for row in rows))
         return self._step(rows, max(budget // len(rows), 1))
 
     def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:
@@ -139,36 +194,44 @@ class Scheduler:
             if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left
                 wanted = logits_left
-            if count == 0:
+            if count <= 0:
                 break
             logits_left -= wanted
             counts.append(count)
         return Step(list(streams[: len(counts)]), counts)
 
     def _admit(self) -> None:
-        """Admit waiting streams while there is room. One that can soon reuse a long prefix lets others pass."""
+        """Admit waiting streams while there is room.
+
+        One that can soon reuse a long prefix lets others pass. So does one that finds no room. If its prediction has
+        none running, it lets only such predictions pass, and after TURN steps nobody.
+        """
         self.refused = None
         if not self._queues:
             return
         running = Counter(stream.prediction for stream in self._active())
         passed: dict[Prediction, int] = {}
         """How many streams of each prediction, from the first, are passed over."""
+        refusals, claims = 0, False
         while prediction := self._next_prediction(running, passed):
+            if claims and running[prediction]:
+                return
             queue, place = self._queues[prediction], passed.get(prediction, 0)
             stream = queue[place]
             now, soon = self._runner.shared_prefix(stream)
             if soon - now >= WORTH_WAITING:
                 passed[prediction] = place + 1
                 continue
-            begun = False
-            while not self._runner.admit(stream):
-                victim = None if running[prediction] else self._who_gives_way(running, begun)
-                begun = True
-                if victim is None:
-                    self.refused = stream
+            if not self._make_room(stream, running):
+                self.refused = self.refused or stream
+                refusals += 1
+                claims = claims or not running[prediction]
+                late = not running[prediction] and self._steps - stream.refused >= TURN
+                if late or refusals == MAX_PASSED:
                     return
-                running[victim.prediction] -= 1
-                self._preempt(victim)
+                passed[prediction] = place + 1
+                continue
+            stream.refused = -1
             del queue[place]
             if not queue:
                 del self._queues[prediction]
@@ -176,6 +239,22 @@ class Scheduler:
                 stream.reused = 0  # what it finds of its own was counted when it was computed
             stream.admitted = prediction.turns.admitted = self._steps
             running[prediction] += 1
+
+    def _make_room(self, stream: OperationStream, running: Counter[Prediction]) -> bool:
+        """Admit the stream, if need be in place of others that give way."""
+        begun = False
+        while not self._runner.admit(stream):
+            if stream.refused < 0:
+                stream.refused = self._steps
+            # Where the system has no memory left, none of ours helps.
+            its_turn = not running[stream.prediction] and not self._runner.refusal
+            victim = self._who_gives_way(running, begun) if its_turn else None
+            begun = True
+            if victim is None:
+                return False
+            running[victim.prediction] -= 1
+            self._preempt(victim)
+        return True
 
     def _next_prediction(self, running: Counter[Prediction], passed: dict[Prediction, int]) -> Prediction | None:
         """The prediction with the fewest running streams; of several, the one that has waited longest."""

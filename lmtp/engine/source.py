@@ -23,8 +23,9 @@ MAX_SOURCE = {"choices": 2**22, "regex": 2**20, "json_schema": 2**20, "grammar":
 MAX_QUOTED = 400
 """Characters of an error message."""
 
-LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
-"""llguidance's own. An optional property takes four items of a row."""
+LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000, max_lexer_states=150_000)
+"""llguidance's own. An optional property takes four items of a row. A lexer grows while streams follow it: 50,000
+states were measured to take 12 to 22 MB. A string with a large ``maxLength`` takes about 20 states a token."""
 
 CHOICES_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=40_000_000)
 """100,000 choices take a twentieth of the fuel."""
@@ -35,9 +36,18 @@ class Source(NamedTuple):
 
     field: str
     text: str
+    space: str = ""
+    """What may come before a text that ``choices`` or ``regex`` constrain; see `leading_space`."""
 
 
-def source_of(operation: Generate) -> Source | None:
+def leading_space(tokenizer: str) -> str:
+    """The space that this fast tokenizer, given as JSON, puts before a text's first word and drops when it decodes, or
+    nothing. Without it a text that begins with a constraint would have to begin in the middle of a word."""
+    decoder = msgspec.json.decode(tokenizer).get("decoder") or {}
+    return " " if decoder.get("type") == "Metaspace" and decoder.get("prepend_scheme") != "never" else ""
+
+
+def source_of(operation: Generate, space: str = "") -> Source | None:
     """The operation's constraint. Raises RequestError for an empty or too long one, and for more than one."""
     field = constraint_of(operation)
     if field is None:
@@ -53,7 +63,7 @@ def source_of(operation: Generate) -> Source | None:
         raise RequestError(f"{field}: nested too deeply.") from None
     if len(text) > MAX_SOURCE[field]:
         raise RequestError(f"{field} has {len(text)} characters; {MAX_SOURCE[field]} is the most.")
-    return Source(field, text)
+    return Source(field, text, space)
 
 
 def compile_source(source: Source, tokenizer: LLTokenizer) -> LLMatcher:
@@ -76,12 +86,12 @@ def compile_source(source: Source, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _grammar(source: Source) -> str:
     """The constraint in llguidance's own form."""
-    field, text = source
+    field, text, space = source
     if field == "choices":
-        return LLMatcher.grammar_from_lark(_one_of(json.loads(text)))
+        return LLMatcher.grammar_from_lark(_one_of(json.loads(text), space))
     if field == "regex":
         check_pattern(text, field)
-        return LLMatcher.grammar_from_regex(text)
+        return LLMatcher.grammar_from_regex(f"{space}?(?:{text})" if space else text)
     if field == "json_schema":
         prepared, style = schema.prepare(text)
         return LLMatcher.grammar_from_json_schema(prepared, defaults=style)
@@ -119,14 +129,19 @@ def hide_special_tokens(tokenizer: str) -> str:
         model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
     if "unk_token" in model:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    decoder = read.get("decoder") or {}
+    if decoder.get("type") == "Metaspace":  # T5's way; llguidance knows Llama's way to say the same
+        space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+        read["decoder"] = {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}
     return msgspec.json.encode(read).decode()
 
 
-def _one_of(options: list[str]) -> str:
-    """Lark that matches one of the options. As one terminal there can be any number of them."""
+def _one_of(options: list[str], space: str) -> str:
+    """Lark that matches one of the options, or one after the space. As one terminal there can be any number of them."""
     # DEL is the one character that JSON leaves unescaped and the grammar's lexer does not accept.
     given = [json.dumps(option, ensure_ascii=False).replace("\x7f", "\\u007f") for option in dict.fromkeys(options)]
-    return f"start: CHOICE\nCHOICE: {' | '.join(given)}"
+    before = f"{json.dumps(space)}? " if space else ""
+    return f"start: CHOICE\nCHOICE: {before}({' | '.join(given)})"
 
 
 _MARK = "\ue000"

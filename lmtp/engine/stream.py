@@ -8,18 +8,17 @@ import random
 from collections.abc import Sequence
 
 from msgspec import UNSET
-from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp import text
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.grammar import Grammar
-from lmtp.engine.masks import Bias, bias_of
+from lmtp.engine.masks import Bias
 from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
-from lmtp.runners.model import Limits
+from lmtp.runners.model import Limits, SourceLimits
 from lmtp.runners.step import Stream
 
 MAX_DRAFTED_TOP = 32
@@ -38,6 +37,15 @@ class OperationStream(Stream):
         self.finished = False
         self.admitted = -1
         """The step before which it was last given memory; -1: not yet."""
+        self.refused = -1
+        """The step before which it was first refused memory since then; -1: it was not."""
+        self.decoded = -1
+        """The step that last decoded it, while there are too many streams for one step."""
+
+    @property
+    def least_length(self) -> int:
+        """The fewest tokens that its memory must have room for."""
+        return self.prompt_length + 1
 
     @property
     def decoding(self) -> bool:
@@ -223,6 +231,11 @@ class Scoring(OperationStream):
 
     @property
     @override
+    def least_length(self) -> int:
+        return self.max_length
+
+    @property
+    @override
     def goal(self) -> int:
         return len(self.tokens) - 1
 
@@ -268,43 +281,76 @@ def open_stream(
     operation: Generate | Score,
     limits: Limits,
     tokenizer: PreTrainedTokenizerBase,
+    bias: Bias | None,
     grammar: Grammar | None,
 ) -> OperationStream:
-    """A stream that answers the operation, whose texts are already tokenized.
+    """A stream that answers the operation, whose texts are already tokenized and whose masks are the bias.
 
     Raises RequestError where this model cannot serve it.
     """
-    prompt = _ids(operation.prompt, "prompt", limits)
+    prompt = checked_ids(operation.prompt, "prompt", limits.source or limits)
+    source: tuple[int, ...] = ()
+    if limits.source:
+        source, prompt = _source(prompt, limits.source), _target_start(operation, limits)
+    elif isinstance(operation, Generate) and operation.target is not None:
+        raise RequestError("target: this model has no encoder; put the text so far at the end of prompt.")
+    stream = _open(prediction, operation, prompt, limits, tokenizer, bias, grammar)
+    stream.source = source
+    return stream
+
+
+def _source(prompt: list[int], limits: SourceLimits) -> tuple[int, ...]:
+    """What the encoder reads."""
+    if not prompt:
+        raise RequestError("prompt is empty; give at least one token.")
+    if len(prompt) > limits.context:
+        raise RequestError(f"prompt is {len(prompt)} tokens; the model's encoder reads at most {limits.context}.")
+    return tuple(prompt)
+
+
+def _target_start(operation: Generate | Score, limits: Limits) -> list[int]:
+    """What an encoder-decoder model's target begins with: its start tokens, and the target so far. A target that is
+    given with its first token, such as the language's, gets no other one."""
+    so_far = checked_ids((operation.target or []) if isinstance(operation, Generate) else [], "target", limits)
+    given = so_far or (operation.scored if isinstance(operation, Score) else [])
+    start, forced = limits.target_start[:1], limits.target_start[1:]
+    return [*start, *(() if tuple(given[:1]) == forced else forced), *so_far]
+
+
+def _open(
+    prediction: Prediction,
+    operation: Generate | Score,
+    prompt: list[int],
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    bias: Bias | None,
+    grammar: Grammar | None,
+) -> OperationStream:
+    """A stream that goes on after ``prompt``: the operation's, or what the target begins with."""
     wants_text = operation.text or (isinstance(operation, Generate) and bool(operation.stop))
     stop = (operation.stop or []) if isinstance(operation, Generate) else []
     decoder = text.TextDecoder(tokenizer, prompt, stop) if wants_text else None
+    name = "target" if limits.source else "prompt"
     if isinstance(operation, Score):
-        scored = _ids(operation.scored, "scored", limits)
+        scored = checked_ids(operation.scored, "scored", limits)
         if not scored:
             raise RequestError("scored is empty; give at least one token.")
         if len(prompt) + len(scored) > limits.context:
             raise RequestError(
-                f"prompt and scored are {len(prompt) + len(scored)} tokens; the model's context is {limits.context}."
+                f"{name} and scored are {len(prompt) + len(scored)} tokens; the model's context is {limits.context}."
             )
         return Scoring(prediction, operation, prompt, scored, decoder)
     if not prompt:
         raise RequestError("prompt is empty; give at least one token.")
     if len(prompt) >= limits.context:
         raise RequestError(
-            f"prompt is {len(prompt)} tokens; the model's context of {limits.context} leaves no room for a new one."
+            f"{name} is {len(prompt)} tokens; the model's context of {limits.context} leaves no room for a new one."
         )
-    bias = bias_of(operation, limits.vocabulary)
-    if operation.min_tokens and bias is not None:
-        without_end = bias.clone()
-        without_end[list(limits.end_of_sequence)] = -float("inf")
-        if bool(without_end.isneginf().all()):
-            raise RequestError("min_tokens: the mask allows nothing but the end of the sequence.")
-    packed = None if bias is None else Bias.of(bias)
-    operation = replace(operation, logit_bias=None, mask=None)  # as Python objects they take many times the memory
-    return Generation(prediction, operation, prompt, limits, packed, decoder, grammar)
+    return Generation(prediction, operation, prompt, limits, bias, decoder, grammar)
 
 
-def _ids(prompt: Prompt, field: str, limits: Limits) -> list[int]:
+def checked_ids(prompt: Prompt, field: str, limits: Limits | SourceLimits) -> list[int]:
+    """The tokens of a field that has been tokenized. Raises RequestError for an id outside the vocabulary."""
     if isinstance(prompt, str):
         raise TypeError(f"{field} has to be tokenized before a stream is opened")
     if len(prompt) <= limits.context and max(prompt, default=0) >= limits.vocabulary:  # a longer one is refused below

@@ -4,8 +4,8 @@ Compiling is native code that nothing can interrupt. A constraint of a thousand 
 gigabytes, or overflow its stack. So each one is first compiled in a child process with a limit on time and memory. The
 engine's own process, where matchers must live, compiles only what passed. Finished texts are checked there too.
 
-`python -m lmtp.engine.vetting` is the children's parent. It holds the tokenizer, which they share, and forks one for
-every request. It may not import torch: a fork would copy threads' locks.
+`python -m lmtp.engine.vetting` is the children's parent. It holds the tokenizer, which they share, forks one for
+every request, and tells by which signal it ended. It may not import torch: a fork would copy threads' locks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import msgspec
@@ -39,20 +40,24 @@ STACK = 2**28
 """Bytes of address space for a child's stack: the compiler descends through a grammar's rules."""
 
 QUICK_SECONDS = 0.05
-"""From then on a child yields the processor to the engine."""
+"""A child that may take longer yields the processor to the engine."""
 
 NICE = 5
 
-POLL_SECONDS = 0.02
-
-START_SECONDS = 60
+START_SECONDS = 20.0
 """For the parent to read the tokenizer."""
 
-PATIENCE = 1.25
+PATIENCE = 10
 """Seconds for a child to get a second of the processor, which others need too."""
 
-MARGIN = 1.0
-"""Seconds in which a child in native code is ended after its time is up."""
+MARGIN = 2.0
+"""Seconds for a child to start."""
+
+ANSWER_SECONDS = 5.0
+"""For the answer of a child whose time is up."""
+
+TOO_LARGE = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+"""How native code ends when it gets no more memory, or no more stack."""
 
 
 class Vetter:
@@ -60,135 +65,176 @@ class Vetter:
 
     def __init__(self, tokenizer: str, vocabulary: int, end_of_sequence: Sequence[int]) -> None:
         """``tokenizer`` is the JSON of a fast tokenizer, as LLTokenizer takes it."""
-        self._setup = msgspec.json.encode([tokenizer, vocabulary, list(end_of_sequence)])
+        self._setup = os.fdopen(os.memfd_create("tokenizer"), "w+b")
+        self._setup.write(msgspec.json.encode([tokenizer, vocabulary, list(end_of_sequence)]))
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def vet(self, source: Source, seconds: float) -> tuple[float, int]:
-        """Compile a constraint in a child. Returns the seconds that it took and the bytes of the result.
+    def vet(self, source: Source, seconds: float) -> int:
+        """Compile a constraint in a child. Returns the bytes of the result.
 
-        Raises RequestError for one that cannot be used, and TimeoutError for one that takes more than ``seconds`` of
-        processor time.
+        Raises RequestError for one that cannot be used, TimeoutError for one that takes more than ``seconds`` of
+        processor time, and another OSError if it cannot be told now.
         """
-        answer = self._ask({"source": source, "seconds": seconds})
-        if answer is None:
+        try:
+            answer = self._ask({"source": source}, seconds)
+        except MemoryError:
             raise RequestError(
                 f"{source.field}: too large or complex to compile; {COMPILE_MEMORY >> 20} MB of memory is the most."
-            )
+            ) from None
         if error := answer.get("error"):
             raise RequestError(error)
-        return answer["seconds"], answer["bytes"]
+        size: int = answer["bytes"]
+        return size
 
     def check(self, schema: str, texts: Sequence[str], seconds: float) -> list[bool | None]:
-        """Whether each text is JSON that the schema allows; None where that cannot be told."""
-        try:
-            answer = self._ask({"schema": schema, "texts": texts, "seconds": seconds})
-        except OSError:
-            answer = None
-        return answer["valid"] if answer else [None] * len(texts)
+        """Whether each text is JSON that the schema allows; None where that cannot be told.
+
+        Raises OSError, TimeoutError and MemoryError as `vet` meets them.
+        """
+        valid: list[bool | None] = self._ask({"schema": schema, "texts": texts}, seconds)["valid"]
+        return valid
 
     def start(self) -> None:
-        """Start the parent, or do nothing if it runs."""
+        """Start the parent if it does not run. Does not wait until it has read the tokenizer."""
         with self._lock:
-            self._parent()
+            self._start()
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """A child's answer; None if it died. Raises TimeoutError."""
+    def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """A child's answer."""
+        wall = seconds * PATIENCE + MARGIN
         ours, theirs = socket.socketpair()
         with ours:
             with theirs, self._lock:
                 socket.send_fds(self._parent(), [b"\0"], [theirs.fileno()])
-            ours.settimeout(request["seconds"] * PATIENCE + 2 * MARGIN)
-            ours.sendall(json.dumps(request).encode())
-            ours.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionError), ours.makefile("rb") as answers:
-                if answer := answers.read():
-                    result: dict[str, Any] = json.loads(answer)
-                    if result.get("late"):
-                        raise TimeoutError
-                    return result
-        return None
+            ours.settimeout(wall + ANSWER_SECONDS)
+            try:
+                ours.sendall(json.dumps(request | {"seconds": seconds, "wall": wall}).encode())
+                ours.shutdown(socket.SHUT_WR)
+                with ours.makefile("rb") as answers:
+                    line = answers.readline()
+            except TimeoutError:
+                raise OSError("its process does not answer") from None
+            except ConnectionError:
+                line = b""
+        answer: dict[str, Any] = json.loads(line or "{}")
+        ended = answer.get("signal")
+        if ended == signal.SIGPROF:
+            raise TimeoutError
+        if ended == signal.SIGALRM:
+            raise OSError("the server is busy")
+        if ended in TOO_LARGE or answer.get("memory"):
+            raise MemoryError
+        if ended or not answer:
+            raise OSError("its process was ended")
+        if failure := answer.get("failure"):
+            raise RuntimeError(failure)
+        return answer
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
+        self._ready = False
+        self._setup.seek(0)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                cwd=ROOT,
+                env=os.environ | {"MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"},
+                stdin=self._setup,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
 
     def _parent(self) -> socket.socket:
-        if self._process is None or self._process.poll() is not None:
-            self._control, theirs = socket.socketpair()
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
-                    cwd=ROOT,
-                    env=os.environ | {"MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                )
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), self._process.stdin as setup:
-                setup.write(self._setup)
-            self._control.settimeout(START_SECONDS)
-            if self._control.recv(1) != b"\0":
+        """The socket to the parent, once it has read the tokenizer."""
+        self._start()
+        if not self._ready:
+            with contextlib.suppress(OSError):
+                self._ready = self._control.recv(1) == b"\0"
+            if not self._ready:
+                assert self._process is not None
+                self._process.kill()
+                self._process.wait()
                 raise OSError("the process for it does not start")
         return self._control
 
 
 def _main(control: socket.socket, setup: IO[bytes]) -> None:
     """The parent: read the tokenizer, then fork a child for each socket that arrives."""
-    for ignored in (signal.SIGINT, signal.SIGCHLD):  # no child is waited for
-        signal.signal(ignored, signal.SIG_IGN)
-    os.closerange(control.fileno() + 1, control.fileno() + 256)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    ended, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(0)
     tokenizer, vocabulary, end_of_sequence = msgspec.json.decode(setup.read())
     matching = LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=end_of_sequence or None)
     control.sendall(b"\0")
+    children: dict[int, socket.socket] = {}
     while True:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not descriptors:
-            return
-        with socket.socket(fileno=descriptors[0]) as connection:
-            if os.fork() == 0:
-                control.close()
+        readable, _, _ = select.select([control, ended], [], [])
+        if ended in readable:
+            ended.recv(1024)
+            _tell_how_they_ended(children)
+        if control in readable:
+            _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not descriptors:
+                return
+            connection = socket.socket(fileno=descriptors[0])
+            child = os.fork()
+            if child == 0:
                 _serve(connection, matching)
                 os._exit(0)
+            children[child] = connection
+
+
+def _tell_how_they_ended(children: dict[int, socket.socket]) -> None:
+    """A line for each, after its answer if there was one. Others hold copies of its socket, so only a line ends it."""
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            return
+        with children.pop(child) as connection, contextlib.suppress(OSError):
+            ended = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {}
+            connection.sendall(json.dumps(ended).encode() + b"\n")
 
 
 def _serve(connection: socket.socket, tokenizer: LLTokenizer) -> None:
-    """A child: answer one request within its limits."""
+    """A child: answer one request within its limits. Exceeding one ends it, by a signal that needs no Python."""
     with connection.makefile("rb") as requests:
         request = json.loads(requests.read())
-    seconds, started = request["seconds"], time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, seconds * PATIENCE + MARGIN)  # its default action needs no Python
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    signal.setitimer(signal.ITIMER_REAL, request["wall"])
+    if request["seconds"] > QUICK_SECONDS:
+        os.nice(NICE)
     most = _pages() * resource.getpagesize() + STACK + COMPILE_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     threading.stack_size(STACK)
-    answer: dict[str, Any] = {"late": True}
-
-    def work() -> None:
-        nonlocal answer
-        answer = _answer(request, tokenizer)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(min(QUICK_SECONDS, seconds))
-    if worker.is_alive() and seconds > QUICK_SECONDS:
-        os.setpriority(os.PRIO_PROCESS, worker.native_id or 0, NICE)
-    while worker.is_alive() and time.process_time() < seconds and time.monotonic() - started < seconds * PATIENCE:
-        worker.join(POLL_SECONDS)
-    connection.sendall(json.dumps(answer).encode())
+    with ThreadPoolExecutor(1) as deep:
+        answer = deep.submit(_answer, request, tokenizer).result()
+    connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _answer(request: dict[str, Any], tokenizer: LLTokenizer) -> dict[str, Any]:
-    if "texts" in request:
-        return {"valid": [is_valid(request["schema"], text) for text in request["texts"]]}
-    started, before = time.monotonic(), _heap()
     try:
+        if "texts" in request:
+            return {"valid": [is_valid(request["schema"], text) for text in request["texts"]]}
+        before = _heap()
         matcher = compile_source(Source(*request["source"]), tokenizer)
+        size = _heap() - before
+        del matcher
+        return {"bytes": max(size, 0)}
     except RequestError as error:
         return {"error": str(error)}
-    seconds = time.monotonic() - started
-    after = _heap()
-    del matcher
-    return {"seconds": seconds, "bytes": max(after - before, 0)}
+    except MemoryError:
+        return {"memory": True}
+    except BaseException as error:
+        return {"failure": f"{type(error).__name__}: {error}"}
 
 
 def _pages() -> int:

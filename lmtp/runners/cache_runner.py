@@ -51,6 +51,8 @@ class CacheRunner:
     """Runs streams one after the other, each through a cache of its own. A recurrent cache cannot go back, so only a
     whole one can be taken over."""
 
+    longest_source = 0
+
     def __init__(self, model: PreTrainedModel, context: int, reason: str, mode: Mode = Mode.CACHES) -> None:
         self.description = mode.value
         self.reason = reason

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 UNBOUNDED_CONTEXT = 2**20
 """Tokens, for a model whose configuration names no limit."""
+
+UNBOUNDED_TEXT = 2**12
+"""The same for an encoder, which looks at all pairs of tokens at once."""
 
 CONTEXT_NAMES = (
     "max_position_embeddings",
@@ -32,16 +35,56 @@ class UnsupportedModel(Exception):
 
 
 @dataclass(frozen=True)
+class SourceLimits:
+    """The vocabulary of an encoder, and its context in tokens."""
+
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an encoder answers about a text that it reads as a whole: a masked LM fills masks, a classifier names
+    labels."""
+
+    labels: tuple[str, ...] = ()
+    """What a classifier chooses among, by id; empty for a masked LM, which chooses tokens."""
+    independent: bool = False
+    """Whether each label is true or false by itself: its probability is its logit's sigmoid, no share of a softmax."""
+
+    @property
+    def kind(self) -> str:
+        """What such a model is called."""
+        return "sequence classifier" if self.labels else "masked language model"
+
+
+@dataclass(frozen=True)
 class Limits:
     """A model's vocabulary and context in tokens, and the ids that end a sequence."""
 
     vocabulary: int
     context: int
     end_of_sequence: tuple[int, ...]
+    source: SourceLimits | None = None
+    """The limits of an encoder-decoder model's encoder; the others are then its decoder's."""
+    target_start: tuple[int, ...] = ()
+    """What the target of an encoder-decoder model begins with: the start token, then the one that generate() forces."""
+    head: Head | None = None
+    """An encoder's head; None for a model that generates."""
+
+    @property
+    def classes(self) -> int:
+        """How many tokens, or labels, an answer is chosen among."""
+        return len(self.head.labels) if self.head and self.head.labels else self.vocabulary
 
 
 def limits_of(model: PreTrainedModel) -> Limits:
-    """Read the limits from the model's configuration and generation configuration."""
+    """Read the limits from the model's configuration and generation configuration.
+
+    Raises UnsupportedModel for a regression.
+    """
+    if head := _head_of(model):
+        return _encoder_limits(model, head)
     config = model.config.get_text_config(decoder=True)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     lengths = [getattr(config, name, None) for name in CONTEXT_NAMES]
@@ -52,7 +95,57 @@ def limits_of(model: PreTrainedModel) -> Limits:
     for source in (model.generation_config, config, model.config):
         ids = getattr(source, "eos_token_id", None)
         ends.update([ids] if isinstance(ids, int) else ids or [])
-    return Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+    limits = Limits(vocabulary, context, tuple(sorted(end for end in ends if 0 <= end < vocabulary)))
+    return _with_source(model, limits) if model.config.is_encoder_decoder else limits
+
+
+def _with_source(model: PreTrainedModel, limits: Limits) -> Limits:
+    """The limits of an encoder-decoder model. LED names the positions of both sides."""
+
+    def own(name: str) -> int | None:
+        return next(
+            (value for c in (model.generation_config, model.config) if (value := getattr(c, name, None)) is not None),
+            None,
+        )
+
+    start = own("decoder_start_token_id")
+    start = own("bos_token_id") if start is None else start
+    if start is None:
+        raise UnsupportedModel("its configuration names no decoder_start_token_id")
+    forced = own("forced_bos_token_id")
+    encoder = getattr(model.config, "encoder", None) or model.config
+    names = ("max_encoder_position_embeddings", "max_position_embeddings")
+    positions = next((value for name in names if (value := getattr(encoder, name, None))), UNBOUNDED_CONTEXT)
+    embeddings: nn.Module = model.get_input_embeddings()
+    source = SourceLimits(next(embeddings.parameters()).shape[0], positions)
+    context = getattr(model.config, "max_decoder_position_embeddings", None) or limits.context
+    return replace(limits, context=context, source=source, target_start=(start,) if forced is None else (start, forced))
+
+
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """The head of a masked LM or a sequence classifier. Labels are independent where Transformers' text-classification
+    pipeline takes the sigmoid of each."""
+    config: Any = model.config
+    name = type(model).__name__
+    if name.endswith("ForMaskedLM"):
+        return Head()
+    if not name.endswith("ForSequenceClassification"):
+        return None
+    if config.problem_type == "regression":
+        raise UnsupportedModel("its problem_type is regression: it answers with numbers; choose one that has labels.")
+    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return Head(labels, config.problem_type == "multi_label_classification" or len(labels) == 1)
+
+
+def _encoder_limits(model: PreTrainedModel, head: Head) -> Limits:
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    positions = next((size for name in names if (size := getattr(config, name, None) or 0) > 0), UNBOUNDED_TEXT)
+    # RoBERTa and its relatives count positions from the padding id on.
+    tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
+    unused = max((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), default=0)
+    embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
+    return Limits(next(embeddings.parameters()).shape[0], positions - unused, (), head=head)
 
 
 @dataclass(frozen=True)

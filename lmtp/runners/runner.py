@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.compiled import CompiledStep
+from lmtp.runners.encoder import open_encoder
+from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.selfcheck import Reference, check_caches, check_slots
@@ -43,6 +45,9 @@ class Runner(Protocol):
     def longest(self) -> int:
         """The most tokens one stream can hold."""
 
+    longest_source: int
+    """The most tokens its source can have; 0 where the model has no encoder."""
+
     def shared_prefix(self, stream: Stream) -> tuple[int, int]:
         """How many of the stream's first tokens are computed now, and how many once running streams are done."""
 
@@ -63,7 +68,8 @@ class Runner(Protocol):
 def open_runner(
     model: PreTrainedModel, kv_budget: int | None = None, compiled: Path | None = None, graphs: bool = True
 ) -> Runner:
-    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches.
+    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches;
+    for an encoder, its own. Raises UnsupportedModel for one that nothing serves.
 
     ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
     the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
@@ -71,10 +77,15 @@ def open_runner(
 
     Raises UnsupportedModel for a model that no runner serves exactly.
     """
-    context = limits_of(model).context
+    limits = limits_of(model)
+    if limits.head:
+        return open_encoder(model, limits)
+    context = limits.context
+    budget = kv_budget if kv_budget is not None else _default_budget(model.device)
+    if limits.source:
+        return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
     try:
         layers = layers_of(model)
-        budget = kv_budget if kv_budget is not None else _default_budget(model.device)
         step = SlotStep(model)
         reference = Reference.of(model)
         check_slots(step, layers, reference)

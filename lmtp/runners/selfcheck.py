@@ -64,7 +64,7 @@ def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
     return [generator.integers(vocabulary, size=size).tolist() for size in sizes]
 
 
-class _Text(Stream):
+class Text(Stream):
     """A text whose next-token distributions are wanted, except those inside its first ``given`` tokens."""
 
     def __init__(self, tokens: list[int], given: int = 1) -> None:
@@ -73,10 +73,12 @@ class _Text(Stream):
 
     @property
     def goal(self) -> int:
+        """All but the last token."""
         return len(self.tokens) - 1
 
     @property
     def first_wanted(self) -> int:
+        """The last given token."""
         return self._given - 1
 
 
@@ -91,10 +93,10 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     *early, last = reference.texts
     for order in (1, -1) if fast else (1,):
-        late = _Text(last, given=SHARED)
-        texts: list[Stream] = [*map(_Text, early), late]
-        got = _run(runner, texts[:-1][::order], late)
-        _compare(reference.logits, [got[text] for text in texts], reference.dtype)
+        late = Text(last, given=SHARED)
+        texts: list[Stream] = [*map(Text, early), late]
+        got = run(runner, texts[:-1][::order], late)
+        compare(reference, [got[text] for text in texts])
 
 
 @torch.inference_mode()
@@ -106,7 +108,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel) -> None:
     if "lsh" in getattr(model.config, "attn_layers", ()):
         raise UnsupportedModel("its attention chooses at random what it sees")
     first, second = _random_texts(model, 9, 5)
-    texts: list[Stream] = [_Text(first), _Text(second), _Text(first + second, given=len(first))]
+    texts: list[Stream] = [Text(first), Text(second), Text(first + second, given=len(first))]
     own = [_own_logits(model, text.tokens[:-1]) for text in texts]
     if _differing(own[2][: len(own[0])], own[0], model.dtype) > FORGIVEN[model.dtype] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
@@ -123,7 +125,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel) -> None:
             text.computed += count
             if text.pending == 0:
                 runner.release(text)
-    _compare(own, list(got.values()), model.dtype)
+    compare(Reference([text.tokens for text in texts], own, model.dtype), list(got.values()))
 
 
 def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -135,7 +137,7 @@ def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return logits[0].float()
 
 
-def _run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
+def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
     """Run the texts, and ``late`` once another row has computed what it shares. Returns each one's logits."""
     got: dict[Stream, list[Tensor]] = {text: [] for text in (*texts, late)}
     for text in texts:
@@ -160,12 +162,15 @@ def _run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stre
     return got
 
 
-def _compare(own: Sequence[Tensor], got: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
+    """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
-    for theirs, ours in zip(own, got, strict=True):
-        wrong += _differing(theirs[-len(ours) :], torch.stack(list(ours)), dtype)  # reused tokens have no logits
+    for theirs, ours in zip(reference.logits, got, strict=True):
+        wrong += _differing(
+            theirs[-len(ours) :], torch.stack(list(ours)), reference.dtype
+        )  # reused tokens have no logits
         total += len(ours)
-    if wrong > total * FORGIVEN[dtype]:
+    if wrong > total * FORGIVEN[reference.dtype]:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")
 
 

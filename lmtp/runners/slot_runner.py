@@ -7,7 +7,7 @@ boolean masks as numbers, which is silently wrong.)
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,12 @@ CHUNK = 2048
 BUSY_CHUNK = 256
 MAX_LOGITS = 2**24
 """Logits of one step, so that a long scored prompt with a large vocabulary fits: 64 MB in float32."""
+
+STEP_SECONDS = 0.15
+"""How long a step on a CPU should take while others may be waiting."""
+CORE_FLOPS = {torch.float32: 6e10, torch.bfloat16: 2e11}
+"""Operations of one core in a second, as measured: float32 with AVX2, bfloat16 with AMX."""
+MIN_WORK = 16
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
@@ -113,6 +119,8 @@ class SlotStep(nn.Module):
 class SlotRunner(Slots):
     """Slots that also run steps, each as one padded batch."""
 
+    longest_source = 0
+
     def __init__(
         self,
         step: SlotStep,
@@ -134,9 +142,15 @@ class SlotRunner(Slots):
         self._device = input_device(step.model)
         self._dtype = step.model.dtype
 
-    @torch.inference_mode()
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
+        begun = any(stream.computed for stream in step.streams)
+        fast = self.fast if self.fast and (begun or max(step.counts) <= self.fast.max_first_chunk) else None
+        return functools.partial(fast or self.step, self._inputs(step, masked=begun or fast is not None))
+
+    @torch.inference_mode()
+    def _inputs(self, step: Step[Stream], masked: bool) -> StepInputs:
+        """What the model takes for a step, with masks or without."""
         counts = np.array(step.counts)
         rows, q = len(counts), int(counts.max())
         computed = np.array([stream.computed for stream in step.streams])
@@ -150,13 +164,11 @@ class SlotRunner(Slots):
         writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
         position_ids = self._tensor(positions)
         masks: list[Tensor] = []
-        begun = bool(computed.any())
-        fast = self.fast if self.fast and (begun or q <= self.fast.max_first_chunk) else None
-        if fast or begun:
+        if masked:
             columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
             masks = self._masks(position_ids, columns)
         keys, values = self._memory.from_slot(step.streams[0].slot)
-        inputs = StepInputs(
+        return StepInputs(
             self._tensor(ids),
             position_ids,
             self._tensor(writes),
@@ -165,7 +177,6 @@ class SlotRunner(Slots):
             keys,
             values,
         )
-        return functools.partial(fast or self.step, inputs)
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -182,12 +193,17 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     vocabulary = model.get_output_embeddings().weight.shape[0]
+    work = StepLimits.work
+    if model.device.type == "cpu":
+        flops = CORE_FLOPS.get(model.dtype, CORE_FLOPS[torch.bfloat16]) * torch.get_num_threads()
+        work = max(int(STEP_SECONDS * flops / (2 * sum(p.numel() for p in model.parameters()))), MIN_WORK)
     return StepLimits(
         CHUNK,
-        BUSY_CHUNK,
+        min(BUSY_CHUNK, work),
         logits=max(MAX_LOGITS // vocabulary, max_slots),
         # On a GPU only steps of single tokens are recorded as graphs. With experts, more tokens read more weights.
         drafts=model.device.type == "cpu" and not experts,
+        work=work,
     )
 
 
@@ -237,6 +253,8 @@ NOT_HIDDEN = re.compile("^(sliding_window|attention_chunk_size)$|layers|pattern|
 def _hidden_lengths(model: PreTrainedModel) -> list[str]:
     """The configuration's lengths that the model's own code applies to columns, which differ between the rows of a
     batch, and that the self-check's texts are too short to show: GPT-Neo's local attention, the scales of Llama 4."""
+    if model.config.is_encoder_decoder:
+        return []  # these are the encoder's, which computes a source at once
     config = model.config.get_text_config(decoder=True)
     context = limits_of(model).context
     return [
@@ -254,7 +272,12 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = list(getattr(cache, "layers", None) or ())
+    return layers_in(getattr(cache, "layers", None) or [])
+
+
+def layers_in(layers: Sequence[Any]) -> list[Layer]:
+    """What the layers of a Transformers cache keep. Raises UnsupportedModel as `layers_of`."""
+    layers = list(layers)
     while layers and isinstance(layers[-1], DummyLayer):  # the last layers may share those of earlier ones
         layers.pop()
     if not layers or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):

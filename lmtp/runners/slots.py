@@ -132,13 +132,16 @@ class Slot:
     stream: Stream | None = None
     tokens: list[int] = field(default_factory=list)
     salt: object = Stream.SHARED
+    source: tuple[int, ...] = ()
     last_used: int = 0
 
     def shared(self, stream: Stream) -> int:
         """How many of the stream's first tokens are also this slot's, whether computed by now or not; 0 if their salts
-        differ."""
-        salt, tokens = (self.stream.salt, self.stream.tokens) if self.stream else (self.salt, self.tokens)
-        return min(common_prefix(tokens, stream.tokens), stream.first_wanted) if salt == stream.salt else 0
+        or sources differ."""
+        owner = self.stream or self
+        if owner.salt != stream.salt or owner.source != stream.source:
+            return 0
+        return min(common_prefix(owner.tokens, stream.tokens), stream.first_wanted)
 
     @property
     def held(self) -> tuple[list[int], int]:
@@ -158,12 +161,7 @@ class Slots:
         self._budget_tokens = budget // memory.bytes_per_token
         self.refusal = ""
         """Why the system gave no memory when a stream was last not admitted; empty while it does."""
-        needed, total = min(MIN_TOKENS, context) * memory.bytes_per_token, memory.total
-        if not needed <= budget <= total:
-            raise SettingsError(
-                f"KV_CACHE_GB is {budget / 2**30:.3g}; this model needs at least {needed / 2**30:.3g}, "
-                f"and there are {total / 2**30:.3g} GB of memory."
-            )
+        check_budget(budget, min(MIN_TOKENS, context) * memory.bytes_per_token, memory.total)
         self._max_slots = max_slots
         self._context = context
         self._clock = itertools.count()
@@ -220,7 +218,7 @@ class Slots:
         if not keep:
             self._memory.clear(stream.slot)
         slot.stream, slot.tokens = None, stream.tokens[: stream.computed] if keep else []
-        slot.salt = stream.salt
+        slot.salt, slot.source = stream.salt, stream.source
         slot.last_used = next(self._clock)
         last = self.active.pop()
         if last is not stream:
@@ -292,6 +290,15 @@ class Slots:
         elif others:
             self._memory.copy(other, one, others)
         self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
+
+
+def check_budget(budget: int, needed: int, total: int) -> None:
+    """Raise SettingsError for a budget in bytes that is less than needed, or more than there is."""
+    if not needed <= budget <= total:
+        raise SettingsError(
+            f"KV_CACHE_GB is {budget / 2**30:.3g}; this model needs at least {needed / 2**30:.3g}, "
+            f"and there are {total / 2**30:.3g} GB of memory."
+        )
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:

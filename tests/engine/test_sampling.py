@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lmtp.engine.masks import Bias
+from lmtp.engine.masks import Allowed, Bias
 from lmtp.engine.sampling import Target, sample
 from lmtp.protocol import Generate
 
@@ -173,5 +174,61 @@ def test_a_score_without_numbers_reports_none() -> None:
     logits = logits_of(2)
     logits[1, 7] = torch.nan
     fine, broken = sample(logits, [Target(4, 2), Target(5, 2)])
+    assert "not finite numbers" in broken.error
     assert fine == sample(logits[:1], [Target(4, 2)])[0]
     assert all(math.isfinite(value) for value in (broken.logprob, *broken.top.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bias", "forbidden", "grammar", "all"])
+def test_a_mask_touches_its_own_rows_and_leaves_the_logits_as_they_were(dtype: torch.dtype, kind: str) -> None:
+    logits = logits_of(40).to(dtype)
+    before = logits.clone()
+    numbers = torch.zeros(VOCABULARY)
+    numbers[5], numbers[6] = 50.0, -torch.inf
+    row = Row(settings(), bias=Bias.of(numbers)) if kind in ("bias", "all") else Row(settings())
+    row.forbidden_now = [7] if kind in ("forbidden", "all") else []
+    bits = torch.full((1, VOCABULARY // 8), 255, dtype=torch.uint8)
+    rows: list[Row | Target] = [*(Target(4, 0) for _ in range(39)), row]
+    for allowed in (None, Allowed([39], bits))[kind == "grammar" :]:
+        copied = Sizes()
+        with copied:
+            together = sample(logits, rows, allowed)
+        assert torch.equal(logits, before)
+        alone = sample(logits[39:].clone(), [row], allowed and Allowed([0], bits))
+        assert together == [*sample(logits[:39].clone(), rows[:39]), *alone]
+        masks = copied.of("index_add", "add", "clone")
+        assert not masks or max(masks) <= VOCABULARY
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers each operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.noted.append((func.__name__.split(".")[0], result.numel()))
+        return result
+
+    def of(self, *names: str) -> list[int]:
+        return [size for name, size in self.noted if name in names]
+
+
+def test_a_failure_while_sampling_leaves_no_mask_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(2)
+    before = logits.clone()
+    bias = torch.zeros(VOCABULARY)
+    bias[5] = 3.0
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lmtp.engine.sampling._report", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(logits, [Target(4, 0), Row(settings(), bias=Bias.of(bias))])
+    assert torch.equal(logits, before)

@@ -1,12 +1,13 @@
 """One caller against the others: who waits how many steps, what is shared with whom, what comes back."""
 
+import asyncio
 import dataclasses
 import gc
 import math
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine import engine as engine_module
 from lmtp.engine import sampling, scheduler
+from lmtp.engine.compiler import Batch
 from lmtp.engine.engine import Engine
 from lmtp.engine.masks import Bias, stack
 from lmtp.engine.stream import Generation, OperationStream, open_stream
-from lmtp.protocol import BATCH_LIMIT, Failure, Generate, ModelInfo, Score
-from lmtp.runners import cache_runner, runner
+from lmtp.protocol import BATCH_LIMIT, Failure, Generate, ModelInfo, RequestError, Score
+from lmtp.runners import cache_runner, runner, step
+from lmtp.runners.slots import Memory
 from lmtp.runners.step import Step
 from lmtp.settings import Bounds
 from tests.tiny import VOCABULARY, Answers, answers, begin, build, collect, own_greedy, start
@@ -370,6 +373,56 @@ def test_a_prediction_is_ended_after_max_seconds_and_no_other(
     assert len(collect(third).ids()) == 50
 
 
+def test_the_time_of_a_prediction_includes_tokenizing_and_compiling(
+    engines: Callable[..., Engine], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    engine = engines(model, bounds=Bounds(max_seconds=10), clock=clock)
+
+    async def slowly(*_: object) -> None:
+        clock.now += 6.0
+
+    monkeypatch.setattr(Batch, "grammar", slowly)
+    endless = Generate(stream_id=0, prompt=[5, 6], max_tokens=500, min_tokens=500)
+    assert "MAX_SECONDS" in answers(engine, endless, replace(endless, stream_id=1)).error(1)
+    clock.now = 100.0
+    prediction = asyncio.run(engine.predict([endless], began=95.0))
+    assert "MAX_SECONDS" in collect(prediction).error()
+
+
+def test_what_takes_too_long_before_the_streams_open_is_ended(
+    engines: Callable[..., Engine], model: PreTrainedModel
+) -> None:
+    engine = engines(model, bounds=Bounds(max_seconds=10), clock=lambda: 100.0)
+
+    async def prepare(began: float) -> bool:
+        async with engine.preparing(began):
+            await asyncio.sleep(0.001)
+        return True
+
+    assert asyncio.run(prepare(began=99.0))
+    with pytest.raises(RequestError, match=r"took longer than MAX_SECONDS \(10 s\)"):
+        asyncio.run(prepare(began=80.0))
+    assert asyncio.run(engines_without_limit(engine, prepare))
+
+
+async def engines_without_limit(engine: Engine, prepare: Callable[[float], Awaitable[bool]]) -> bool:
+    engine.bounds = Bounds(max_seconds=0)
+    return await prepare(0.0)
+
+
+def test_zero_unread_bytes_and_top_logprobs_are_no_limits(
+    engines: Callable[..., Engine], model: PreTrainedModel
+) -> None:
+    engine = engines(model, bounds=Bounds(max_unread_bytes=0, max_top_logprobs=0, max_prompt_bytes=0))
+    unread = begin(engine, Generate(stream_id=0, prompt=[5, 6], max_tokens=50, min_tokens=50, top_logprobs=120))
+    for _ in range(8):
+        collect(begin(engine, VICTIM_OPERATION))
+    assert not unread.turns.paused
+    assert len(collect(unread).ids()) == 50
+    engine.tokenizers.check("prompt", "x" * 1_000_000)
+
+
 def test_a_prediction_pauses_while_its_replies_are_not_taken_and_loses_nothing(
     engines: Callable[..., Engine], model: PreTrainedModel
 ) -> None:
@@ -466,6 +519,120 @@ def test_a_constraint_nested_deep_fails_alone(
     )
     assert batch.error(0)
     assert len(batch.ids(1)) == 2
+
+
+PER_TOKEN = 2 * 2 * 2 * 8 * 4
+"""Bytes: layers, keys and values, heads, dim, float32."""
+
+
+def test_one_that_finds_no_room_lets_others_pass_and_does_not_starve(
+    model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "TURN", 60)
+    engine = engines(model, kv_budget=PER_TOKEN * 450)
+    watch = Watch(engine, monkeypatch)
+    runs = begin(engine, Generate(stream_id="runs", prompt=[9, 8, 7], max_tokens=100, min_tokens=100))
+    next(iter(runs))
+    big = begin(engine, Generate(stream_id="big", prompt=LONG_PROMPTS[0], max_tokens=5, min_tokens=5))
+    small = replace(VICTIM_OPERATION, max_tokens=20, min_tokens=20)
+    while "big" not in watch.waited:
+        collect(begin(engine, replace(small, stream_id="small")))
+        assert watch.waited["small"] <= 20 + 3 + 2 * (60 + 20) * ("big" in watch.waited)
+    assert watch.waited["big"] <= 3 * 60
+    assert len([ids for ids, _ in watch.steps if "small" in ids and "runs" in ids]) >= 40
+    assert len(collect(big).ids("big")) == 5
+    runs.cancel()
+
+
+def test_those_that_gave_way_do_not_pass_the_one_they_gave_way_to(
+    model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "TURN", 60)
+    engine = engines(model, kv_budget=PER_TOKEN * 450)
+    watch = Watch(engine, monkeypatch)
+    many = begin(engine, *(Generate(stream_id=i, prompt=[9, 8, 7], max_tokens=90, min_tokens=90) for i in range(4)))
+    next(iter(many))
+    big = begin(engine, Generate(stream_id="big", prompt=LONG_PROMPTS[0], max_tokens=5, min_tokens=5))
+    assert len(collect(big).ids("big")) == 5
+    assert sum(watch.preempted.values()) <= 4 + 1  # each at most once for it, and none in turn with it
+    assert watch.waited["big"] <= 2 * 60
+    many.cancel()
+
+
+def test_nobody_gives_way_where_the_system_has_no_memory(
+    model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(model)
+    watch = Watch(engine, monkeypatch)
+    many = begin(engine, *(Generate(stream_id=i, prompt=[9, 8], max_tokens=30, min_tokens=30) for i in range(4)))
+    next(iter(many))
+
+    resize = Memory.resize
+
+    def full(memory: Memory, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
+        if capacity > memory.capacity:
+            raise torch.OutOfMemoryError("no memory for keys and values")
+        resize(memory, slots, capacity, held)
+
+    monkeypatch.setattr(Memory, "resize", full)
+    late = begin(engine, Generate(stream_id="late", prompt=LONG_PROMPTS[0], max_tokens=5))
+    short = begin(engine, VICTIM_OPERATION)
+    collect(many)
+    assert "no memory for keys and values" in collect(late).error("late")
+    assert len(collect(short).ids("victim")) == VICTIM
+    assert not watch.preempted
+
+
+@pytest.mark.parametrize("others", ["prompts", "streams"])
+def test_a_step_has_a_bound_on_its_tokens_and_what_they_attend_to(
+    others: str, model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(model)
+    monkeypatch.setattr(step, "DECODE_COLUMNS", 50)
+    monkeypatch.setattr(step, "CHUNK_COLUMNS", 100)
+    limits = engine.runner.step_limits = dataclasses.replace(
+        engine.runner.step_limits, work=30, busy_chunk=30, chunk=100, drafts=False
+    )
+    costs: list[float] = []
+    prepare = engine.runner.prepare
+
+    def noting(taken: Step[OperationStream]) -> Callable[[], torch.Tensor]:
+        columns = max(stream.computed for stream in taken.streams)
+        chunk = max(taken.counts)
+        costs.append(len(taken.streams) * chunk * limits.cost(columns, together=chunk > 1))
+        return prepare(taken)
+
+    monkeypatch.setattr(engine.runner, "prepare", noting)
+    watch = Watch(engine, monkeypatch)
+    many = [Generate(stream_id=i, prompt=p, max_tokens=20, min_tokens=20) for i, p in enumerate(LONG_PROMPTS[:8])]
+    if others == "streams":
+        many = [replace(each, prompt=each.prompt[:40], max_tokens=90, min_tokens=90) for each in many]
+    attacker = begin(engine, *many)
+    received = list(next(iter(attacker)))
+    for _ in range(3):
+        assert len(collect(begin(engine, VICTIM_OPERATION)).ids("victim")) == VICTIM
+        assert watch.waited["victim"] <= 2 * (VICTIM + 2)
+    batch = Answers(received + [reply for replies in attacker for reply in replies], attacker.counters)
+    assert max(costs) <= 30 * 1.05 + 1
+    assert any(len(ids) > 1 for ids, _ in watch.steps)
+    for i in (0, 7):
+        assert batch.ids(i) == answers(engine, many[i]).ids(i)
+
+
+def test_streams_that_do_not_fit_into_one_step_decode_in_turn(
+    model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(model)
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, work=4, drafts=False)
+    watch = Watch(engine, monkeypatch)
+    several = [begin(engine, replace(VICTIM_OPERATION, stream_id=i, max_tokens=40, min_tokens=40)) for i in range(10)]
+    for prediction in several:
+        collect(prediction)
+    decoded = [ids for ids, counts in watch.steps if max(counts) == 1]
+    assert max(map(len, decoded)) <= 4
+    alone = [i for i, ids in enumerate(decoded) if len(set(ids)) == 1 and i > 20]
+    assert len(alone) < len(decoded) // 2  # they share steps although they did not begin together
+    assert max(watch.waited.values()) <= 40 * 10 // 2
 
 
 def test_prompts_of_different_predictions_are_computed_in_turn(

@@ -461,6 +461,17 @@ class TestEnvironment:
             f"The project's environment {project / '.venv'} has no cog, torch, transformers."
         )
 
+    @pytest.mark.parametrize(
+        "script", [path for path in (ROOT / "script").iterdir() if path.is_file() and not path.suffix]
+    )
+    def test_scripts_enter_it_before_they_import_what_only_it_has(self, script: Path) -> None:
+        before, found, _ = script.read_text().partition("\nenvironment.enter()\n")
+        assert found
+        imports = [node for node in ast.walk(ast.parse(before)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}
+        names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
+        assert {name.partition(".")[0] for name in names} <= {"environment", *sys.stdlib_module_names}
+
     @pytest.mark.parametrize("script", ["serve", "predict"])
     def test_scripts_can_be_executed_and_explain_themselves(self, script: str) -> None:
         # The first `python3` on the path has to be one with the packages, as inside the image.

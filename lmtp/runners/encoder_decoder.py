@@ -1,0 +1,269 @@
+"""The runner of encoder-decoder models: slots for the targets, and each stream's source beside its slot.
+
+The model's own code runs unchanged. It gets an EncoderDecoderCache whose cross-attention part is marked as filled, so
+it computes the new tokens only. Two kinds of models count positions by the length of the cache, the same for all
+rows: T5 and its relatives for the bias that they add to attention, BART and its relatives for the embedding of
+positions. Both are looked up by each row's own positions instead.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
+
+from lmtp.runners import selfcheck
+from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
+from lmtp.runners.selfcheck import Reference
+from lmtp.runners.slot_runner import SlotCache, SlotRunner, SlotStep
+from lmtp.runners.slots import MIN_TOKENS, Layer, Memory, check_budget
+from lmtp.runners.sources import Encoder, EncoderOutput, SourceInputs, Sources
+from lmtp.runners.step import Step, StepInputs, Stream
+
+STATES_SHARE = 8
+"""One part in this many of the memory for sources is for encoded ones that no stream uses."""
+
+
+class SourceCache(Cache):
+    """The cross-attention part of the Transformers cache of one step: keys and values that nothing is added to."""
+
+    def __init__(self, sources: SourceInputs) -> None:
+        super().__init__(layers=[])
+        for keys, values in zip(sources.keys, sources.values, strict=True):
+            layer = DynamicLayer()
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            self.layers.append(layer)
+
+
+class EncoderDecoderStep(SlotStep):
+    """The decoder's forward pass over slots."""
+
+    def __init__(self, model: PreTrainedModel, limits: Limits, width: int) -> None:
+        """``width``: numbers of the encoder's output for a token.
+
+        Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
+        super().__init__(model)
+        self._accepts_positions = "decoder_position_ids" in inspect.signature(model.forward).parameters
+        decoder: nn.Module = model.get_decoder()
+        self._width = width
+        self._masks_single_tokens = model.config.model_type != "led"
+        self._biased: list[Any] = [
+            module for module in decoder.modules() if getattr(module, "has_relative_attention_bias", False)
+        ]
+        self._embedding = getattr(decoder, "embed_positions", None)
+        self._table = None if self._embedding is None else self._position_table(decoder, limits)
+
+    @torch.inference_mode()
+    def _position_table(self, decoder: nn.Module, limits: Limits) -> Tensor:
+        """What the decoder adds to its input at each position ``[context, width]``: it runs as far as that."""
+        assert self._embedding is not None
+        device = input_device(self.model)
+        padding = getattr(self.model.config, "pad_token_id", None)
+        ids = torch.full((1, limits.context), 1 if padding == 0 else 0, device=device)  # padding has no position
+        nothing = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=device)
+
+        def seize(_: nn.Module, __: object, output: Tensor) -> None:
+            raise _Seized(output)
+
+        handle = self._embedding.register_forward_hook(seize)
+        try:
+            decoder(
+                input_ids=ids,
+                attention_mask=nothing,
+                encoder_hidden_states=nothing[0].expand(1, 1, self._width),
+                encoder_attention_mask=nothing,
+                use_cache=False,
+            )
+        except _Seized as seized:
+            return seized.output.reshape(limits.context, -1)
+        finally:
+            handle.remove()
+        raise UnsupportedModel("its decoder does not use its embedding of positions")
+
+    def run(self, inputs: StepInputs, sources: SourceInputs) -> Tensor:
+        """The logits ``[wanted, vocabulary]`` at the wanted positions of the targets."""
+        if inputs.ids.shape[1] == 1 and not self._masks_single_tokens:
+            inputs = _widened(inputs)
+        rows, q = inputs.ids.shape
+        columns = inputs.masks[0].shape[3]
+        device = inputs.ids.device
+        more = {"decoder_position_ids": inputs.positions} if self._accepts_positions else {}
+        unread = torch.zeros(1, 1, 1, dtype=self.model.dtype, device=device)
+        mask = dict(zip(self.rules, inputs.masks, strict=True)) if len(inputs.masks) > 1 else inputs.masks[0]
+        with only_wanted(self.model, inputs.wanted), self._own_positions(inputs.positions):
+            output = self.model(
+                encoder_outputs=EncoderOutput(unread.expand(rows, sources.mask.shape[3], self._width)),
+                attention_mask=sources.mask.expand(rows, 1, q, -1),
+                decoder_input_ids=inputs.ids,
+                decoder_attention_mask=mask,
+                past_key_values=EncoderDecoderCache(SlotCache(inputs, columns), SourceCache(sources)),
+                use_cache=True,
+                **more,
+            )
+        logits: Tensor = output.logits
+        return logits[0]
+
+    @contextlib.contextmanager
+    def _own_positions(self, positions: Tensor) -> Iterator[None]:
+        """Let every row count its own positions ``[rows, q]``."""
+        with contextlib.ExitStack() as stack:
+            if self._embedding is not None and self._table is not None:
+                added = self._table[positions.to(self._table.device)]
+                stack.callback(self._embedding.register_forward_hook(lambda *_: added).remove)
+            for module in self._biased:
+                module.compute_bias = functools.partial(_bias, module.compute_bias, positions)
+                stack.callback(delattr, module, "compute_bias")  # the class's own is seen again
+            yield
+
+
+def _widened(inputs: StepInputs) -> StepInputs:
+    """The same step of one token a row, with padding behind each."""
+    ids, positions, masks = (
+        inputs.ids.expand(-1, 2),
+        inputs.positions.expand(-1, 2),
+        [mask.expand(-1, -1, 2, -1) for mask in inputs.masks],
+    )
+    unread = torch.full_like(inputs.writes, inputs.keys[0].shape[2] - 1)
+    writes = torch.cat([inputs.writes, unread], dim=1)
+    return inputs._replace(ids=ids, positions=positions, masks=masks, writes=writes, wanted=inputs.wanted * 2)
+
+
+class _Seized(Exception):
+    """Ends a forward pass that has done what it was for."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+def _bias(
+    compute_bias: Callable[..., Tensor], positions: Tensor, query_length: int, key_length: int, **_: Any
+) -> Tensor:
+    """T5's relative bias ``[rows, heads, q, columns]`` for queries at these positions ``[rows, q]``."""
+    # The last of key_length positions looks back at all of them: index i is the bias at distance key_length - 1 - i.
+    by_distance = compute_bias(1, key_length, past_seen_tokens=key_length - 1)[0, :, 0].flip(-1)
+    columns = torch.arange(key_length, device=by_distance.device)
+    distance = (positions.to(by_distance.device)[:, :, None] - columns).clamp_(0, key_length - 1)
+    return by_distance[:, distance].transpose(0, 1)
+
+
+class EncoderDecoderRunner(SlotRunner):
+    """Slots for targets, which also encode the sources of their streams."""
+
+    step: EncoderDecoderStep
+
+    def __init__(
+        self, step: EncoderDecoderStep, memory: Memory, sources: Sources, budget: int, max_slots: int, context: int
+    ) -> None:
+        """``budget`` is that of the targets. The other arguments are those of Slots."""
+        super().__init__(step, memory, budget, max_slots, context)
+        self.description = "slots, encoder and decoder"
+        self.longest_source = sources.longest
+        self._sources = sources
+
+    @override
+    def admit(self, stream: Stream) -> bool:
+        """See Runner.admit."""
+        try:
+            lengths = [len(other.source) for other in self.active]
+            if len(lengths) >= self._max_slots or not self._sources.make_room([*lengths, len(stream.source)]):
+                return False
+        except torch.OutOfMemoryError as error:
+            self.refusal = str(error).splitlines()[0]
+            return False
+        return super().admit(stream)
+
+    @override
+    def release(self, stream: Stream, keep: bool = True) -> None:
+        """See Runner.release."""
+        if not keep:
+            self._sources.forget(stream)
+        super().release(stream, keep)
+
+    @override
+    def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
+        """See Runner.prepare."""
+        return functools.partial(self._run, step.streams, self._inputs(step, masked=True))
+
+    @torch.inference_mode()
+    def _run(self, streams: Sequence[Stream], inputs: StepInputs) -> Tensor:
+        return self.step.run(inputs, self._sources.inputs(streams))
+
+
+def open_encoder_decoder(model: PreTrainedModel, limits: Limits, budget: int, max_slots: int) -> EncoderDecoderRunner:
+    """The runner for an encoder-decoder model, with ``budget`` bytes for keys and values, half of it for sources.
+
+    Raises UnsupportedModel where it fails the self-check.
+    """
+    try:
+        encoder = Encoder(model, limits)
+        step = EncoderDecoderStep(model, limits, encoder.width)
+        own, cross = encoder.layers()
+        _check(step, encoder, own, cross, limits)
+    except Exception as error:  # the model's code can raise anything
+        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be served exactly: {reason}; choose another encoder-decoder model."
+        ) from error
+    memory = Memory(own, model.dtype)
+    rows = Memory(cross, model.dtype)
+    check_budget(budget, 2 * MIN_TOKENS * max(memory.bytes_per_token, rows.bytes_per_token), memory.total)
+    states = budget // 2 // STATES_SHARE
+    sources = Sources(encoder, rows, budget // 2 - states, states)
+    return EncoderDecoderRunner(step, memory, sources, budget - budget // 2, max_slots, limits.context)
+
+
+SOURCES = (23, 1, 40)
+"""Tokens of the self-check's sources."""
+
+
+@torch.inference_mode()
+def _check(
+    step: EncoderDecoderStep, encoder: Encoder, own: Sequence[Layer], cross: Sequence[Layer], limits: Limits
+) -> None:
+    """The self-check: interleaved targets of different sources. The last one begins as another one of its source does;
+    one more has the same tokens and another source."""
+    assert limits.source is not None
+    model, dtype = step.model, step.model.dtype
+    generator = np.random.default_rng(0)
+
+    def some(vocabulary: int, size: int) -> list[int]:
+        ids = np.setdiff1d(np.arange(vocabulary), [model.config.pad_token_id or 0])  # a plain pass may mask padding
+        chosen: list[int] = generator.choice(ids, size).tolist()
+        return chosen
+
+    few = [tuple(some(limits.source.vocabulary, size)) for size in SOURCES]
+    targets = [[limits.target_start[0], *some(limits.vocabulary, size)] for size in (5, 14, 9)]
+    pairs = [
+        *zip(few, targets, strict=True),
+        (few[2], targets[1]),
+        (few[1], targets[1][: selfcheck.SHARED] + targets[2]),
+    ]
+    reference = Reference(
+        [target for _, target in pairs], [_own_logits(model, encoder, *pair) for pair in pairs], dtype
+    )
+    memory, rows = Memory(own, dtype), Memory(cross, dtype)
+    sources = Sources(encoder, rows, rows.bytes_per_token * selfcheck.TOKENS, 2**20)
+    budget = memory.bytes_per_token * selfcheck.TOKENS
+    runner = EncoderDecoderRunner(step, memory, sources, budget, selfcheck.SLOTS, selfcheck.CONTEXT)
+    texts = [selfcheck.Text(target) for target in reference.texts[:-1]]
+    late = selfcheck.Text(reference.texts[-1], given=selfcheck.SHARED)
+    for text, (source, _) in zip([*texts, late], pairs, strict=True):
+        text.source = source
+    got = selfcheck.run(runner, texts, late)
+    selfcheck.compare(reference, [got[text] for text in [*texts, late]])
+
+
+def _own_logits(model: PreTrainedModel, encoder: Encoder, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    """What one plain forward pass returns."""
+    encoder.reset()
+    device = input_device(model)
+    ids, decoder_ids = torch.tensor([source], device=device), torch.tensor([target[:-1]], device=device)
+    logits: Tensor = model(input_ids=ids, decoder_input_ids=decoder_ids, use_cache=False).logits
+    return logits[0].float()

@@ -1,0 +1,217 @@
+"""The sources of an encoder-decoder model's streams: each is encoded once, and then lies in the rows of its streams.
+
+A row holds the keys and values that cross-attention reads, in tensors ``[rows, heads, capacity + 1, dim]`` beside the
+slots of the targets. Which source a row holds is remembered, and compared before each step: where it is another one,
+the right one is copied from a row that has it, or projected from what the encoder returned. That is kept while a
+stream uses it, and after that within a budget, least recently used first to go.
+"""
+
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
+from lmtp.runners.slot_runner import layers_in
+from lmtp.runners.slots import FIRST_SLOTS, Layer, Memory
+from lmtp.runners.step import Stream
+
+COLUMNS = 16
+"""Rows have room for multiples of this many tokens, and cross-attention reads such."""
+
+
+class EncoderOutput(BaseModelOutput):
+    """What the model's decoder is given; mixtures of experts ask for the router's logits, which only training needs."""
+
+    router_logits = None
+
+
+@dataclass(eq=False)
+class Encoded:
+    """What the encoder returned for one source: ``[1, length, width]``."""
+
+    states: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens of the source."""
+        return self.states.shape[1]
+
+
+class SourceInputs(NamedTuple):
+    """What one step reads of its sources. Row i is that of the step's stream i."""
+
+    mask: Tensor
+    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
+    keys: list[Tensor]
+    """Each layer's keys ``[rows, heads, columns, dim]``."""
+    values: list[Tensor]
+    """Each layer's values, in the same layout."""
+
+
+class Encoder:
+    """Runs the model's encoder, a source at a time: what it returns can depend on the padding of a batch."""
+
+    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+        assert limits.source is not None
+        self.limits = limits.source
+        self._start = limits.target_start[0]
+        self._model: Any = model  # PreTrainedModel types its methods as tensors
+        self._encoder: Any = model.get_encoder()
+        self._device = input_device(model)
+        self._attention_type = getattr(self._encoder, "attention_type", None)
+        self.width: int = self([0]).states.shape[2]
+        """Numbers of the encoder's output for a token."""
+
+    @property
+    def bytes_per_square(self) -> int:
+        """Bytes that encoding takes at once for each pair of a source's tokens: one layer's attention with its bias,
+        where the model adds one between all of them."""
+        for module in self._encoder.modules():
+            bias = getattr(module, "compute_bias", None)
+            if bias and "key_length" in inspect.signature(bias).parameters:
+                return 3 * int(module.n_heads) * int(self._model.dtype.itemsize)
+        return 0
+
+    def reset(self) -> None:
+        """Make the encoder what it was. BigBird-Pegasus's changes its attention for a short source, and keeps that."""
+        if self._attention_type is not None:
+            self._encoder.set_attention_type(self._attention_type)
+
+    @torch.inference_mode()
+    def __call__(self, source: Sequence[int]) -> Encoded:
+        """Encode a source."""
+        self.reset()
+        ids = torch.tensor([source], device=self._device)
+        return Encoded(self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+
+    @torch.inference_mode()
+    def project(self, encoded: Encoded) -> list[Any]:
+        """The layers of the cache that the decoder makes of an encoded source: keys and values ``[1, heads, length,
+        dim]``."""
+        layers: list[Any] = self._cache_of(encoded).cross_attention_cache.layers
+        return layers
+
+    def layers(self) -> tuple[list[Layer], list[Layer]]:
+        """The decoder's layers, and those of its cross-attention.
+
+        Raises UnsupportedModel where its cache is not one of keys and values for every token.
+        """
+        cache = self._cache_of(self([0]))
+        return layers_in(cache.self_attention_cache.layers), layers_in(cache.cross_attention_cache.layers)
+
+    @torch.inference_mode()
+    def _cache_of(self, encoded: Encoded) -> EncoderDecoderCache:
+        """The cache after one token of a target."""
+        nothing = torch.zeros(0, dtype=torch.long, device=self._device)
+        with only_wanted(self._model, nothing):
+            output = self._model(
+                encoder_outputs=EncoderOutput(encoded.states),
+                attention_mask=torch.ones(1, encoded.length, dtype=torch.long, device=self._device),
+                decoder_input_ids=torch.tensor([[self._start]], device=self._device),
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        if not isinstance(cache, EncoderDecoderCache) or not cache.cross_attention_cache.layers:
+            raise UnsupportedModel("its cache is not one of an encoder and a decoder")
+        return cache
+
+
+class Sources:
+    """The encoded sources, and the rows that running streams read."""
+
+    def __init__(self, encoder: Encoder, rows: Memory, budget: int, states_budget: int) -> None:
+        """``budget``: bytes of the rows. ``states_budget``: bytes of encoded sources that no stream uses."""
+        self._encoder = encoder
+        self._rows = rows
+        self._budget_tokens = budget // rows.bytes_per_token // COLUMNS * COLUMNS
+        self._states_budget = states_budget
+        self._held: list[Encoded | None] = []
+        """What each row holds."""
+        self._encoded: OrderedDict[tuple[object, tuple[int, ...]], Encoded] = OrderedDict()
+        """By salt and source, least recently used first."""
+        square = encoder.bytes_per_square
+        self.longest = min(
+            encoder.limits.context, self._budget_tokens, math.isqrt(budget // square) if square else self._budget_tokens
+        )
+        """The most tokens that a source can have."""
+
+    def make_room(self, lengths: Sequence[int]) -> bool:
+        """Have a row for each of these lengths in tokens; False where the budget does not allow it.
+
+        Raises torch.OutOfMemoryError.
+        """
+        rows, running = self._rows, len(lengths)
+        need = -(-max(lengths) // COLUMNS) * COLUMNS
+        if running <= rows.slots and need <= rows.capacity:
+            return True
+        capacity = max(need, rows.capacity)
+        if running * capacity > self._budget_tokens:
+            capacity = need
+        if running * capacity > self._budget_tokens:
+            return False
+        slots = max(FIRST_SLOTS, rows.slots if running <= rows.slots else rows.slots * 2)
+        slots = max(min(slots, self._budget_tokens // capacity), running)
+        held = [encoded if encoded and encoded.length <= capacity else None for encoded in self._held[:slots]]
+        rows.resize(slots, capacity, [encoded.length if encoded else 0 for encoded in held])
+        self._held = held + [None] * (slots - len(held))
+        return True
+
+    def inputs(self, streams: Sequence[Stream]) -> SourceInputs:
+        """What a step of these neighbouring streams reads; encodes the sources that are new."""
+        first, count = streams[0].slot, len(streams)
+        encoded = [self._of(stream) for stream in streams]
+        for row, source in enumerate(encoded, start=first):
+            self._place(row, source)
+        lengths = torch.tensor([source.length for source in encoded])
+        columns = -(-int(lengths.max()) // COLUMNS) * COLUMNS
+        keys, values = (
+            [tensor.narrow(0, first, count).narrow(2, 0, columns) for tensor in tensors]
+            for tensors in (self._rows.keys, self._rows.values)
+        )
+        behind = torch.arange(columns)[None, :] >= lengths[:, None]
+        dtype, device = encoded[0].states.dtype, encoded[0].states.device
+        mask = torch.zeros(count, columns, dtype=dtype).masked_fill_(behind, torch.finfo(dtype).min)
+        return SourceInputs(mask.to(device)[:, None, None, :], keys, values)
+
+    def forget(self, stream: Stream) -> None:
+        """Keep nothing of a running stream's source, which may hold numbers that are not finite."""
+        self._encoded.pop((stream.salt, stream.source), None)
+        if self._held[stream.slot] is not None:
+            self._rows.clear(stream.slot)
+            self._held[stream.slot] = None
+
+    def _of(self, stream: Stream) -> Encoded:
+        if isinstance(stream.encoded, Encoded):
+            return stream.encoded
+        key = (stream.salt, stream.source)
+        encoded = self._encoded.get(key)
+        stream.source_counts = (len(stream.source), 0) if encoded is None else (0, len(stream.source))
+        if encoded is None:
+            encoded = self._encoded[key] = self._encoder(stream.source)
+        self._encoded.move_to_end(key)
+        stream.encoded = encoded
+        size = sum(source.states.nbytes for source in self._encoded.values())
+        while size > self._states_budget and len(self._encoded) > 1:
+            size -= self._encoded.popitem(last=False)[1].states.nbytes
+        return encoded
+
+    def _place(self, row: int, encoded: Encoded) -> None:
+        """Let the row hold the source."""
+        if self._held[row] is encoded:
+            return
+        if encoded in self._held:
+            self._rows.copy(self._held.index(encoded), row, encoded.length)
+        else:
+            for index, layer in enumerate(self._encoder.project(encoded)):
+                self._rows.keys[index][row, :, : encoded.length] = layer.keys[0]
+                self._rows.values[index][row, :, : encoded.length] = layer.values[0]
+        self._held[row] = encoded

@@ -1,19 +1,21 @@
 """The runner that uses the model's own caches: for recurrent and hybrid models, and any whose cache is of its own kind.
 
-Each stream is stepped alone, with the cache that Transformers makes for the model. The first step computes all of its
-tokens at once, later ones a token at a time.
+Each stream is stepped alone, with the cache and the inputs that Transformers' generate makes for the model. The first
+step computes all of its tokens at once, later ones a token at a time.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
-from lmtp.runners.model import input_device, only_wanted
+from lmtp.runners.model import accepts_positions, input_device, only_wanted
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 
@@ -24,6 +26,16 @@ IDLE_CACHES = 8
 """How many finished streams' caches are kept for prompts that continue them."""
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
+"""The arguments in which models take their caches."""
+
+
+class Mode(StrEnum):
+    """How a model carries what it has computed from step to step. The values describe it."""
+
+    CACHES = "the model's own caches, one stream at a time"
+    STATE = "the model's own state, one stream alone"
+    """It is in the model's modules, so the next stream waits for the end of one."""
+    NOTHING = "no cache, so that every token computes its whole text"
 
 
 @dataclass(eq=False)
@@ -39,16 +51,18 @@ class CacheRunner:
     """Runs streams one after the other, each through a cache of its own. A recurrent cache cannot go back, so only a
     whole one can be taken over."""
 
-    description = "the model's own caches, one stream at a time"
     longest_source = 0
 
-    def __init__(self, model: PreTrainedModel, context: int, reason: str) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, reason: str, mode: Mode = Mode.CACHES) -> None:
+        self.description = mode.value
         self.reason = reason
         self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
         self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
+        self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors
+        self._accepts_positions = accepts_positions(model)
         self._device = input_device(model)
         self._caches: list[ModelCache] = []
         self._idle: list[ModelCache] = []
@@ -61,7 +75,7 @@ class CacheRunner:
 
     def admit(self, stream: Stream) -> bool:
         """Let the stream run, from the longest idle cache that its tokens begin with; False where too many run."""
-        if len(self.active) >= MAX_STREAMS:
+        if len(self.active) >= (1 if self._mode is Mode.STATE else MAX_STREAMS):
             return False
         cache = self._whole_prefix(stream)
         if cache is None:
@@ -78,7 +92,7 @@ class CacheRunner:
         """See Runner.release."""
         cache = self._caches[stream.slot]
         cache.tokens, cache.salt = stream.tokens[: stream.computed], stream.salt
-        if keep and cache.tokens:
+        if keep and cache.tokens and self._mode is Mode.CACHES:
             self._idle = [*self._idle[-IDLE_CACHES + 1 :], cache]
         del self.active[stream.slot], self._caches[stream.slot]
         for slot, other in enumerate(self.active):
@@ -115,23 +129,36 @@ class CacheRunner:
         """Compute tokens ``first`` to ``last``; the cache then holds them. Returns the logits
         ``[last - wanted, vocabulary]``, at least the last one."""
         model = self._model
+        ids = torch.tensor([tokens[:last]], device=self._device)
         if first == 0:
-            cache.arguments = {"use_cache": True}
-            if model._supports_default_dynamic_cache():  # named as generate() names it
-                name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
-                cache.arguments[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
+            cache.arguments = self._new_cache(ids)
         elif not any(cache.arguments.get(name) is not None for name in CACHE_NAMES):
             return self._forward(cache, tokens, 0, last, wanted)  # a model without a cache computes all of it again
-        ids = torch.tensor([tokens[:last]], device=self._device)
+        arguments = dict(cache.arguments)
+        if self._accepts_positions:
+            arguments["position_ids"] = torch.arange(last, device=self._device)[None]
         inputs = model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=last - first,
             is_first_iteration=first == 0,
             attention_mask=torch.ones_like(ids),
-            **cache.arguments,
+            **arguments,
         )
-        begin = last - inputs["input_ids"].shape[1]  # some recompute more: Phi-3 where its embedding changes
-        with only_wanted(model, torch.arange(min(wanted, last - 1), last) - begin):
+        inputs.pop("logits_to_keep", None)  # some models ask for the last position only
+        # Counted from the end: some models compute more tokens, Phi-3 all of them where its embedding changes.
+        with only_wanted(model, torch.arange(min(wanted, last - 1) - last, 0)):
             output = model(**inputs, return_dict=True)
         cache.arguments = model._update_model_kwargs_for_generation(output, cache.arguments)
         return output.logits[0]
+
+    def _new_cache(self, ids: Tensor) -> dict[str, Any]:
+        """An empty cache as generate makes it, under the name that the model gives it."""
+        if self._mode is Mode.NOTHING:
+            return {"use_cache": False}
+        if self._mode is Mode.STATE:
+            self._model(input_ids=ids[:, :1], use_cache=False)  # forgets the state of the stream before
+        arguments: dict[str, Any] = {"use_cache": True}
+        self._model._prepare_cache_for_generation(
+            GenerationConfig(), arguments, GenerationMode.GREEDY_SEARCH, batch_size=1, max_cache_length=self.longest
+        )
+        return arguments

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, limits_of
-from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.selfcheck import Reference, check_caches, check_slots
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -74,6 +74,8 @@ def open_runner(
     ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
     the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
     decodes by CUDA graphs.
+
+    Raises UnsupportedModel for a model that no runner serves exactly.
     """
     limits = limits_of(model)
     if limits.head:
@@ -88,8 +90,7 @@ def open_runner(
         reference = Reference.of(model)
         check_slots(step, layers, reference)
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
-        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-        return CacheRunner(model, context, f"slots do not serve it: {reason}")
+        return _open_cache_runner(model, context, f"slots do not serve it: {_in_words(error)}")
     fast, reason = None, ""
     try:
         if fast := _fast_step(step, layers, compiled, graphs):
@@ -97,6 +98,25 @@ def open_runner(
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
     return SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, reason)
+
+
+def _open_cache_runner(model: PreTrainedModel, context: int, reason: str) -> CacheRunner:
+    found = []
+    for mode in Mode:
+        try:
+            check_caches(CacheRunner(model, context, reason, mode), model)
+        except Exception as error:  # whatever the model's code raises
+            found.append(_in_words(error))
+        else:
+            return CacheRunner(model, context, "; nor do its own caches: ".join([reason, *found[:1]]), mode)
+    raise UnsupportedModel(
+        f"No runner serves {type(model).__name__} as Transformers' own forward pass computes it: {found[0]}. "
+        "Choose an architecture that docs/models.md lists as exact."
+    )
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
 
 
 def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:

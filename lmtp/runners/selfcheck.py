@@ -1,7 +1,10 @@
 """The self-check: a runner proves itself on the model before it serves.
 
-Uneven texts go through chunks, single tokens, padding, reuse and moves. Every position's logits are compared with the
-model's own forward pass.
+In slots uneven texts go through chunks, single tokens, padding, reuse and moves. In the model's own caches two texts
+take turns, and a third continues the first. Every position's logits are compared with the model's own forward pass.
+
+The texts are short, since they cost time at every start. Windows and other lengths that they do not reach are left to
+rules (slot_runner.SlotStep), which tests/probe.py proves with texts that reach them.
 """
 
 import itertools
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmtp.runners.model import UnsupportedModel, input_device
+from lmtp.runners.cache_runner import CacheRunner
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, Stream
@@ -45,15 +49,19 @@ class Reference:
     @torch.inference_mode()
     def of(cls, model: PreTrainedModel) -> "Reference":
         """Random texts; the last begins as the longest does."""
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        generator = np.random.default_rng(0)
-        texts = [generator.integers(vocabulary, size=size).tolist() for size in (5, 14, 9)]
+        texts = _random_texts(model, 5, 14, 9)
         texts.append(texts[1][:SHARED] + texts[2][:5])
         longest = max(map(len, texts))
         # Padded at the end, where no token of a text sees it.
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=input_device(model))
         logits = model(input_ids=ids, use_cache=False).logits
         return cls(texts, [row[: len(text) - 1].float() for row, text in zip(logits, texts, strict=True)], model.dtype)
+
+
+def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    generator = np.random.default_rng(0)
+    return [generator.integers(vocabulary, size=size).tolist() for size in sizes]
 
 
 class Text(Stream):
@@ -91,6 +99,44 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
         compare(reference, [got[text] for text in texts])
 
 
+@torch.inference_mode()
+def check_caches(runner: CacheRunner, model: PreTrainedModel) -> None:
+    """Prove the model's own caches. Where streams run alone, the texts follow each other.
+
+    Raises UnsupportedModel where they disagree with the model's own forward pass, or where that sees later tokens.
+    """
+    if "lsh" in getattr(model.config, "attn_layers", ()):
+        raise UnsupportedModel("its attention chooses at random what it sees")
+    first, second = _random_texts(model, 9, 5)
+    texts: list[Stream] = [Text(first), Text(second), Text(first + second, given=len(first))]
+    own = [_own_logits(model, text.tokens[:-1]) for text in texts]
+    if _differing(own[2][: len(own[0])], own[0], model.dtype) > FORGIVEN[model.dtype] * len(own[0]):
+        raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
+    got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
+    waiting, counts = list(texts), itertools.chain((5, 1), itertools.repeat(1))
+    while waiting or runner.active:
+        # The last text waits for the cache of the first.
+        while waiting and (waiting != texts[2:] or not runner.active) and runner.admit(waiting[0]):
+            del waiting[0]
+        for text in list(runner.active):
+            count = min(text.pending, next(counts))
+            logits = runner.prepare(Step([text], [count]))().float()
+            got[text] += logits[: text.wanted(count)].unbind()
+            text.computed += count
+            if text.pending == 0:
+                runner.release(text)
+    compare(Reference([text.tokens for text in texts], own, model.dtype), list(got.values()))
+
+
+def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """The logits ``[tokens, vocabulary]`` of one forward pass, with the positions that generate gives: RoBERTa's own
+    begin elsewhere."""
+    ids = torch.tensor([tokens], device=input_device(model))
+    more = {"position_ids": torch.arange(len(tokens), device=ids.device)[None]} if accepts_positions(model) else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
+    return logits[0].float()
+
+
 def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
     """Run the texts, and ``late`` once another row has computed what it shares. Returns each one's logits."""
     got: dict[Stream, list[Tensor]] = {text: [] for text in (*texts, late)}
@@ -119,11 +165,17 @@ def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Strea
 def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
     """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
-    for own, ours in zip(reference.logits, got, strict=True):
-        own = own[-len(ours) :]  # the shared prefix of the last text has no logits
-        spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
-        distance = (own - torch.stack(list(ours))).norm(dim=-1) / spread.clamp(min=1e-9)
-        wrong += int((~(distance < AGREEMENT[reference.dtype])).sum())
+    for theirs, ours in zip(reference.logits, got, strict=True):
+        wrong += _differing(
+            theirs[-len(ours) :], torch.stack(list(ours)), reference.dtype
+        )  # reused tokens have no logits
         total += len(ours)
     if wrong > total * FORGIVEN[reference.dtype]:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")
+
+
+def _differing(own: Tensor, ours: Tensor, dtype: torch.dtype) -> int:
+    """At how many positions logits ``[positions, vocabulary]`` are too far from the model's own."""
+    spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
+    distance = (own - ours).norm(dim=-1) / spread.clamp(min=1e-9)
+    return int((~(distance < AGREEMENT[dtype])).sum())

@@ -6,7 +6,7 @@ boolean masks as numbers, which is silently wrong.)
 """
 
 import functools
-import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from typing_extensions import override
 
-from lmtp.runners.model import UnsupportedModel, input_device, only_wanted
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
 
@@ -92,9 +92,11 @@ class SlotStep(nn.Module):
         super().__init__()
         if _rope_depends_on_batch(model):
             raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
+        if lengths := _hidden_lengths(model):
+            raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
         self.rules = _mask_rules(model)
-        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._accepts_positions = accepts_positions(model)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions. The masks are those of ``rules``, in order."""
@@ -241,6 +243,27 @@ def _rope_depends_on_batch(model: PreTrainedModel) -> bool:
     return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds)
 
 
+LENGTH = re.compile("window|local|chunk|floor|extent")
+"""How configurations name a number of tokens after which attention changes."""
+
+NOT_HIDDEN = re.compile("^(sliding_window|attention_chunk_size)$|layers|pattern|feed_forward|^num_")
+"""Those that _mask_rules reads, and those that count no tokens."""
+
+
+def _hidden_lengths(model: PreTrainedModel) -> list[str]:
+    """The configuration's lengths that the model's own code applies to columns, which differ between the rows of a
+    batch, and that the self-check's texts are too short to show: GPT-Neo's local attention, the scales of Llama 4."""
+    if model.config.is_encoder_decoder:
+        return []  # these are the encoder's, which computes a source at once
+    config = model.config.get_text_config(decoder=True)
+    context = limits_of(model).context
+    return [
+        name
+        for name, value in vars(config).items()
+        if LENGTH.search(name) and not NOT_HIDDEN.search(name) and type(value) is int and 1 < value < context
+    ]
+
+
 @torch.inference_mode()
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     """A model's layers, read off the cache that the model itself fills for one token.
@@ -254,7 +277,10 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
 
 def layers_in(layers: Sequence[Any]) -> list[Layer]:
     """What the layers of a Transformers cache keep. Raises UnsupportedModel as `layers_of`."""
-    if not layers or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers):
+    layers = list(layers)
+    while layers and isinstance(layers[-1], DummyLayer):  # the last layers may share those of earlier ones
+        layers.pop()
+    if not layers or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise UnsupportedModel("its cache is not one of keys and values")
     return [
         Layer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.device) for layer in layers

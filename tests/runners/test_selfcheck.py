@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
-from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.selfcheck import Reference, check_caches, check_slots
 from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
-from lmtp.runners.step import StepInputs
+from lmtp.runners.step import Step, StepInputs, Stream
+from tests import models
 from tests.tiny import VOCABULARY, build
 
 
@@ -89,3 +91,77 @@ def test_another_model_gets_its_own_caches_and_a_reason(name: str, reason: str) 
     assert runner.description == "the model's own caches, one stream at a time"
     assert runner.reason.startswith("slots do not serve it: ")
     assert reason in runner.reason
+
+
+@pytest.fixture(scope="module")
+def mamba() -> PreTrainedModel:
+    return build("mamba")
+
+
+def test_the_models_own_caches_pass(mamba: PreTrainedModel) -> None:
+    for mode in Mode:
+        check_caches(CacheRunner(mamba, 512, "", mode), mamba)
+
+
+class OneCache(CacheRunner):
+    """Streams that run together write into one cache, as if the state were in the model's modules."""
+
+    def admit(self, stream: Stream) -> bool:
+        admitted = super().admit(stream)
+        self._caches = [self._caches[0]] * len(self._caches)
+        return admitted
+
+
+class Forgetful(CacheRunner):
+    """A finished stream's cache is taken over without what is in it."""
+
+    def release(self, stream: Stream, keep: bool = True) -> None:
+        super().release(stream, keep)
+        for cache in self._idle:
+            cache.arguments = self._new_cache(torch.tensor([stream.tokens]))
+
+
+class Louder(CacheRunner):
+    """The logits have another scale."""
+
+    def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
+        run = super().prepare(step)
+        return lambda: run() * 1.01
+
+
+@pytest.mark.parametrize("kind", [OneCache, Forgetful, Louder])
+def test_caches_that_give_other_logits_are_refused(mamba: PreTrainedModel, kind: type[CacheRunner]) -> None:
+    with pytest.raises(UnsupportedModel, match="of 17 positions differ from the model's own forward pass"):
+        check_caches(kind(mamba, 512, ""), mamba)
+
+
+def test_a_model_that_no_runner_serves_is_refused_with_what_was_found_and_what_to_do(
+    mamba: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmtp.runners.runner.CacheRunner", Louder)
+    with pytest.raises(UnsupportedModel) as refused:
+        open_runner(mamba)
+    assert str(refused.value) == (
+        "No runner serves MambaForCausalLM as Transformers' own forward pass computes it: 17 of 17 positions differ from "
+        "the model's own forward pass. Choose an architecture that docs/models.md lists as exact."
+    )
+
+
+class Whole(Stream):
+    """A stream that wants its last position's logits."""
+
+    @property
+    def first_wanted(self) -> int:
+        return len(self.tokens) - 1
+
+
+def test_a_stream_waits_for_the_one_before_where_the_model_keeps_state_in_its_modules() -> None:
+    runner = open_runner(models.build("recurrent_gemma"))
+    assert runner.description == "the model's own state, one stream alone"
+    first, second = (Whole([5, 6, 7], 8) for _ in range(2))
+    assert runner.admit(first)
+    assert not runner.admit(second)
+    first.computed = 3
+    runner.release(first)
+    assert runner.admit(second)
+    assert second.reused == 0

@@ -1,0 +1,68 @@
+"""docs/models.md: written from what the probe found, and read back for tests."""
+
+from collections.abc import Sequence
+
+import transformers
+
+from tests.probe import EXACT, UNBUILT, Row
+from tests.server import ROOT
+
+PAGE = ROOT / "docs" / "models.md"
+
+INTRODUCTION = """# Models
+
+Which of the architectures of Transformers {version} are served, and by which runner. `script/models_table` writes this page.
+
+For each type of model it makes a tiny random model in float32 whose windows and chunks are shorter than its texts, and
+serves it. *Exact* means equal to Transformers: greedy streams to `generate`, alone and beside other streams; a text that
+continues an earlier one to `generate` from its beginning; log-probabilities to those of one forward pass within 0.001.
+
+At setup a runner proves itself again on the real model (`lmtp/runners/selfcheck.py`). A model that no runner serves exactly
+is refused with the reason.
+
+- **slots**: streams of all prompts in one batch, with reuse of any common beginning. The fastest.
+- **own caches**: the model's own caches, one stream at a time. A finished stream is reused by a text that continues it.
+- **own state**: the model keeps its state in its modules. A stream waits for the end of the one before.
+- **no cache**: every token computes its whole text, since the model's own cache does not work.
+
+The prompts of encoder-decoder models are their sources, which are encoded at once; log-probabilities are those of targets.
+
+BERT and its like are served as decoders only if their configuration says `is_decoder`: the rows are for such models.
+"""
+
+RUNNERS = {"slots": "slots", "the model's own caches": "own caches", "the model's own state": "own state", "no cache": "no cache"}  # fmt: skip
+
+
+def page(causal: Sequence[Row], encoder_decoder: Sequence[Row]) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION.format(version=transformers.__version__)]
+    for title, rows in (("Causal models", causal), ("Encoder-decoder models", encoder_decoder)):
+        exact = sum(row.verdict == EXACT for row in rows)
+        head = [f"## {title}", "", f"{exact} of {len(rows)} are exact.", "", "| type | class | served | note |"]
+        parts.append("\n".join([*head, "| --- | --- | --- | --- |", *map(line, rows)]) + "\n")
+    return "\n".join(parts)
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    return f"| `{row.model_type}` | `{row.architecture}` | {served(row)} | {note(row)} |"
+
+
+def served(row: Row) -> str:
+    """The runner's short name where it is exact."""
+    if row.verdict != EXACT:
+        return row.verdict
+    return f"exact, {RUNNERS[row.runner.split(',')[0]]}"
+
+
+def note(row: Row) -> str:
+    """Why it is not served, or why not in slots."""
+    reason = f"Transformers makes no model of it here: {row.reason}" if row.verdict == UNBUILT else row.reason
+    reason = reason.removeprefix("slots do not serve it: ").partition(". Choose an")[0]
+    return " ".join(reason.replace("|", "\\|").split())
+
+
+def committed() -> dict[tuple[str, str], str]:
+    """What the committed page says is served, by type and class."""
+    cells = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    return {(kind.removeprefix("| ").strip("`"), name.strip("`")): served for kind, name, served, *_ in cells}

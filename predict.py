@@ -5,6 +5,7 @@ A prediction is either a prompt or a batch of LMTP operations; both become opera
 
 import contextvars
 import gc
+import json
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -39,6 +40,7 @@ class Predictor(BasePredictor):
         gc.disable()  # collecting garbage takes a tenth of the start
         from lmtp.engine.engine import Engine, LoadedModel
         from lmtp.runners import compiled
+        from lmtp.runners.model import defaults_of
         from lmtp.runners.runner import open_runner
         from lmtp.weights import load as weights
 
@@ -54,6 +56,8 @@ class Predictor(BasePredictor):
                 f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
                 flush=True,
             )
+            if defaults := defaults_of(loaded.model).described:
+                print(f"generation_config.json: {json.dumps(defaults)}", flush=True)
             started = time.monotonic()
             step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest) if chosen.compile else None
             runner = open_runner(loaded.model, chosen.kv_budget, step, graphs=chosen.compile)
@@ -87,20 +91,22 @@ class Predictor(BasePredictor):
             description="Text that contains {prompt} and optionally {system_prompt}. Empty: the model's chat template.",
         ),
         max_tokens: int = Input(default=512, ge=1, description="Maximum number of tokens to generate."),
-        temperature: float = Input(
-            default=0.0,
+        temperature: Optional[float] = Input(  # noqa: UP045
+            default=None,
             ge=0.0,
             le=5.0,
-            description="0 always picks the most likely token. Higher values give more varied text.",
+            description="0 picks the most likely token, more gives varied text. Empty: what the model sets, or 0.",
         ),
-        top_p: float = Input(
-            default=1.0,
+        top_p: Optional[float] = Input(  # noqa: UP045
+            default=None,
             ge=0.0,
             le=1.0,
-            description="Sample only from the most likely tokens whose probabilities add up to this. 1 turns it off.",
+            description="Sample from the likeliest tokens with this probability together. Empty: what the model sets, or 1.",
         ),
-        top_k: int = Input(
-            default=0, ge=0, description="Sample only from this many of the most likely tokens. 0 turns it off."
+        top_k: Optional[int] = Input(  # noqa: UP045
+            default=None,
+            ge=0,
+            description="Sample from this many of the most likely tokens; 0 is all. Empty: what the model sets, or 0.",
         ),
         seed: Optional[int] = Input(  # noqa: UP045
             default=None, description="The same seed gives the same text. Empty: a random seed."
@@ -162,6 +168,7 @@ class Predictor(BasePredictor):
         """Answer a prompt, or run a batch of LMTP operations."""
         from lmtp import text
         from lmtp.completions import Completions
+        from lmtp.runners.model import Defaults
 
         started = time.monotonic()
         context = contextvars.copy_context()
@@ -178,6 +185,9 @@ class Predictor(BasePredictor):
                     parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
                 )
             else:
+                # Choices are compared and masks filled as they are; only `generate` has defaults.
+                own = Defaults() if head or choices else engine.defaults
+                bias = {**own.logit_bias, **(protocol.parse_logit_bias(logit_bias) or {})}
                 generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
                     Encode if head else Generate,
                     stream_id=0,
@@ -185,12 +195,15 @@ class Predictor(BasePredictor):
                         prompt or "", system_prompt, prompt_template, allow_special_tokens
                     ),
                     max_tokens=int(max_tokens),
-                    temperature=temperature,
-                    top_p=max(top_p, 1e-9),  # 0 keeps the most likely token alone
-                    top_k=int(top_k),
+                    min_tokens=min(own.min_tokens, int(max_tokens)),
+                    temperature=own.temperature if temperature is None else temperature,
+                    top_p=own.top_p if top_p is None else max(top_p, 1e-9),  # 0 keeps the most likely token alone
+                    top_k=own.top_k if top_k is None else int(top_k),
+                    min_p=own.min_p,
+                    repetition_penalty=own.repetition_penalty,
                     seed=None if seed is None else int(seed),
                     stop=text.parse_stop_sequences(stop_sequences),
-                    logit_bias=protocol.parse_logit_bias(logit_bias),
+                    logit_bias=bias or None,
                     choices=protocol.parse_choices(choices),
                     regex=regex or None,
                     json_schema=protocol.parse_json_schema(json_schema),

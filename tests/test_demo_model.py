@@ -1,20 +1,25 @@
 """The demo model, in float32, against Transformers: what a user of it sees."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
+from transformers import GenerationConfig
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
-from lmtp.runners.model import UnsupportedModel
+from lmtp.runners.model import Defaults, UnsupportedModel, defaults_of
 from lmtp.runners.selfcheck import Reference, check_slots
 from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
 from lmtp.text import render_prompt
 from lmtp.weights import load as weights
 from lmtp.weights.load import Loaded
+from predict import Predictor
+from tests.encoders import defaults
 from tests.tiny import answers, own_greedy, own_logits, start
 
 Demo = tuple[Loaded, Engine]
@@ -108,3 +113,31 @@ def test_a_text_that_repeats_itself_takes_few_steps_and_a_stop_sequence_within_a
     assert "".join(str(token.text) for token in stopped.tokens()) == text[: text.index("five six one two three")]
     assert stopped.tokens()[-1].finish_reason == "stop"
     assert stopped.counters.accepted_tokens > 0
+
+
+def test_a_prompt_is_answered_with_the_defaults_of_the_models_generation_config(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, engine = demo
+    predictor = Predictor()
+    predictor.engine = engine
+    prompt = render_prompt(loaded.tokenizer, QUESTIONS[0])
+    own = GenerationConfig(repetition_penalty=1.5, suppress_tokens=[int(loaded.tokenizer.encode(" Paris")[0])])
+    monkeypatch.setattr(loaded.model, "generation_config", own)
+    monkeypatch.setattr(engine, "defaults", defaults_of(loaded.model))
+    ids = torch.tensor([prompt])
+    generate: Any = loaded.model.generate
+    generated = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, eos_token_id=2, pad_token_id=2)
+    expected = loaded.tokenizer.decode(generated[0, len(prompt) :], skip_special_tokens=True)
+
+    def answer(**inputs: Any) -> str:
+        async def predict() -> str:
+            chunks: Any = await predictor.predict(**defaults() | inputs)
+            return "".join(chunks)
+
+        return asyncio.run(predict())
+
+    assert answer(prompt=QUESTIONS[0], max_tokens=20) == expected
+    monkeypatch.setattr(engine, "defaults", Defaults(temperature=1.0))
+    assert len({answer(prompt=QUESTIONS[1], max_tokens=8) for _ in range(4)}) > 1
+    assert len({answer(prompt=QUESTIONS[1], max_tokens=8, temperature=0.0) for _ in range(3)}) == 1

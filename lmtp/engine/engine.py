@@ -42,7 +42,7 @@ from lmtp.protocol import (
     Token,
     printable,
 )
-from lmtp.runners.model import limits_of
+from lmtp.runners.model import defaults_of, limits_of
 from lmtp.runners.runner import Runner
 from lmtp.runners.step import Step, Stream
 from lmtp.settings import Bounds
@@ -145,6 +145,7 @@ class Engine:
         self._thread.start()
         self._model, self.tokenizer, self.runner = opened.result()
         self.limits = limits_of(self._model)
+        self.defaults = defaults_of(self._model)
         self.longest_input = max(self.limits.context, self.runner.longest_source)
         """Tokens of the longest list of ids that an operation can have."""
         max_bytes = bounds.max_prompt_bytes
@@ -248,6 +249,7 @@ class Engine:
             "longest_stream": self.runner.longest,
             "longest_source": self.runner.longest_source,
             "end_of_sequence": list(self.limits.end_of_sequence),
+            "generation_defaults": self.defaults.described,
             "runner": self.runner.description,
             "runner_reason": self.runner.reason,
             "extensions": EXTENSIONS,

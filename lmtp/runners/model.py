@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmtp.protocol import FORCE
+
 UNBOUNDED_CONTEXT = 2**20
 """Tokens, for a model whose configuration names no limit."""
 
@@ -165,9 +167,12 @@ class Defaults:
     """Names of settings that change what `generate` does and have no counterpart here."""
 
     @property
-    def set(self) -> dict[str, Any]:
-        """The settings that change something, by name, for MODEL_INFO."""
-        return {item.name: value for item in fields(self) if (value := getattr(self, item.name))}
+    def described(self) -> dict[str, Any]:
+        """The settings that change something, by name, as JSON has them."""
+        set_ = {item.name: value for item in fields(self) if (value := getattr(self, item.name))}
+        if self.logit_bias:
+            set_["logit_bias"] = {token: max(value, -FORCE) for token, value in self.logit_bias.items()}
+        return set_
 
 
 TURNED_OFF: dict[str, Any] = {
@@ -212,6 +217,8 @@ def defaults_of(model: PreTrainedModel) -> Defaults:
     vocabulary = limits_of(model).vocabulary
     sampling = bool(given("do_sample"))
     others = [name for name, neutral in TURNED_OFF.items() if given(name, neutral) not in (None, [])]
+    if model.config.is_encoder_decoder and "forced_bos_token_id" in others:
+        others.remove("forced_bos_token_id")  # targets begin with it
     return Defaults(
         temperature=(given("temperature") or 1.0) if sampling else 0.0,
         top_p=given("top_p", 1.0) if sampling else None,

@@ -33,13 +33,13 @@ def defaults(model: PreTrainedModel, **settings: Any) -> Defaults:
 
 def test_a_configuration_that_sets_nothing_changes_nothing(model: PreTrainedModel) -> None:
     assert defaults(model) == Defaults()
-    assert defaults(model).set == {}
+    assert defaults(model).described == {}
 
 
 def test_a_repetition_penalty_holds_without_sampling(model: PreTrainedModel) -> None:
     found = defaults(model, repetition_penalty=1.05, temperature=0.7, top_p=0.8, top_k=20)
     assert found == Defaults(repetition_penalty=1.05)
-    assert found.set == {"repetition_penalty": 1.05}
+    assert found.described == {"repetition_penalty": 1.05}
 
 
 def test_sampling_takes_temperature_top_p_and_top_k(model: PreTrainedModel) -> None:
@@ -55,13 +55,14 @@ def test_sampling_alone_means_what_generate_makes_of_it(model: PreTrainedModel) 
 def test_suppressed_tokens_and_biases_of_single_tokens_become_one_bias(model: PreTrainedModel) -> None:
     found = defaults(model, suppress_tokens=[4, 500], bad_words_ids=[[5]], sequence_bias=[[[6], 2.5]])
     assert found.logit_bias == {4: -math.inf, 5: -math.inf, 6: 2.5}
+    assert found.described == {"logit_bias": {4: -100.0, 5: -100.0, 6: 2.5}}
     assert found.ignored == ()
 
 
 def test_what_has_no_counterpart_is_named(model: PreTrainedModel) -> None:
     found = defaults(model, num_beams=4, no_repeat_ngram_size=3, bad_words_ids=[[5, 6]], forced_eos_token_id=2)
     assert found.ignored == ("num_beams", "no_repeat_ngram_size", "forced_eos_token_id", "bad_words_ids")
-    assert found.set == {"ignored": found.ignored}
+    assert found.described == {"ignored": found.ignored}
     assert not defaults(model, num_beams=1, no_repeat_ngram_size=0, typical_p=1.0, guidance_scale=1.0).ignored
 
 

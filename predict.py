@@ -101,7 +101,7 @@ class Predictor(BasePredictor):
             default=None,
             ge=0.0,
             le=1.0,
-            description="Sample from the likeliest tokens with this probability together. Empty: what the model sets, or 1.",
+            description="Sample from the likeliest tokens with this probability. Empty: what the model sets, or 1.",
         ),
         top_k: Optional[int] = Input(  # noqa: UP045
             default=None,

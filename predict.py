@@ -154,7 +154,8 @@ class Predictor(BasePredictor):
             description="text: the text as it grows. lmtp: one line per token. json: one document at the end.",
         ),
         adapter: str = Input(
-            default="", description="Name of the adapter that answers, of those beside the model. Empty: the model alone."
+            default="",
+            description="Name of the adapter that answers, of those beside the model. Empty: the model alone.",
         ),
         cache_salt: str = Input(
             default="",

@@ -119,9 +119,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     if "lsh" in getattr(model.config, "attn_layers", ()):
         raise UnsupportedModel("its attention chooses at random what it sees")
     first, second = _random_texts(model, 9, 5)
-    texts: list[Stream] = [
-        Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)
-    ]
+    texts: list[Stream] = [Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)]
     with runner.adapters.alone(adapter):
         own = [_own_logits(model, text.tokens[:-1]) for text in texts]
     if _differing(own[2][: len(own[0])], own[0], model.dtype) > FORGIVEN[model.dtype] * len(own[0]):

@@ -137,6 +137,21 @@ def test_a_damaged_adapter_is_found_and_repaired(adapted: Hub, download: Downloa
     load(tmp_path, "float32", "cpu")
 
 
+def test_named_adapters_are_fetched_at_their_commits_and_repaired(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    named: dict[str, object] = {"a": "org/lora", "b": "org/lora@main"}
+    download("org/tiny", tmp_path, named=named)
+    commit = adapted.repositories["org/lora"].commit
+    assert read_manifest(tmp_path).adapters == dict.fromkeys("ab", Adapter("org/lora", commit))
+    assert "already" in download("org/tiny", tmp_path, named=named)
+    before = contents(tmp_path / "adapters" / "b")
+    (tmp_path / "adapters" / "b" / "adapter_model.safetensors").write_bytes(b"damaged")
+    verify(tmp_path)
+    assert contents(tmp_path / "adapters" / "b") == before
+    load(tmp_path, "float32", "cpu")
+
+
 def change(**values: object) -> Callable[[Repository], None]:
     def prepare(repository: Repository) -> None:
         config = json.loads(repository.files["adapter_config.json"])

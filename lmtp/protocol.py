@@ -27,6 +27,9 @@ FORCE = 100.0
 CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
 """The fields of GENERATE that constrain its text. An operation has at most one."""
 
+NO_ADAPTER = "none"
+"""The ``adapter`` that is none; an empty one means the same."""
+
 MAX_COUNT = 2**31 - 1
 """More than any vocabulary. The bound keeps token counts within a tensor's integers."""
 

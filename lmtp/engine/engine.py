@@ -32,6 +32,7 @@ from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import (
     BATCH_LIMIT,
     CONSTRAINTS,
+    NO_ADAPTER,
     Failure,
     Generate,
     Info,
@@ -67,9 +68,6 @@ EXTENSIONS = {
     ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
 }
-
-NO_ADAPTER = "none"
-"""What a caller may write for no adapter."""
 
 IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmtp.protocol import NO_ADAPTER
 from lmtp.weights import adapters, demo, hub, quantization
 from lmtp.weights.files import belongs_to_an_adapter, files_in, needed_files, read_index_in
 from lmtp.weights.kinds import Kind
@@ -111,17 +112,18 @@ def _download(
         )
     check = partial(_check, target, source, revision, loading, bool(named))
     trusted = loading["trust_remote_code"]
+    chosen = adapter is not None or source in [each.source for each in named.values()]
     collect: Callable[[Path], Mapping[str, str | None]]
     if local:
         origin = Origin(source, None, trusted, adapter, named)
-        collect = partial(_copy_model, Path(source), trusted, adapter is not None, check)
+        collect = partial(_copy_model, Path(source), trusted, chosen, check)
     elif source == "demo":
         quantization.check(None, loading.get("load_in"), source)
         origin = Origin("demo", demo.VERSION, False, adapter, named)
         collect = partial(_convert_demo, check)
     elif re.fullmatch(REPOSITORY, source):
         origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter, named)
-        collect = partial(hub.collect, source, str(origin.revision), trusted, adapter is not None, check)
+        collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
     else:
         raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
     install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
@@ -161,10 +163,10 @@ def chosen_adapters(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 def _named(given: Mapping[str, str]) -> dict[str, Adapter]:
     """What `--adapter NAME=SOURCE` names."""
     for name in given:
-        if not ADAPTER_NAME.fullmatch(name) or name == "none":
+        if not ADAPTER_NAME.fullmatch(name) or name == NO_ADAPTER:
             raise WeightsError(
                 f"--adapter {ascii(name)[1:-1]}=...: choose a name of at most 64 letters, digits and hyphens, other"
-                " than none, which is no adapter."
+                f" than {NO_ADAPTER}, which is no adapter."
             )
     return {name: _adapter(source) for name, source in given.items()}
 

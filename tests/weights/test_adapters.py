@@ -152,6 +152,14 @@ def test_named_adapters_are_fetched_at_their_commits_and_repaired(
     load(tmp_path, "float32", "cpu")
 
 
+def test_an_adapter_beside_its_model_is_named_like_the_others(adapted: Hub, download: Download, tmp_path: Path) -> None:
+    adapted.repositories["org/tiny"].files |= adapted.repositories["org/lora"].files
+    with refusal("org/tiny would be merged", "name it as well, with --adapter NAME=org/tiny"):
+        download("org/tiny", tmp_path, named={"a": "org/lora"})
+    download("org/tiny", tmp_path, named={"a": "org/lora", "own": "org/tiny"})
+    assert [*read_manifest(tmp_path).adapters] == ["a", "own"]
+
+
 def change(**values: object) -> Callable[[Repository], None]:
     def prepare(repository: Repository) -> None:
         config = json.loads(repository.files["adapter_config.json"])

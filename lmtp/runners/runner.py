@@ -124,9 +124,11 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
         else:
             reason = "; nor do its own caches: ".join([reason, *found[:1]])
             return CacheRunner(model, context, reason, mode, adapters)
+    what, instead = type(model).__name__, "Choose an architecture that docs/models.md lists as exact."
+    if adapters.names:
+        what, instead = f"{what} with adapters side by side", "Merge one, with --adapter SOURCE and no name."
     raise UnsupportedModel(
-        f"No runner serves {type(model).__name__} as Transformers' own forward pass computes it: {found[0]}. "
-        "Choose an architecture that docs/models.md lists as exact."
+        f"No runner serves {what} as Transformers' own forward pass computes it: {found[0]}. {instead}"
     )
 
 

@@ -186,7 +186,7 @@ def test_an_adapter_of_experts_that_would_mix_rows_is_refused(tmp_path: Path) ->
         layer.mlp = Shuffling(layer.mlp)
     source = lora(model, tmp_path / "lora", 1, target_modules=["up_proj"])
     PeftModel.from_pretrained(model, str(source), adapter_name="-a")
-    with pytest.raises(UnsupportedModel, match="with adapters side by side .* Merge one"):
+    with pytest.raises(UnsupportedModel, match=r"with adapters side by side .* Merge one"):
         open_runner(model, 2**20, names=["a"])
 
 

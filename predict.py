@@ -59,11 +59,12 @@ class Predictor(BasePredictor):
             if defaults := defaults_of(loaded.model).described:
                 print(f"generation_config.json: {json.dumps(defaults)}", flush=True)
             started = time.monotonic()
+            names = list(loaded.manifest.adapters)
             step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest) if chosen.compile else None
-            runner = open_runner(loaded.model, chosen.kv_budget, step, graphs=chosen.compile)
+            runner = open_runner(loaded.model, chosen.kv_budget, step, chosen.compile, names)
             reason = f" ({runner.reason})" if runner.reason else ""
             print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
-            return LoadedModel(loaded.model, loaded.tokenizer, runner)
+            return LoadedModel(loaded.model, loaded.tokenizer, runner, names)
 
         self.engine = Engine(open_model, chosen.bounds)
         self.places.watch()
@@ -152,6 +153,10 @@ class Predictor(BasePredictor):
             choices=["text", "lmtp", "json"],
             description="text: the text as it grows. lmtp: one line per token. json: one document at the end.",
         ),
+        adapter: str = Input(
+            default="",
+            description="Name of the adapter that answers, of those beside the model. Empty: the model alone.",
+        ),
         cache_salt: str = Input(
             default="",
             description="Predictions share computed prompts only with those that give the same text here.",
@@ -210,6 +215,7 @@ class Predictor(BasePredictor):
                     grammar=grammar or None,
                     top_logprobs=int(top_logprobs),
                     text=True,
+                    adapter=adapter,
                     cache_salt=cache_salt,
                 )
                 labels = head.labels if head else ()

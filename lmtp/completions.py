@@ -140,7 +140,7 @@ class Completions:
     def _score(self, stream_id: protocol.StreamId, prompt: protocol.Prompt, scored: protocol.Prompt) -> None:
         top = self._generate.top_logprobs
         score = Score(stream_id=stream_id, prompt=prompt, scored=scored, top_logprobs=top, text=True)
-        self.operations.append(replace(score, cache_salt=self._generate.cache_salt))
+        self.operations.append(replace(score, cache_salt=self._generate.cache_salt, adapter=self._generate.adapter))
         self._scored[stream_id] = []
 
     def _seed(self, index: int) -> int | None:

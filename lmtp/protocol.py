@@ -27,6 +27,9 @@ FORCE = 100.0
 CONSTRAINTS = ("choices", "regex", "json_schema", "grammar")
 """The fields of GENERATE that constrain its text. An operation has at most one."""
 
+NO_ADAPTER = "none"
+"""The ``adapter`` that is none; an empty one means the same."""
+
 MAX_COUNT = 2**31 - 1
 """More than any vocabulary. The bound keeps token counts within a tensor's integers."""
 
@@ -50,7 +53,7 @@ MAX_QUOTED = 60
 """Characters of a caller's text that an error message quotes."""
 
 MAX_NAME = 256
-"""Characters of a ``stream_id``, which every reply repeats, and of a ``cache_salt``."""
+"""Characters of a ``stream_id``, which every reply repeats, of a ``cache_salt`` and of an ``adapter``."""
 
 MAX_STOPS, MAX_STOP = 64, 1000
 """How many stop sequences an operation may have, and characters of one: each token is compared with all of them."""
@@ -61,6 +64,7 @@ Penalty = Annotated[float, Meta(ge=-10_000, le=10_000)]
 TokenId = Count
 Prompt = list[TokenId] | str
 Salt = Annotated[str, Meta(max_length=MAX_NAME)]
+AdapterName = Annotated[str, Meta(max_length=MAX_NAME)]
 Stops = Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP)]], Meta(max_length=MAX_STOPS)]
 FinishReason = Literal["stop", "length"]
 
@@ -117,6 +121,7 @@ class Generate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grammar: str | None = None
     stop: Stops | None = None
     text: bool = False
+    adapter: AdapterName = ""
     cache_salt: Salt | None = None
     allow_special_tokens: bool = False
 
@@ -145,6 +150,7 @@ class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     top_logprobs: Count = 0
     text: bool = False
+    adapter: AdapterName = ""
     cache_salt: Salt | None = None
     allow_special_tokens: bool = False
 

@@ -77,7 +77,8 @@ def start(
     **arguments: Any,
 ) -> Engine:
     """An engine for a model. Tests that speak in token ids need no tokenizer; ``arguments`` are open_runner's."""
-    return Engine(lambda: LoadedModel(model, tokenizer, open_runner(model, **arguments)), bounds, clock)
+    names = arguments.get("names", ())
+    return Engine(lambda: LoadedModel(model, tokenizer, open_runner(model, **arguments), names), bounds, clock)
 
 
 def running(name: str) -> Iterator[tuple[PreTrainedModel, Engine]]:

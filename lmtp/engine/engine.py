@@ -32,6 +32,7 @@ from lmtp.prediction import Counters, Prediction
 from lmtp.protocol import (
     BATCH_LIMIT,
     CONSTRAINTS,
+    NO_ADAPTER,
     Failure,
     Generate,
     Info,
@@ -41,6 +42,7 @@ from lmtp.protocol import (
     Score,
     Token,
     printable,
+    quoted,
 )
 from lmtp.runners.model import defaults_of, limits_of
 from lmtp.runners.runner import Runner
@@ -50,7 +52,7 @@ from lmtp.text import BYTES_PER_TOKEN, Tokenizers
 
 log = logging.getLogger(__name__)
 
-_BOTH = ("cache_salt", "allow_special_tokens")
+_BOTH = ("adapter", "cache_salt", "allow_special_tokens")
 EXTENSIONS = {
     "GENERATE": [
         "seed",
@@ -81,6 +83,8 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     runner: Runner
+    adapters: Sequence[str] = ()
+    """The names of the adapters beside the model."""
 
 
 class Prepared(NamedTuple):
@@ -143,7 +147,7 @@ class Engine:
         opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
-        self._model, self.tokenizer, self.runner = opened.result()
+        self._model, self.tokenizer, self.runner, self.adapters = opened.result()
         self.limits = limits_of(self._model)
         self.defaults = defaults_of(self._model)
         self.longest_input = max(self.limits.context, self.runner.longest_source)
@@ -199,6 +203,7 @@ class Engine:
         try:
             if not isinstance(operation, Generate | Score):
                 return Prepared(operation)
+            operation = replace(operation, adapter=self._adapter(operation.adapter))
             if self.limits.head:
                 refuse(operation, self.limits.head)
             most = self.bounds.max_top_logprobs
@@ -226,6 +231,17 @@ class Engine:
         except Exception as error:
             return Prepared(_refusal(operation, error))
 
+    def _adapter(self, name: str) -> str:
+        """The adapter that a caller names; empty for none. Raises RequestError for one that is not served."""
+        if name in ("", NO_ADAPTER):
+            return ""
+        if not self.adapters:
+            raise RequestError(f"adapter: {quoted(name)} is not served, nor is any other; leave it empty.")
+        if name not in self.adapters:
+            known = ", ".join([*self.adapters, NO_ADAPTER])
+            raise RequestError(f"adapter: {quoted(name)} is not served; choose one of {known}.")
+        return name
+
     async def _compile(self, read: Prepared, constraints: Batch) -> Prepared:
         """Compile the operation's grammar."""
         if not isinstance(read.operation, Generate):
@@ -250,6 +266,7 @@ class Engine:
             "longest_source": self.runner.longest_source,
             "end_of_sequence": list(self.limits.end_of_sequence),
             "generation_defaults": self.defaults.described,
+            "adapters": list(self.adapters),
             "runner": self.runner.description,
             "runner_reason": self.runner.reason,
             "extensions": EXTENSIONS,
@@ -437,6 +454,7 @@ class Engine:
             stream = open_encoding(prediction, operation, self.limits, self.tokenizer, prepared.bias)
         else:
             stream = open_stream(prediction, operation, self.limits, self.tokenizer, prepared.bias, prepared.grammar)
+        stream.adapter = operation.adapter
         stream.salt = self._salt(prediction, operation)
         longest = self.runner.longest_source
         if len(stream.source) > longest:
@@ -465,9 +483,9 @@ class Engine:
         """Which streams may share prefixes with this operation's: those of an equal salt."""
         if self.bounds.prefix_reuse == "off":
             return object()
-        if operation.cache_salt:
-            return operation.cache_salt
-        return Stream.SHARED if self.bounds.prefix_reuse == "shared" else prediction.salt
+        own = Stream.SHARED if self.bounds.prefix_reuse == "shared" else prediction.salt
+        salt = operation.cache_salt or own
+        return (salt, operation.adapter) if operation.adapter else salt
 
     def _answer(self, stream: OperationStream, replies: list[Token]) -> None:
         if stream.finished:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from lmtp.runners.adapters import Adapters
 from lmtp.runners.model import accepts_positions, input_device, only_wanted
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -53,13 +54,21 @@ class CacheRunner:
 
     longest_source = 0
 
-    def __init__(self, model: PreTrainedModel, context: int, reason: str, mode: Mode = Mode.CACHES) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        context: int,
+        reason: str,
+        mode: Mode = Mode.CACHES,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.description = mode.value
         self.reason = reason
         self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
         self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
+        self.adapters = adapters or Adapters(model)
         self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors
         self._accepts_positions = accepts_positions(model)
@@ -121,8 +130,10 @@ class CacheRunner:
             first, last = stream.computed, stream.computed + count
             positions = [(first, last)] if first == 0 else [(i, i + 1) for i in range(first, last)]
             for a, b in positions:
-                logits = self._forward(cache, stream.tokens, a, b, max(stream.first_wanted, a))
-                wanted.append(logits[: max(b - max(stream.first_wanted, a), 0)])
+                first_wanted = max(stream.first_wanted, a)
+                forward = functools.partial(self._forward, cache, stream.tokens, a, b, first_wanted)
+                logits = self.adapters.run([stream.adapter], forward)
+                wanted.append(logits[: max(b - first_wanted, 0)])
         return torch.cat(wanted)
 
     def _forward(self, cache: ModelCache, tokens: list[int], first: int, last: int, wanted: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
@@ -66,52 +67,68 @@ class Runner(Protocol):
 
 
 def open_runner(
-    model: PreTrainedModel, kv_budget: int | None = None, compiled: Path | None = None, graphs: bool = True
+    model: PreTrainedModel,
+    kv_budget: int | None = None,
+    compiled: Path | None = None,
+    graphs: bool = True,
+    names: Sequence[str] = (),
 ) -> Runner:
     """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches;
     for an encoder, its own. Raises UnsupportedModel for one that nothing serves.
 
     ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
     the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
-    decodes by CUDA graphs.
+    decodes by CUDA graphs. ``names``: the adapters attached to the model; the model's own code then runs each step.
 
     Raises UnsupportedModel for a model that no runner serves exactly.
     """
     limits = limits_of(model)
+    if names and (limits.head or limits.source):
+        raise UnsupportedModel(
+            f"Adapters are served side by side with decoders only, not with {type(model).__name__}: fetch one with"
+            " --adapter SOURCE, without a name, which merges it."
+        )
     if limits.head:
         return open_encoder(model, limits)
     context = limits.context
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:
         return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
+    adapters = Adapters(model, names)
     try:
         layers = layers_of(model)
-        step = SlotStep(model)
+        step = SlotStep(model, adapters)
         reference = Reference.of(model)
         check_slots(step, layers, reference)
+        for name, other in zip(names, [*names[1:], *names[:1]], strict=True):
+            check_slots(step, layers, Reference.of(model, adapters, ("", name, other)))
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
-        return _open_cache_runner(model, context, f"slots do not serve it: {_in_words(error)}")
-    fast, reason = None, ""
+        return _open_cache_runner(model, context, f"slots do not serve it: {_in_words(error)}", adapters)
+    fast, reason = None, "no faster step: adapters take the model's own code" if names else ""
     try:
-        if fast := _fast_step(step, layers, compiled, graphs):
+        if not names and (fast := _fast_step(step, layers, compiled, graphs)):
             check_slots(step, layers, reference, fast)
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
     return SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, reason)
 
 
-def _open_cache_runner(model: PreTrainedModel, context: int, reason: str) -> CacheRunner:
+def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapters: Adapters) -> CacheRunner:
     found = []
     for mode in Mode:
         try:
-            check_caches(CacheRunner(model, context, reason, mode), model)
+            for name in ("", *adapters.names):
+                check_caches(CacheRunner(model, context, reason, mode, adapters), model, name)
         except Exception as error:  # whatever the model's code raises
             found.append(_in_words(error))
         else:
-            return CacheRunner(model, context, "; nor do its own caches: ".join([reason, *found[:1]]), mode)
+            reason = "; nor do its own caches: ".join([reason, *found[:1]])
+            return CacheRunner(model, context, reason, mode, adapters)
+    what, instead = type(model).__name__, "Choose an architecture that docs/models.md lists as exact."
+    if adapters.names:
+        what, instead = f"{what} with adapters side by side", "Merge one, with --adapter SOURCE and no name."
     raise UnsupportedModel(
-        f"No runner serves {type(model).__name__} as Transformers' own forward pass computes it: {found[0]}. "
-        "Choose an architecture that docs/models.md lists as exact."
+        f"No runner serves {what} as Transformers' own forward pass computes it: {found[0]}. {instead}"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
@@ -44,18 +45,27 @@ class Reference:
     texts: list[list[int]]
     logits: list[Tensor]
     dtype: torch.dtype
+    adapters: Sequence[str] = ("", "", "", "")
+    """The adapter of each text."""
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: PreTrainedModel) -> "Reference":
-        """Random texts; the last begins as the longest does."""
+    def of(
+        cls, model: PreTrainedModel, adapters: Adapters | None = None, names: tuple[str, str, str] = ("", "", "")
+    ) -> "Reference":
+        """Random texts; the last begins as the longest does, and has its adapter. ``names`` are those of the others."""
         texts = _random_texts(model, 5, 14, 9)
         texts.append(texts[1][:SHARED] + texts[2][:5])
         longest = max(map(len, texts))
         # Padded at the end, where no token of a text sees it.
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=input_device(model))
-        logits = model(input_ids=ids, use_cache=False).logits
-        return cls(texts, [row[: len(text) - 1].float() for row, text in zip(logits, texts, strict=True)], model.dtype)
+        adapters, of_texts = adapters or Adapters(model), (*names, names[1])
+        logits = {}
+        for name in set(of_texts):
+            with adapters.alone(name):
+                logits[name] = model(input_ids=ids, use_cache=False).logits
+        own = [logits[of_texts[i]][i, : len(text) - 1].float() for i, text in enumerate(texts)]
+        return cls(texts, own, model.dtype, of_texts)
 
 
 def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
@@ -67,9 +77,10 @@ def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
 class Text(Stream):
     """A text whose next-token distributions are wanted, except those inside its first ``given`` tokens."""
 
-    def __init__(self, tokens: list[int], given: int = 1) -> None:
+    def __init__(self, tokens: list[int], given: int = 1, adapter: str = "") -> None:
         super().__init__(tokens, len(tokens))
         self._given = given
+        self.adapter = adapter
 
     @property
     def goal(self) -> int:
@@ -93,23 +104,24 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     *early, last = reference.texts
     for order in (1, -1) if fast else (1,):
-        late = Text(last, given=SHARED)
-        texts: list[Stream] = [*map(Text, early), late]
+        late = Text(last, SHARED, reference.adapters[-1])
+        texts: list[Stream] = [*(Text(text, 1, reference.adapters[i]) for i, text in enumerate(early)), late]
         got = run(runner, texts[:-1][::order], late)
         compare(reference, [got[text] for text in texts])
 
 
 @torch.inference_mode()
-def check_caches(runner: CacheRunner, model: PreTrainedModel) -> None:
-    """Prove the model's own caches. Where streams run alone, the texts follow each other.
+def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "") -> None:
+    """Prove the model's own caches, with an adapter or without. Where streams run alone, the texts follow each other.
 
     Raises UnsupportedModel where they disagree with the model's own forward pass, or where that sees later tokens.
     """
     if "lsh" in getattr(model.config, "attn_layers", ()):
         raise UnsupportedModel("its attention chooses at random what it sees")
     first, second = _random_texts(model, 9, 5)
-    texts: list[Stream] = [Text(first), Text(second), Text(first + second, given=len(first))]
-    own = [_own_logits(model, text.tokens[:-1]) for text in texts]
+    texts: list[Stream] = [Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)]
+    with runner.adapters.alone(adapter):
+        own = [_own_logits(model, text.tokens[:-1]) for text in texts]
     if _differing(own[2][: len(own[0])], own[0], model.dtype) > FORGIVEN[model.dtype] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from typing_extensions import override
 
+from lmtp.runners.adapters import Adapters
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
@@ -87,7 +88,7 @@ class SlotCache(Cache):
 class SlotStep(nn.Module):
     """The model's forward pass over slots: a ModelStep that compiled.py and graphs.py make faster."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
         """Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
         super().__init__()
         if _rope_depends_on_batch(model):
@@ -95,6 +96,7 @@ class SlotStep(nn.Module):
         if lengths := _hidden_lengths(model):
             raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
+        self.adapters = adapters or Adapters(model)
         self.rules = _mask_rules(model)
         self._accepts_positions = accepts_positions(model)
 
@@ -146,7 +148,9 @@ class SlotRunner(Slots):
         """See Runner.prepare."""
         begun = any(stream.computed for stream in step.streams)
         fast = self.fast if self.fast and (begun or max(step.counts) <= self.fast.max_first_chunk) else None
-        return functools.partial(fast or self.step, self._inputs(step, masked=begun or fast is not None))
+        run = functools.partial(fast or self.step, self._inputs(step, masked=begun or fast is not None))
+        rows = [stream.adapter for stream in step.streams]
+        return functools.partial(self.step.adapters.run, rows, run) if any(rows) else run
 
     @torch.inference_mode()
     def _inputs(self, step: Step[Stream], masked: bool) -> StepInputs:

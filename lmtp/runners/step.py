@@ -29,6 +29,8 @@ class Stream:
         """Guessed next tokens, computed along with the known ones."""
         self.salt = Stream.SHARED
         """Streams share prefixes only if their salts are equal."""
+        self.adapter = ""
+        """The adapter that computes it; empty: the base alone. Its salt tells adapters apart."""
         self.source: tuple[int, ...] = ()
         """What the encoder reads; streams share prefixes only if their sources are equal. A decoder has none."""
         self.encoded: object = None

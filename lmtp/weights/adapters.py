@@ -1,27 +1,42 @@
 """An adapter: a small change to a model's weights, trained apart from it (LoRA and its relatives, as peft stores them).
 
-Its two files lie in the folder `adapter/` of the weights directory and obey the rules of a model's own files.
+Its two files lie in the weights directory and obey the rules of a model's own files: in `adapter/` if it is merged, in
+`adapters/NAME/` if it is served beside others.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.manifest import Adapter, WeightsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOLDER = "adapter"
+FOLDER, FOLDERS = "adapter", "adapters"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 
 MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "FOURIERFT", "HRA", "RANDLORA")
 """The kinds of adapters whose change can be added to the weights."""
+
+UNMIXED = (
+    "use_dora",
+    "modules_to_save",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""Settings of a LoRA that peft cannot apply to some rows of a batch only."""
+
+INITIAL = (None, True, False, "gaussian", "orthogonal")
+"""Values of init_lora_weights that leave the base's own weights alone."""
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -38,8 +53,21 @@ class AdapterFound(Exception):
         self.revision = revision
 
 
-def read_config(path: Path, source: str) -> dict[str, Any]:
-    """The adapter's configuration. Raises WeightsError if it cannot be merged, or if peft is not installed."""
+def folder_of(name: str) -> str:
+    """The folder of a named adapter's files, in the weights directory."""
+    return f"{FOLDERS}/{name}"
+
+
+def key_of(name: str) -> str:
+    """The name by which peft knows the adapter: its modules have no attribute of such a name."""
+    return f"-{name}"
+
+
+def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
+    """The adapter's configuration. ``mixed``: it is to be served beside others.
+
+    Raises WeightsError if it cannot be merged, or mixed with others, or if peft is not installed.
+    """
     config = _parsed(path, source)
     kind = config.get("peft_type")
     if kind not in MERGEABLE:
@@ -47,6 +75,8 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
             f"{source} is an adapter of type {ascii(kind)[:40]}, which cannot be merged: choose one of"
             f" {', '.join(MERGEABLE)}."
         )
+    if mixed and (why := _why_unmixed(config)):
+        raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names
         raise WeightsError(f"{source} is an adapter for Megatron: choose one for Transformers.")
     if util.find_spec("peft") is None:
@@ -55,6 +85,34 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
             " requirements/peft.txt`, and add the same to requirements.txt for the image."
         )
     return config
+
+
+MERGE_IT = ", which is not served beside other adapters: give --adapter {} without a name, which merges it."
+
+
+def _why_unmixed(config: Mapping[str, Any]) -> str:
+    """What keeps an adapter from being applied to some rows of a batch only; empty if nothing does."""
+    if config.get("peft_type") != "LORA":
+        return f"is an adapter of type {config.get('peft_type')}"
+    if used := next((name for name in UNMIXED if config.get(name)), None):
+        return f"sets {used}"
+    if config.get("bias", "none") != "none":
+        return "trains biases"
+    initial = config.get("init_lora_weights")
+    return "" if initial in INITIAL else f"sets init_lora_weights to {ascii(initial)[:40]}"
+
+
+def check_tensors(folder: Path, source: str) -> None:
+    """Raise WeightsError if the adapter brings weights of the model's own, which would replace them for all streams."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            own = sorted(name for name in file.keys() if ".lora_" not in name)  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise WeightsError(f"{source} has a malformed {WEIGHTS}: {ascii(str(error))[:100]}.") from None
+    if own:
+        raise WeightsError(f"{source} holds {ascii(own[0])[1:-1]:.99}{MERGE_IT.format(source)}")
 
 
 def _parsed(path: Path, source: str) -> dict[str, Any]:
@@ -89,13 +147,41 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
     Over quantized weights the adapter stays beside them and is added in each step: merged, it would be rounded. Raises
     WeightsError if the adapter does not fit the model.
     """
+    adapted = _load(model, None, folder, "default", source)
+    merged: Any = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
+    return merged.eval().requires_grad_(False)
+
+
+def attach(model: PreTrainedModel, directory: Path, named: Mapping[str, Adapter]) -> None:
+    """Put the adapters of a weights directory beside the model's weights; runners/adapters.py chooses among them.
+
+    Raises WeightsError for one that does not fit the model or cannot be mixed with others.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = None
+    for name, adapter in named.items():
+        read_config(directory / folder_of(name) / CONFIG, adapter.source, mixed=True)
+        adapted = _load(model, adapted, directory / folder_of(name), key_of(name), adapter.source)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise WeightsError(f"{adapter.source} changes the output layer{MERGE_IT.format(adapter.source)}")
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        if not all(isinstance(layer, LoraLayer) and key_of(name) not in layer.lora_variant for layer in layers):
+            raise WeightsError(f"{adapter.source} is a LoRA of its own kind{MERGE_IT.format(adapter.source)}")
+    model.eval().requires_grad_(False)
+
+
+def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source: str) -> Any:
+    """Add the folder's adapter to the model, which `adapted` wraps if it has adapters already. Returns the wrapper."""
     from peft import PeftConfig, PeftModel
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        adapted = PeftModel(model, config)
-        loaded = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
+        if adapted is None:
+            adapted = PeftModel(model, config, name)
+        loaded = adapted.load_adapter(str(folder), name, torch_device=str(model.device))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise WeightsError(f"The adapter {source} does not fit the model: {first}") from error
@@ -106,5 +192,4 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
             f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {wrong[0][:200]} among them;"
             " choose the model that it was trained for."
         )
-    merged: Any = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
-    return merged.eval().requires_grad_(False)
+    return adapted

@@ -7,15 +7,16 @@ from pathlib import Path
 import msgspec
 
 from lmtp.weights import adapters
-from lmtp.weights.manifest import MANIFEST, STAGING, WeightsError
+from lmtp.weights.manifest import ADAPTER_NAME, MANIFEST, STAGING, WeightsError
 
 INDEX = "model.safetensors.index.json"
 """Lists the shards of a model stored in several files."""
 
 MAX_INDEX_BYTES = 100_000_000
 
-ADAPTER_NAMES = tuple(f"{adapters.FOLDER}/{name}" for name in adapters.FILES)
-
+_ADAPTER = re.compile(
+    rf"({adapters.FOLDER}|{adapters.FOLDERS}/{ADAPTER_NAME.pattern})/({'|'.join(map(re.escape, adapters.FILES))})"
+)
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
 _SHARD = re.compile(rf"{_NAME}\.safetensors")
 _CODE = re.compile(rf"({_NAME}/)*{_NAME}\.py")
@@ -87,12 +88,17 @@ def shards_in(index: bytes, source: str) -> list[str]:
     return shards
 
 
+def belongs_to_an_adapter(name: str) -> bool:
+    """Whether a file of this name, in a weights directory, is an adapter's."""
+    return bool(_ADAPTER.fullmatch(name))
+
+
 def belongs_to_a_model(name: str) -> bool:
     """Whether a file of this name, found in a weights directory, may be replaced by another model's."""
     return (
         bool(_ACCOMPANYING.fullmatch(name) or _SHARD.fullmatch(name))
         or name in (INDEX, f".{MANIFEST}")
-        or name in ADAPTER_NAMES
+        or belongs_to_an_adapter(name)
     )
 
 

@@ -36,8 +36,9 @@ def commit_of(source: str, revision: str) -> str:
     return str(commit)
 
 
-def collect_adapter(source: str, commit: str, directory: Path) -> dict[str, str | None]:
-    """Fetch an adapter's files into the directory. Returns their names with the hub's checksums."""
+def collect_adapter(source: str, commit: str, mixed: bool, directory: Path) -> dict[str, str | None]:
+    """Fetch an adapter's files into the directory. ``mixed``: as for `adapters.read_config`. Returns their names with
+    the hub's checksums."""
     listed = _listing(source, commit)
     if missing := [name for name in adapters.FILES if name not in listed]:
         raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
@@ -48,7 +49,7 @@ def collect_adapter(source: str, commit: str, directory: Path) -> dict[str, str 
     for name, (size, checksum) in claims.items():  # the configuration first
         fetch(source, commit, {name: size}, directory)
         verify(directory, {name: checksum})
-        adapters.read_config(directory / adapters.CONFIG, source)
+        adapters.read_config(directory / adapters.CONFIG, source, mixed)
     return {name: checksum for name, (_, checksum) in claims.items()}
 
 

@@ -2,14 +2,17 @@
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmtp.protocol import NO_ADAPTER
 from lmtp.weights import adapters, demo, hub, quantization
-from lmtp.weights.files import ADAPTER_NAMES, files_in, needed_files, read_index_in
+from lmtp.weights.files import belongs_to_an_adapter, files_in, needed_files, read_index_in
+from lmtp.weights.kinds import Kind
 from lmtp.weights.manifest import (
+    ADAPTER_NAME,
     MANIFEST,
     Adapter,
     Manifest,
@@ -26,6 +29,7 @@ from lmtp.weights.staging import (
     discard_staging,
     exclusive,
     install,
+    origin_of,
     refuse_foreign_files,
     require_space,
     seal,
@@ -42,26 +46,29 @@ def download(
     trust_remote_code: bool = False,
     model_args: Mapping[str, Any] | None = None,
     adapter: str | None = None,
+    named: Mapping[str, str] | None = None,
 ) -> None:
     """Make the target directory hold the source's model, unless it does already.
 
     `model_args` are the manifest's but for `trust_remote_code`. `adapter` is a directory or a repository, with
-    `@revision` or without. A source that is an adapter gets the model that it names; one with an adapter beside the
-    model gets both. What could not be loaded is refused before the weights are fetched.
+    `@revision` or without, which is merged; `named` are others that stay beside the model, by name. A source that is an
+    adapter gets the model that it names; one with an adapter beside the model gets both. What could not be loaded is
+    refused before the weights are fetched.
     """
     path = Path(source).expanduser()
     loading = {"trust_remote_code": trust_remote_code, **(model_args or {})}
     with exclusive(target):
         if source != "demo" and path.resolve() == target:
-            if adapter or (target / adapters.CONFIG).exists():
+            if adapter or named or (target / adapters.CONFIG).exists():
                 raise WeightsError(f"{target} cannot take an adapter where it is: choose a directory with --to.")
-            _adopt(target, loading, partial(_check, target, source, revision, loading))
+            _adopt(target, loading, partial(_check, target, source, revision, loading, False))
             return
         refuse_foreign_files(target)
         chosen = _adapter(adapter) if adapter else None
+        others = _named(named or {})
         local = source != "demo" and path.is_dir()
         try:
-            _download(str(path.resolve()) if local else source, revision, target, loading, chosen, local)
+            _download(str(path.resolve()) if local else source, revision, target, loading, chosen, others, local)
         except adapters.AdapterFound as found:
             own = (
                 Adapter(str(path.resolve()), None)
@@ -69,7 +76,7 @@ def download(
                 else Adapter(source, hub.commit_of(source, revision or "main"))
             )
             if found.base is None:
-                _download(own.source, own.revision, target, loading, own, local)
+                _download(own.source, own.revision, target, loading, own, others, local)
             elif trust_remote_code:
                 raise WeightsError(
                     f"{source} is an adapter: name the model whose code you trust, and give --adapter {source}."
@@ -84,29 +91,42 @@ def download(
                         f" and give --adapter {source}."
                     ) from None
                 print(f"{source} is an adapter of {ascii(found.base)[1:-1]}.", flush=True)
-                _download(str(base.resolve()) if beside else found.base, found.revision, target, loading, own, beside)
+                name = str(base.resolve()) if beside else found.base
+                _download(name, found.revision, target, loading, own, others, beside)
 
 
 def _download(
-    source: str, revision: str | None, target: Path, loading: dict[str, Any], adapter: Adapter | None, local: bool
+    source: str,
+    revision: str | None,
+    target: Path,
+    loading: dict[str, Any],
+    adapter: Adapter | None,
+    named: Mapping[str, Adapter],
+    local: bool,
 ) -> None:
-    """Install a model whose files are in the `local` directory of this name, or else on the hub, with an adapter."""
-    check = partial(_check, target, source, revision, loading)
+    """Install a model whose files are in the `local` directory of this name, or else on the hub, with adapters."""
+    if adapter and named:
+        raise WeightsError(
+            f"{adapter.source} would be merged, and so change the model that {', '.join(named)} were trained for: name"
+            f" it as well, with --adapter NAME={adapter.source}, or give no names."
+        )
+    check = partial(_check, target, source, revision, loading, bool(named))
     trusted = loading["trust_remote_code"]
+    chosen = adapter is not None or source in [each.source for each in named.values()]
     collect: Callable[[Path], Mapping[str, str | None]]
     if local:
-        origin = Origin(source, None, trusted, adapter)
-        collect = partial(_copy_model, Path(source), trusted, adapter is not None, check)
+        origin = Origin(source, None, trusted, adapter, named)
+        collect = partial(_copy_model, Path(source), trusted, chosen, check)
     elif source == "demo":
         quantization.check(None, loading.get("load_in"), source)
-        origin = Origin("demo", demo.VERSION, False, adapter)
+        origin = Origin("demo", demo.VERSION, False, adapter, named)
         collect = partial(_convert_demo, check)
     elif re.fullmatch(REPOSITORY, source):
-        origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter)
-        collect = partial(hub.collect, source, str(origin.revision), trusted, adapter is not None, check)
+        origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter, named)
+        collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
     else:
         raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
-    install(origin, loading, target, partial(_with_adapter, adapter, collect), check)
+    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
 
 
 REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
@@ -123,33 +143,84 @@ def _adapter(given: str) -> Adapter:
     return Adapter(source, hub.commit_of(source, revision or "main"))
 
 
-def _with_adapter(
-    adapter: Adapter | None, collect: Callable[[Path], Mapping[str, str | None]], directory: Path
+def chosen_adapters(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The adapter to merge and the named ones, of what `--adapter` was given. Raises WeightsError."""
+    merged: list[str] = []
+    named: dict[str, str] = {}
+    for each in given:
+        name, equals, source = each.partition("=")
+        if not equals or "/" in name:
+            merged.append(each)
+        elif name in named:
+            raise WeightsError(f"--adapter {each}: {name} is given twice; choose another name.")
+        else:
+            named[name] = source
+    if len(merged) > 1:
+        raise WeightsError(f"--adapter {merged[1]}: only one is merged; give several as --adapter NAME=SOURCE.")
+    return (merged[0] if merged else None), named
+
+
+def _named(given: Mapping[str, str]) -> dict[str, Adapter]:
+    """What `--adapter NAME=SOURCE` names."""
+    for name in given:
+        if not ADAPTER_NAME.fullmatch(name) or name == NO_ADAPTER:
+            raise WeightsError(
+                f"--adapter {ascii(name)[1:-1]}=...: choose a name of at most 64 letters, digits and hyphens, other"
+                f" than {NO_ADAPTER}, which is no adapter."
+            )
+    return {name: _adapter(source) for name, source in given.items()}
+
+
+def _folders(adapter: Adapter | None, named: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters by the folders of their files."""
+    merged = {adapters.FOLDER: adapter} if adapter else {}
+    return merged | {adapters.folder_of(name): each for name, each in named.items()}
+
+
+def _with_adapters(
+    folders: Mapping[str, Adapter], collect: Callable[[Path], Mapping[str, str | None]], directory: Path
 ) -> Mapping[str, str | None]:
-    """Collect the adapter, which is small, and then the model."""
-    if adapter is None:
-        return collect(directory)
-    folder = directory / adapters.FOLDER
-    folder.mkdir(exist_ok=True)
-    names: Mapping[str, str | None]
-    if adapter.revision is None:
-        source = Path(adapter.source)
-        if missing := [name for name in adapters.FILES if not (source / name).is_file()]:
-            raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
-        adapters.read_config(source / adapters.CONFIG, adapter.source)
-        _copy(source, adapters.FILES, folder)
-        names = dict.fromkeys(adapters.FILES)
-    else:
-        names = hub.collect_adapter(adapter.source, adapter.revision, folder)
-    return {**collect(directory), **{f"{adapters.FOLDER}/{name}": checksum for name, checksum in names.items()}}
+    """Collect the adapters, which are small, and then the model."""
+    found: dict[str, str | None] = {}
+    for folder, adapter in folders.items():
+        mixed = folder != adapters.FOLDER
+        names = _collect_adapter(adapter, mixed, directory / folder)
+        if mixed:
+            adapters.check_tensors(directory / folder, adapter.source)
+        found |= {f"{folder}/{name}": checksum for name, checksum in names.items()}
+    return {**collect(directory), **found}
 
 
-def _check(target: Path, source: str, revision: str | None, model_args: Mapping[str, Any], directory: Path) -> None:
+def _collect_adapter(adapter: Adapter, mixed: bool, folder: Path) -> Mapping[str, str | None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapter.revision is not None:
+        return hub.collect_adapter(adapter.source, adapter.revision, mixed, folder)
+    source = Path(adapter.source)
+    if missing := [name for name in adapters.FILES if not (source / name).is_file()]:
+        raise WeightsError(f"{source} is no adapter stored as safetensors: it has no {missing[0]}.")
+    adapters.read_config(source / adapters.CONFIG, adapter.source, mixed)
+    _copy(source, adapters.FILES, folder)
+    return dict.fromkeys(adapters.FILES)
+
+
+def _check(
+    target: Path,
+    source: str,
+    revision: str | None,
+    model_args: Mapping[str, Any],
+    mixed: bool,
+    directory: Path,
+) -> None:
     """Raise WeightsError if the model whose config.json is in the directory could not be loaded. Runs no code of it."""
     if model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes():
         return  # Only its own code can tell.
     options = ("--revision", revision) if revision else ()
-    plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
+    plan = plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
+    if mixed and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
+        raise WeightsError(
+            f"{source} is a model of the kind {plan.kind}, which serves no named adapters: give one --adapter SOURCE,"
+            " without a name, which is merged."
+        )
 
 
 def _convert_demo(check: Callable[[Path], object], directory: Path) -> Mapping[str, None]:
@@ -233,9 +304,10 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     """Get the broken files again from where they came from, and replace them one by one."""
     refuse_foreign_files(target)
     fetch_again = f"`{fetch_command(target, manifest)}`"
-    origin = Origin(manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter)
-    if manifest.source == "demo" and not all(name in ADAPTER_NAMES for name in broken):
-        collect = partial(_with_adapter, manifest.adapter, demo.collect)  # One conversion makes all its files.
+    origin = origin_of(manifest)
+    folders = _folders(manifest.adapter, manifest.adapters)
+    if manifest.source == "demo" and not all(map(belongs_to_an_adapter, broken)):
+        collect = partial(_with_adapters, folders, demo.collect)  # One conversion makes all its files.
         install(origin, manifest.model_args, target, collect, again=True)
         return
     if Path(manifest.source) == target:
@@ -245,12 +317,12 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
         )
     files = staging_for(origin, target) / FILES
     parts: list[tuple[str, str | None, Path, str]] = [(manifest.source, manifest.revision, files, "")]
-    if manifest.adapter is not None:
-        folder = files / adapters.FOLDER
-        folder.mkdir(exist_ok=True)
-        parts.append((manifest.adapter.source, manifest.adapter.revision, folder, f"{adapters.FOLDER}/"))
+    for folder, adapter in folders.items():
+        (files / folder).mkdir(parents=True, exist_ok=True)
+        parts.append((adapter.source, adapter.revision, files / folder, f"{folder}/"))
     for source, revision, directory, prefix in parts:
-        names = [name.removeprefix(prefix) for name in broken if (name in ADAPTER_NAMES) == bool(prefix)]
+        own = [name for name in broken if name.startswith(prefix) and belongs_to_an_adapter(name) == bool(prefix)]
+        names = [name.removeprefix(prefix) for name in own]
         if names and Path(source).is_absolute():
             for name in names:
                 path = Path(source) / name

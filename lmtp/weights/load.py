@@ -96,6 +96,8 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     if manifest.adapter is not None:
         quantized = bool(plan.load_in or getattr(model, "is_quantized", False))
         model = adapters.apply(model, directory / adapters.FOLDER, quantized, manifest.adapter.source)
+    if manifest.adapters:
+        adapters.attach(model, directory, manifest.adapters)
     if plan.kind is Kind.MULTIMODAL:
         from lmtp.weights.text_only import keep_text_only
 

@@ -6,6 +6,7 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,10 @@ SEAL = "sealed.json"
 
 class WeightsError(Exception):
     """The weights cannot be fetched or loaded; the message says what to do about it."""
+
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
+"""What an adapter beside a model may be called: no character that a path or a parameter's name has."""
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +52,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     `source` is a Hugging Face repository, an absolute directory, or `demo`. `revision` is the repository's commit, the
     demo package's version, or None for a directory. `files` maps names relative to the weights directory. `model_args`
     say how Transformers loads the model: `trust_remote_code`, `load_in` (one of quantization.LOAD_IN), and keywords of
-    `from_pretrained`. `adapter` is merged into the weights when they are loaded.
+    `from_pretrained`. `adapter` is merged into the weights when they are loaded;
+    `adapters` stay beside them, by name, for callers to choose.
     """
 
     source: str
@@ -55,8 +61,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     files: dict[str, File]
     model_args: dict[str, Any]
     adapter: Adapter | None = None
+    adapters: dict[str, Adapter] = {}
 
     def __post_init__(self) -> None:
+        for name in self.adapters:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an adapter")
         for name in self.files:
             if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
                 raise ValueError(f"{name!r} is outside the weights directory")
@@ -117,9 +127,14 @@ def fetch_command(directory: Path, manifest: Manifest, *options: str) -> str:
     if manifest.revision is not None and manifest.source != "demo":
         options = ("--revision", manifest.revision, *options)
     if manifest.adapter is not None and manifest.adapter.source != manifest.source:
-        at = f"@{manifest.adapter.revision}" if manifest.adapter.revision else ""
-        options = (*options, "--adapter", manifest.adapter.source + at)
+        options = (*options, "--adapter", _written(manifest.adapter))
+    for name, adapter in manifest.adapters.items():
+        options = (*options, "--adapter", f"{name}={_written(adapter)}")
     return download_command(directory, manifest.source, *options, *_options(manifest.model_args))
+
+
+def _written(adapter: Adapter) -> str:
+    return f"{adapter.source}@{adapter.revision}" if adapter.revision else adapter.source
 
 
 def _options(model_args: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,18 @@ class Origin:
     revision: str | None
     trust_remote_code: bool
     adapter: Adapter | None = None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        adapter = f" with {self.adapter.source}" if self.adapter else ""
-        return (f"{self.source} at {self.revision}" if self.revision else self.source) + adapter
+        sources = [adapter.source for adapter in (self.adapter, *self.adapters.values()) if adapter]
+        model = f"{self.source} at {self.revision}" if self.revision else self.source
+        return f"{model} with {', '.join(sources)}" if sources else model
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all of it comes from repositories, at commits that do not change."""
+        adapters = [adapter for adapter in (self.adapter, *self.adapters.values()) if adapter]
+        return self.revision is not None and all(adapter.revision is not None for adapter in adapters)
 
 
 @contextmanager
@@ -121,9 +129,14 @@ def is_installed(origin: Origin, target: Path) -> bool:
         verify_sizes(target, manifest)
     except WeightsError:
         return False
-    installed = Origin(manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter)
-    fixed = origin.revision is not None and (origin.adapter is None or origin.adapter.revision is not None)
-    return installed == origin and fixed
+    return origin_of(manifest) == origin and origin.fixed
+
+
+def origin_of(manifest: Manifest) -> Origin:
+    """Where the manifest's files came from."""
+    return Origin(
+        manifest.source, manifest.revision, manifest.trust_remote_code, manifest.adapter, dict(manifest.adapters)
+    )
 
 
 def staging_for(origin: Origin, target: Path) -> Path:
@@ -180,7 +193,8 @@ def seal(
     directory: Path, expected: Mapping[str, str | None], origin: Origin, model_args: Mapping[str, Any]
 ) -> Manifest:
     """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one."""
-    return Manifest(origin.source, origin.revision, verify(directory, expected), dict(model_args), origin.adapter)
+    files = verify(directory, expected)
+    return Manifest(origin.source, origin.revision, files, dict(model_args), origin.adapter, dict(origin.adapters))
 
 
 def verify(directory: Path, expected: Mapping[str, str | None]) -> dict[str, File]:

@@ -118,10 +118,12 @@ def download(
         revision: str | None = None,
         trust_remote_code: bool = False,
         adapter: object = None,
+        named: dict[str, object] | None = None,
         **model_args: object,
     ) -> str:
         chosen = str(adapter) if adapter else None
-        install.download(str(source), revision, to, trust_remote_code, model_args, chosen)
+        others = {name: str(each) for name, each in (named or {}).items()}
+        install.download(str(source), revision, to, trust_remote_code, model_args, chosen, others)
         return capsys.readouterr().out
 
     yield run

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from lmtp.protocol import Generate
 from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import Adapter, fetch_command, read_manifest
 from tests.hub import Hub, Repository
-from tests.tiny import own_greedy, random_prompts
+from tests.tiny import answers, own_greedy, random_prompts, start
 from tests.weights.conftest import Download
 from tests.weights.helpers import NEEDED, contents, refusal, served
 
@@ -81,6 +82,24 @@ def test_over_a_quantized_model_the_adapter_stays_exact(
     assert served(loaded, *PROMPTS) == [own_greedy(own, prompt, 12) for prompt in PROMPTS]
 
 
+def test_named_adapters_over_a_quantized_model_answer_as_each_alone(
+    download: Download, tiny: Path, lora: Path, tmp_path: Path
+) -> None:
+    download(tiny, tmp_path / "base", load_in="4bit")
+    plain = load(tmp_path / "base", "float32", "cpu").model
+    expected = [own_greedy(plain, PROMPTS[0], 12)]
+    own: Any = PeftModel.from_pretrained(plain, lora).get_base_model().eval()
+    expected.append(own_greedy(own, PROMPTS[1], 12))
+    download(tiny, tmp_path / "weights", named={"a": lora}, load_in="4bit")
+    engine = start(load(tmp_path / "weights", "float32", "cpu").model, names=["a"])
+    operations = [
+        Generate(stream_id=i, prompt=PROMPTS[i], max_tokens=12, adapter=name) for i, name in enumerate(("", "a"))
+    ]
+    got = answers(engine, *operations)
+    engine.stop()
+    assert [got.ids(i) for i in range(2)] == expected
+
+
 def test_an_adapter_alone_gets_the_model_that_it_names(
     adapted: Hub, download: Download, lora: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +154,29 @@ def test_a_damaged_adapter_is_found_and_repaired(adapted: Hub, download: Downloa
     verify(tmp_path)
     assert contents(tmp_path / "adapter") == before
     load(tmp_path, "float32", "cpu")
+
+
+def test_named_adapters_are_fetched_at_their_commits_and_repaired(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    named: dict[str, object] = {"a": "org/lora", "b": "org/lora@main"}
+    download("org/tiny", tmp_path, named=named)
+    commit = adapted.repositories["org/lora"].commit
+    assert read_manifest(tmp_path).adapters == dict.fromkeys("ab", Adapter("org/lora", commit))
+    assert "already" in download("org/tiny", tmp_path, named=named)
+    before = contents(tmp_path / "adapters" / "b")
+    (tmp_path / "adapters" / "b" / "adapter_model.safetensors").write_bytes(b"damaged")
+    verify(tmp_path)
+    assert contents(tmp_path / "adapters" / "b") == before
+    load(tmp_path, "float32", "cpu")
+
+
+def test_an_adapter_beside_its_model_is_named_like_the_others(adapted: Hub, download: Download, tmp_path: Path) -> None:
+    adapted.repositories["org/tiny"].files |= adapted.repositories["org/lora"].files
+    with refusal("org/tiny would be merged", "name it as well, with --adapter NAME=org/tiny"):
+        download("org/tiny", tmp_path, named={"a": "org/lora"})
+    download("org/tiny", tmp_path, named={"a": "org/lora", "own": "org/tiny"})
+    assert [*read_manifest(tmp_path).adapters] == ["a", "own"]
 
 
 def change(**values: object) -> Callable[[Repository], None]:

@@ -263,7 +263,8 @@ def parse_batch(text: str, max_ids: int = MAX_COUNT) -> list[Operation | Failure
 
 _NO_ARRAY = "ops_batch_json must be a JSON array of operations, each [name, {fields}]."
 _SPACE = " \t\r\n"
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+"""A string without an end is one token up to the end of the text: found at once, not from each of its quotes anew."""
 
 
 def _split(text: str, error: Exception) -> list[str]:
@@ -301,7 +302,8 @@ def _split(text: str, error: Exception) -> list[str]:
     return entries
 
 
-_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,19}|"(?:[^"\\]|\\.)*")')
+_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,19}|"(?:[^"\\]|\\.){0,1536}+")')
+"""An id of 256 characters, each of which takes six at most. Each repetition takes memory while it is matched."""
 
 
 class _Long(Struct):

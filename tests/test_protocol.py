@@ -1,5 +1,6 @@
 """The protocol's lines: accepted and refused operations, error messages, encoded replies."""
 
+import contextlib
 import json
 
 import pytest
@@ -292,3 +293,10 @@ def test_a_batch_too_long_to_be_split_is_refused_with_what_to_do(monkeypatch: py
     monkeypatch.setattr(protocol, "MAX_SPLIT", 20)
     with pytest.raises(RequestError, match="JSON has no NaN and no Infinity; repair it, or send at most 20 characters"):
         parse_batch('[["GENERATE", {"stream_id": 1, "prompt": NaN}]]')
+
+
+@pytest.mark.parametrize("text", ['[["' + '\\"' * 2_000_000, '[["GENERATE",{"stream_id":"' + "a" * 9_000_000 + '"}]]'])
+def test_a_string_without_an_end_or_an_endless_id_is_read_once(text: str) -> None:
+    """Quadratic reading of the first took minutes; a state for each character of the second took gigabytes."""
+    with contextlib.suppress(RequestError):
+        assert all(isinstance(operation, Failure) for operation in parse_batch(text, 8192))

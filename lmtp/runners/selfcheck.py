@@ -44,7 +44,8 @@ class Reference:
 
     texts: list[list[int]]
     logits: list[Tensor]
-    dtype: torch.dtype
+    precision: torch.dtype
+    """Whose tolerance holds."""
     adapters: Sequence[str] = ("", "", "", "")
     """The adapter of each text."""
 
@@ -65,7 +66,13 @@ class Reference:
             with adapters.alone(name):
                 logits[name] = model(input_ids=ids, use_cache=False).logits
         own = [logits[of_texts[i]][i, : len(text) - 1].float() for i, text in enumerate(texts)]
-        return cls(texts, own, model.dtype, of_texts)
+        return cls(texts, own, precision_of(model), of_texts)
+
+
+def precision_of(model: PreTrainedModel) -> torch.dtype:
+    """The dtype whose tolerance the check has. The 8-bit kernels of bitsandbytes compute in 16 bits and treat the
+    outliers of a batch together."""
+    return torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
 
 
 def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
@@ -100,7 +107,7 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     ``fast`` runs the texts twice, the second time in other rows: it may have recorded what it did first.
     Raises UnsupportedModel where they disagree.
     """
-    memory = Memory(layers, reference.dtype)
+    memory = Memory(layers, step.model.dtype)
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     *early, last = reference.texts
     for order in (1, -1) if fast else (1,):
@@ -122,7 +129,8 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     texts: list[Stream] = [Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)]
     with runner.adapters.alone(adapter):
         own = [_own_logits(model, text.tokens[:-1]) for text in texts]
-    if _differing(own[2][: len(own[0])], own[0], model.dtype) > FORGIVEN[model.dtype] * len(own[0]):
+    precision = precision_of(model)
+    if _differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     waiting, counts = list(texts), itertools.chain((5, 1), itertools.repeat(1))
@@ -137,7 +145,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
             text.computed += count
             if text.pending == 0:
                 runner.release(text)
-    compare(Reference([text.tokens for text in texts], own, model.dtype), list(got.values()))
+    compare(Reference([text.tokens for text in texts], own, precision), list(got.values()))
 
 
 def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
@@ -179,10 +187,10 @@ def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
     wrong = total = 0
     for theirs, ours in zip(reference.logits, got, strict=True):
         wrong += _differing(
-            theirs[-len(ours) :], torch.stack(list(ours)), reference.dtype
+            theirs[-len(ours) :], torch.stack(list(ours)), reference.precision
         )  # reused tokens have no logits
         total += len(ours)
-    if wrong > total * FORGIVEN[reference.dtype]:
+    if wrong > total * FORGIVEN[reference.precision]:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")
 
 

@@ -148,6 +148,13 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
     WeightsError if the adapter does not fit the model.
     """
     adapted = _load(model, None, folder, "default", source)
+    base = adapted.get_base_model()
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    if model.config.get_text_config().tie_word_embeddings and any(hasattr(layer, "lora_A") for layer in embeddings):
+        raise WeightsError(
+            f"The adapter {source} changes one of two layers that share their weights, so it cannot be merged: merge it"
+            " with peft into a checkpoint with tie_word_embeddings off, and fetch that."
+        )
     merged: Any = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
     return merged.eval().requires_grad_(False)
 

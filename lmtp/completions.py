@@ -6,7 +6,6 @@ whole texts: then each of them is a SCORE, and the completions are chosen when a
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from msgspec.structs import replace
 from transformers import PreTrainedTokenizerBase
 
 from lmtp import protocol
+from lmtp.engine.sampling import random_of
 from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
 from lmtp.text import Tokenizers
 
@@ -231,9 +231,7 @@ class Completions:
         for i in range(self._n):
             best = logprobs.index(highest)
             if temperature:
-                seed = self._seed(i)
-                draw = random.Random(None if seed is None else str(seed))
-                (best,) = draw.choices(range(len(weights)), weights)
+                (best,) = random_of(self._seed(i)).choices(range(len(weights)), weights)
             self._completed[i], self._texts[i] = self._answer(i, best)
         rows = zip(self._options, logprobs, weights, strict=True)
         return sorted(

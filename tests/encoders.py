@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from predict import Predictor
-from tests.tiny import start
+from tests.tiny import randomize, start
 
 WORDS = [
     "the",
@@ -83,12 +83,7 @@ def build(name: str, head: str = "MaskedLM", **changes: Any) -> PreTrainedModel:
     kind, arguments = ARCHITECTURES[name]
     torch.manual_seed(0)
     auto = getattr(transformers, f"AutoModelFor{head}")
-    model: PreTrainedModel = auto.from_config(getattr(transformers, kind)(**arguments | changes)).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.15)
-    return model
+    return randomize(auto.from_config(getattr(transformers, kind)(**arguments | changes)))
 
 
 @functools.cache

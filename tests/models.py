@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.tiny import randomize
+
 VOCABULARY = 128
 END = 2
 CONTEXT = 512
@@ -149,11 +151,7 @@ def build(model_type: str, auto: Any = AutoModelForCausalLM, decoder: bool = Tru
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None if decoder else 1
     )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.15)
-    return model
+    return randomize(model)
 
 
 def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:

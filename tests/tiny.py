@@ -55,9 +55,12 @@ def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     configuration."""
     kind, arguments = (ARCHITECTURES | CACHE_MODELS)[name]
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments | changes)).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    return randomize(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments | changes)))
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the model random weights large enough that its choices differ from each other, and let it only infer."""
+    for parameter in model.eval().requires_grad_(False).parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.15)
     return model

@@ -4,7 +4,6 @@ A masked LM fills the masks of a prompt, or scores given tokens in their places.
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp.engine.masks import Bias
-from lmtp.engine.sampling import NOT_NUMBERS, Choice, Row, Target
+from lmtp.engine.sampling import NOT_NUMBERS, Choice, Row, Target, random_of
 from lmtp.engine.stream import OperationStream, checked_ids
 from lmtp.prediction import Prediction
 from lmtp.protocol import Encode, Generate, RequestError, Score, Token, finite
@@ -41,11 +40,6 @@ class Encoding(OperationStream):
         self._rows = rows
         self._answered = 0
         """How many rows it has received: a step need not take all of the text."""
-
-    @property
-    @override
-    def goal(self) -> int:
-        return len(self.tokens)
 
     @property
     @override
@@ -94,8 +88,7 @@ class Drawing:
         self.bias = bias
         self.tokens = tokens
         self.prompt_length = len(tokens)
-        # Random ignores the sign of a number, but not of a string. None is a seed from the system.
-        self.draw = random.Random(None if operation.seed is None else str(operation.seed)).random
+        self.draw = random_of(operation.seed).random
 
 
 class Filling(Encoding):

@@ -10,6 +10,7 @@ it depends on nothing else in the batch.
 
 import functools
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -57,6 +58,12 @@ class Target:
 
     token: int
     top_logprobs: int
+
+
+def random_of(seed: int | None) -> random.Random:
+    """The generator of a seed. None is a seed from the system."""
+    # Random ignores the sign of a number, but not of a string.
+    return random.Random(None if seed is None else str(seed))
 
 
 class Draw(Protocol):

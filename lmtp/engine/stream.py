@@ -4,7 +4,6 @@ Where the model's logits are wanted, the stream says so with one row for each po
 them and answers with replies.
 """
 
-import random
 from collections.abc import Sequence
 
 from msgspec import UNSET
@@ -15,7 +14,7 @@ from lmtp import text
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.grammar import Grammar
 from lmtp.engine.masks import Bias
-from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits
+from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits, random_of
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
 from lmtp.runners.model import Limits, SourceLimits
@@ -46,6 +45,11 @@ class OperationStream(Stream):
     def least_length(self) -> int:
         """The fewest tokens that its memory must have room for."""
         return self.prompt_length + 1
+
+    @property
+    @override
+    def goal(self) -> int:
+        return len(self.tokens)
 
     @property
     def decoding(self) -> bool:
@@ -100,13 +104,7 @@ class Generation(OperationStream):
         # A draft can only be compared with choices that depend on nothing but the tokens before them.
         drafts = not grammar and not needs_own_logits(operation) and operation.top_logprobs <= MAX_DRAFTED_TOP
         self._drafter = Drafter() if drafts else None
-        # Random ignores the sign of a number, but not of a string. None is a seed from the system.
-        self._random = random.Random(None if operation.seed is None else str(operation.seed))
-
-    @property
-    @override
-    def goal(self) -> int:
-        return len(self.tokens)
+        self._random = random_of(operation.seed)
 
     @property
     @override

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
+from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device, only_wanted
 from lmtp.runners.selfcheck import AGREEMENT, FORGIVEN
 from lmtp.runners.step import Step, StepLimits, Stream
 
@@ -257,8 +257,7 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
                 if wrong := _differing(got, _answers(forward, batches, texts), UNTOUCHED):
                     raise UnsupportedModel(f"what stands in the padding changes {wrong} of {len(own)} answers")
         except Exception as error:  # whatever the model's code raises, try the next way
-            reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
-            reason = f"not {way}: {reason}"
+            reason = f"not {way}: {in_words(error)}"
         else:
             return EncoderRunner(forward, limits, model.device, way, reason)
     raise UnsupportedModel(f"its own code does not answer a text the same way twice ({reason}); choose another model.")

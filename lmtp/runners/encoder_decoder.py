@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from lmtp.runners import selfcheck
-from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
+from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device, only_wanted
 from lmtp.runners.selfcheck import Reference
 from lmtp.runners.slot_runner import SlotCache, SlotRunner, SlotStep
 from lmtp.runners.slots import MIN_TOKENS, Layer, Memory, check_budget
@@ -207,9 +207,8 @@ def open_encoder_decoder(model: PreTrainedModel, limits: Limits, budget: int, ma
         own, cross = encoder.layers()
         _check(step, encoder, own, cross, limits)
     except Exception as error:  # the model's code can raise anything
-        reason = str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot be served exactly: {reason}; choose another encoder-decoder model."
+            f"{type(model).__name__} cannot be served exactly: {in_words(error)}; choose another encoder-decoder model."
         ) from error
     memory = Memory(own, model.dtype)
     rows = Memory(cross, model.dtype)

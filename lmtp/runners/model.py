@@ -36,6 +36,11 @@ class UnsupportedModel(Exception):
     """The runner cannot serve the model; the message says what was found."""
 
 
+def in_words(error: Exception) -> str:
+    """What was found, whatever the model's code has raised."""
+    return str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True)
 class SourceLimits:
     """The vocabulary of an encoder, and its context in tokens."""

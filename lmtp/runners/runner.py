@@ -15,7 +15,7 @@ from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
-from lmtp.runners.model import UnsupportedModel, limits_of
+from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.selfcheck import Reference, check_caches, check_slots
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import Layer, Memory
@@ -103,7 +103,7 @@ def open_runner(
         for name, other in zip(names, [*names[1:], *names[:1]], strict=True):
             check_slots(step, layers, Reference.of(model, adapters, ("", name, other)))
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
-        return _open_cache_runner(model, context, f"slots do not serve it: {_in_words(error)}", adapters)
+        return _open_cache_runner(model, context, f"slots do not serve it: {in_words(error)}", adapters)
     fast, reason = None, "no faster step: adapters take the model's own code" if names else ""
     try:
         if not names and (fast := _fast_step(step, layers, compiled, graphs)):
@@ -120,7 +120,7 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
             for name in ("", *adapters.names):
                 check_caches(CacheRunner(model, context, reason, mode, adapters), model, name)
         except Exception as error:  # whatever the model's code raises
-            found.append(_in_words(error))
+            found.append(in_words(error))
         else:
             reason = "; nor do its own caches: ".join([reason, *found[:1]])
             return CacheRunner(model, context, reason, mode, adapters)
@@ -130,10 +130,6 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
     raise UnsupportedModel(
         f"No runner serves {what} as Transformers' own forward pass computes it: {found[0]}. {instead}"
     )
-
-
-def _in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
 
 
 def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:

@@ -12,7 +12,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmtp.weights.manifest import Adapter, WeightsError
+from lmtp.weights.manifest import Adapter, WeightsError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,7 +155,7 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
             f"The adapter {source} changes one of two layers that share their weights, so it cannot be merged: merge it"
             " with peft into a checkpoint with tie_word_embeddings off, and fetch that."
         )
-    merged: Any = adapted.get_base_model() if quantized else adapted.merge_and_unload(safe_merge=True)
+    merged: Any = base if quantized else adapted.merge_and_unload(safe_merge=True)
     return merged.eval().requires_grad_(False)
 
 
@@ -190,8 +190,7 @@ def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source:
             adapted = PeftModel(model, config, name)
         loaded = adapted.load_adapter(str(folder), name, torch_device=str(model.device))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise WeightsError(f"The adapter {source} does not fit the model: {first}") from error
+        raise WeightsError(f"The adapter {source} does not fit the model: {first_line(error)[:300]}") from error
     # peft leaves what does not match as it was initialized, and carries on.
     wrong = sorted(loaded.missing_keys) + sorted(loaded.unexpected_keys)
     if wrong:

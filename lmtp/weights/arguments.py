@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.manifest import WeightsError, first_line
 from lmtp.weights.quantization import LOAD_IN
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise WeightsError(f"{source} runs code of its own: if you trust it, run `{with_code}`.") from error
-        raise WeightsError(f"Transformers cannot read the config.json of {source}: {_first_line(error)}") from error
+        raise WeightsError(
+            f"Transformers cannot read the config.json of {source}: {first_line(error)[:200]}"
+        ) from error
     _check_values(model_args)
     return config
 
@@ -118,7 +120,3 @@ def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:
             holder.pop(other, None)
         name, value = "rope_parameters", kept | value
     holder[name] = value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lmtp.weights import adapters, quantization
 from lmtp.weights.arguments import DTYPES
 from lmtp.weights.kinds import Kind, auto_class
-from lmtp.weights.manifest import Manifest, WeightsError, fetch_command, read_manifest, verify_sizes
+from lmtp.weights.manifest import Manifest, WeightsError, fetch_command, first_line, read_manifest, verify_sizes
 from lmtp.weights.plan import Plan, plan_of
 
 if TYPE_CHECKING:
@@ -138,5 +138,4 @@ def _why_not_loaded(directory: Path, manifest: Manifest, error: Exception) -> st
     if "trust_remote_code" in str(error):  # of the tokenizer
         command = fetch_command(directory, manifest, "--trust-remote-code")
         return f"{manifest.source} runs code of its own: if you trust it, run `{command}`."
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"Transformers cannot load {manifest.source} from {directory}: {reason}"
+    return f"Transformers cannot load {manifest.source} from {directory}: {first_line(error)}"

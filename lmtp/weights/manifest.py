@@ -28,6 +28,11 @@ class WeightsError(Exception):
     """The weights cannot be fetched or loaded; the message says what to do about it."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, or the error's type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)
 """What an adapter beside a model may be called: no character that a path or a parameter's name has."""
 

@@ -19,7 +19,7 @@ from lmtp.runners.encoder_decoder import EncoderDecoderRunner
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
 from lmtp.settings import Bounds, SettingsError
-from tests.tiny import VOCABULARY, answers, begin, collect, random_prompts, start
+from tests.tiny import VOCABULARY, answers, begin, collect, random_prompts, randomize, start
 
 END = 2
 T5: dict[str, Any] = {
@@ -78,11 +78,7 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config).eval()
     if name == "mbart":  # as a translation model does that writes one language
         model.generation_config.forced_bos_token_id = 5
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.15)
-    return model
+    return randomize(model)
 
 
 @pytest.fixture(scope="module", params=SERVED)

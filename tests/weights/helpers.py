@@ -15,7 +15,7 @@ from lmtp.weights.load import Loaded
 from lmtp.weights.manifest import File, Manifest, WeightsError, write_manifest
 from lmtp.weights.staging import Origin
 from tests.hub import Hub
-from tests.tiny import answers, start
+from tests.tiny import answers, randomize, start
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "script" / "download_weights"
@@ -92,10 +92,7 @@ def served(loaded: Loaded, *prompts: list[int], count: int = 12) -> list[list[in
         engine.stop()
 
 
-def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Give the model random weights large enough that its choices differ from each other."""
+def seeded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with random weights that are the same each time."""
     torch.manual_seed(0)
-    for parameter in model.eval().requires_grad_(False).parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.15)
-    return model
+    return randomize(model)

@@ -14,7 +14,7 @@ from lmtp.weights.manifest import fetch_command, read_manifest
 from tests.hub import Hub
 from tests.tiny import BASE
 from tests.weights.conftest import Download, Script
-from tests.weights.helpers import randomize, refusal, saved
+from tests.weights.helpers import refusal, saved, seeded
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -43,9 +43,7 @@ def test_an_argument_of_another_form_is_an_error_that_says_how_to_write_it(pair:
 
 
 def test_arguments_reach_the_model(tiny: Path, tmp_path: Path) -> None:
-    model = randomize(
-        LlamaForCausalLM(LlamaConfig(**BASE, rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
-    )
+    model = seeded(LlamaForCausalLM(LlamaConfig(**BASE, rope_parameters={"rope_type": "default", "rope_theta": 500.0})))
     arguments: dict[str, Any] = {"attn_implementation": "eager", "rope_scaling": YARN, "dtype": "float16"}
     loaded = load(saved(model, tmp_path / "weights", tiny, **arguments), device="cpu")
     assert loaded.model.config._attn_implementation == "eager"

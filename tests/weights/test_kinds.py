@@ -15,7 +15,7 @@ from lmtp.weights.load import load
 from tests.hub import Hub
 from tests.tiny import BASE, own_greedy, random_prompts
 from tests.weights.conftest import Download
-from tests.weights.helpers import randomize, refusal, saved, served
+from tests.weights.helpers import refusal, saved, seeded, served
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -45,7 +45,7 @@ def test_a_multimodal_model_serves_its_text_as_the_full_model_does_without_the_r
     for key in ("image_token_index", "image_token_id"):
         if hasattr(config, key):
             setattr(config, key, 120)
-    full = randomize(AutoModelForMultimodalLM.from_config(config))
+    full = seeded(AutoModelForMultimodalLM.from_config(config))
     directory = saved(full, tmp_path / "weights", tiny)
     loaded = load(directory, "float32", "cpu")
     assert loaded.model.num_parameters() < full.num_parameters()
@@ -116,7 +116,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused_before_its_weig
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_an_encoder_is_loaded_with_the_head_that_it_was_trained_with(name: str, tiny: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-    full = randomize(getattr(transformers, name)(BertConfig(num_hidden_layers=1, **sizes)))
+    full = seeded(getattr(transformers, name)(BertConfig(num_hidden_layers=1, **sizes)))
     loaded = load(saved(full, tmp_path / "weights", tiny), "float32", "cpu")
     ids = torch.tensor([[5, 6, 7]])
     assert type(loaded.model) is type(full)
@@ -125,7 +125,7 @@ def test_an_encoder_is_loaded_with_the_head_that_it_was_trained_with(name: str, 
 
 def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:
     config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
-    full = randomize(transformers.T5ForConditionalGeneration(config))
+    full = seeded(transformers.T5ForConditionalGeneration(config))
     loaded = load(saved(full, tmp_path / "weights", tiny), "float32", "cpu")
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(

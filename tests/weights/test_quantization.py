@@ -17,7 +17,7 @@ from lmtp.weights.manifest import WeightsError, read_manifest
 from tests.hub import Hub
 from tests.tiny import BASE, own_greedy, random_prompts
 from tests.weights.conftest import Download, Script
-from tests.weights.helpers import ROOT, contents, randomize, refusal, saved, seal, served
+from tests.weights.helpers import ROOT, contents, refusal, saved, seal, seeded, served
 
 PROMPTS = random_prompts(4, 11, 7)
 
@@ -25,7 +25,7 @@ PROMPTS = random_prompts(4, 11, 7)
 @pytest.fixture(scope="module")
 def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that is not quantized, whose matrices are large enough for every format."""
-    model = randomize(LlamaForCausalLM(LlamaConfig(**{**BASE, "hidden_size": 64, "intermediate_size": 128})))
+    model = seeded(LlamaForCausalLM(LlamaConfig(**{**BASE, "hidden_size": 64, "intermediate_size": 128})))
     return saved(model, tmp_path_factory.mktemp("plain"), tiny)
 
 

@@ -204,8 +204,10 @@ TURNED_OFF: dict[str, Any] = {
 
 
 def defaults_of(model: PreTrainedModel) -> Defaults:
-    """Read the defaults from the model's generation configuration, as `generate` does."""
-    config = model.generation_config
+    """Read the defaults from the model's generation configuration, as `generate` does. Encoders have none."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return Defaults()
 
     def given(name: str, neutral: Any = None) -> Any:
         value = getattr(config, name, None)

@@ -29,7 +29,6 @@ UNMIXED = (
     "use_dora",
     "modules_to_save",
     "layer_replication",
-    "alora_invocation_tokens",
     "target_parameters",
     "trainable_token_indices",
 )
@@ -75,6 +74,8 @@ def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
             f"{source} is an adapter of type {ascii(kind)[:40]}, which cannot be merged: choose one of"
             f" {', '.join(MERGEABLE)}."
         )
+    if config.get("alora_invocation_tokens"):  # peft leaves it out where the caller does not say where it begins
+        raise WeightsError(f"{source} is an activated LoRA, which begins within a text: choose one for whole texts.")
     if mixed and (why := _why_unmixed(config)):
         raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ AUTO_CLASSES = {
 """The Auto class of Transformers for each kind. Where several know an architecture, the first counts."""
 
 
+OTHER = re.compile(r"EncoderModel$|For(?!CausalLM|ConditionalGeneration|MaskedLM|PreTraining)")
+"""Classes whose output is none of these kinds', such as rewards: their type says nothing of it."""
+
+
 def kind_of(config: PreTrainedConfig, source: str) -> Kind:
     """The kind of model that the source's configuration describes.
 
@@ -42,9 +47,13 @@ def kind_of(config: PreTrainedConfig, source: str) -> Kind:
     # A BERT without `architectures` is a masked language model, though Transformers has a decoder of that type, too.
     by_type = (Kind.SEQ2SEQ, Kind.MULTIMODAL, Kind.MASKED, Kind.CAUSAL)
     kind = (
-        _first(lambda name: name in (getattr(config, "auto_map", None) or {}), AUTO_CLASSES)
-        or _first(lambda name: named in _classes(name).values(), _possible(config, tuple(AUTO_CLASSES)))
-        or _first(lambda name: config.model_type in _classes(name), _possible(config, by_type))
+        _first(lambda name: named in _classes(name).values(), _possible(config, tuple(AUTO_CLASSES)))
+        or _first(lambda name: name in (getattr(config, "auto_map", None) or {}), AUTO_CLASSES)
+        or (
+            None
+            if OTHER.search(named)
+            else _first(lambda name: config.model_type in _classes(name), _possible(config, by_type))
+        )
     )
     if kind is None:
         raise WeightsError(

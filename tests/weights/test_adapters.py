@@ -202,6 +202,7 @@ def content(name: str, value: bytes | None) -> Callable[[Repository], None]:
         (change(peft_type="PROMPT_TUNING"), "an adapter of type 'PROMPT_TUNING', which cannot be merged"),
         (change(peft_type="\x1b[2J"), "which cannot be merged"),
         (change(megatron_config={"a": 1}, megatron_core="antigravity"), "is an adapter for Megatron"),
+        (change(alora_invocation_tokens=[5, 6]), "is an activated LoRA, which begins within a text"),
         (change(base_model_name_or_path="/etc"), "is an adapter of '/etc', which is no repository"),
         (change(base_model_name_or_path="../../x"), "which is no repository"),
         (change(base_model_name_or_path="demo"), "which is no repository"),

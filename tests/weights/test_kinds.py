@@ -83,11 +83,21 @@ def test_architectures_decide_and_else_the_model_type(
     assert kind_of(config, "org/name") is kind
 
 
+def test_architectures_come_before_the_classes_of_the_models_own_code() -> None:
+    config = BertConfig(architectures=["BertForSequenceClassification"])
+    config.auto_map = {"AutoModelForMaskedLM": "own.Masked", "AutoModelForSequenceClassification": "own.Classifier"}
+    assert kind_of(config, "org/name") is Kind.CLASSIFIER
+
+
 @pytest.mark.parametrize(
     ("model_type", "architectures", "found"),
     [
         ("vit", ["ViTForImageClassification"], "a ViTForImageClassification"),
         ("clip", None, "a clip"),
+        ("llama", ["LlamaForTokenClassification"], "a LlamaForTokenClassification"),
+        ("qwen2", ["Qwen2ForRewardModel"], "a Qwen2ForRewardModel"),
+        ("bert", ["BertForTokenClassification"], "a BertForTokenClassification"),
+        ("t5", ["T5EncoderModel"], "a T5EncoderModel"),
     ],
 )
 def test_what_is_no_language_model_is_refused_before_its_weights_are_fetched(

@@ -6,6 +6,7 @@ kernels: operations run as the CPU's.
 """
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedModel
 
 from lmtp.runners import flash
@@ -57,13 +57,12 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "CudaTensor":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
-        )
+        with torch.inference_mode(False):  # a view of a tensor that is none of inference mode has to be none either
+            made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+            )
         made.inner = inner
-        key = _storage(inner)
-        DEVICE.alive[key] += 1
-        weakref.finalize(made, DEVICE.forget, key).atexit = False
+        DEVICE.remember(made)
         return made
 
     device = property(lambda self: CUDA)  # type: ignore[assignment]
@@ -84,6 +83,35 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments or results."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple | type({}.values())):
+        return [tensor for each in values for tensor in _tensors_in(each)]
+    return []
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, CudaTensor):
+        return value.inner
+    return type(value)(map(_inner, value)) if type(value) in (list, tuple) else value
+
+
+def _outer(value: Any, same: dict[int, CudaTensor]) -> Any:
+    """The results of an operation, as tensors of the device; those that it was given, as they were given."""
+    if isinstance(value, Tensor):
+        return same[id(value)] if id(value) in same else CudaTensor(value)
+    return type(value)(_outer(each, same) for each in value) if type(value) in (list, tuple) else value
+
+
+@functools.cache
+def _is_composite(func: OpOverload) -> bool:
+    return func not in ATOMIC and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
 def _on_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -94,6 +122,7 @@ class Device:
     def __init__(self) -> None:
         self.alive: Counter[int] = Counter()
         """How many tensors of each storage the program holds."""
+        self._references: dict[weakref.ref[CudaTensor], int] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -105,11 +134,17 @@ class Device:
         self.allocating: object = None
         """The pool that memory is taken from while, or after, a capture."""
 
-    def forget(self, storage: int) -> None:
-        """A tensor of this storage is gone."""
-        self.alive[storage] -= 1
-        if not self.alive[storage]:
-            del self.alive[storage]
+    def remember(self, made: CudaTensor) -> None:
+        """The program holds another tensor."""
+        key = _storage(made.inner)
+        self.alive[key] += 1
+        self._references[weakref.ref(made, self._forget)] = key
+
+    def _forget(self, reference: "weakref.ref[CudaTensor]") -> None:
+        key = self._references.pop(reference)
+        self.alive[key] -= 1
+        if not self.alive[key]:
+            del self.alive[key]
 
     def of_kind(self, kind: str) -> list[str]:
         """The operations of a kind, in order."""
@@ -129,11 +164,12 @@ class Device:
 
     def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation on the wrapped tensors."""
-        flat, _ = tree_flatten((args, kwargs))
-        ours = [each for each in flat if isinstance(each, CudaTensor)]
-        others = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, CudaTensor)]
+        tensors = _tensors_in((args, kwargs.values()))
+        ours = [each for each in tensors if isinstance(each, CudaTensor)]
+        others = [each for each in tensors if not isinstance(each, CudaTensor)]
         to_cuda = _on_cuda(kwargs.get("device"))
-        inner_args, inner_kwargs = tree_map_only(CudaTensor, lambda tensor: tensor.inner, (args, kwargs))
+        inner_args = [_inner(each) for each in args]
+        inner_kwargs = {name: _inner(each) for name, each in kwargs.items()}
         if to_cuda:
             inner_kwargs["device"] = torch.device("cpu")
         if not ours and not to_cuda:
@@ -153,8 +189,7 @@ class Device:
             return args[0]
         if self.recording:
             self.recording.add(run, inner_args, inner_kwargs, out, ours)
-        same = {id(tensor.inner): tensor for tensor in ours}
-        return tree_map_only(Tensor, lambda made: same.get(id(made)) if id(made) in same else CudaTensor(made), out)
+        return _outer(out, {id(tensor.inner): tensor for tensor in ours})
 
     def _check(
         self, func: OpOverload, args: Any, kwargs: dict[str, Any], ours: list[CudaTensor], others: list[Tensor]
@@ -202,8 +237,7 @@ class Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-        if composite and func not in ATOMIC:
+        if _is_composite(func):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -277,8 +311,8 @@ class CUDAGraph:
     ) -> None:
         """Record one operation."""
         self._outside |= {_storage(tensor.inner) for tensor in ours} - self._own
-        given = {_storage(each) for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)}
-        made = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor)]
+        given = {_storage(each) for each in _tensors_in((args, kwargs.values()))}
+        made = _tensors_in(out)
         fresh = [each for each in made if _storage(each) not in given]
         self._own |= {_storage(each) for each in fresh}
         self._kept.append((args, kwargs, out))
@@ -300,7 +334,7 @@ class CUDAGraph:
         DEVICE.note("replay", f"{len(self._steps)} operations")
         with _disable_current_modes(), torch.inference_mode():
             for run, args, kwargs, fresh in self._steps:
-                made = [each for each in tree_flatten(run(*args, **kwargs))[0] if isinstance(each, Tensor)]
+                made = _tensors_in(run(*args, **kwargs))
                 if fresh:
                     for old, new in zip(fresh, made, strict=True):
                         old.copy_(new)

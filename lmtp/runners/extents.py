@@ -25,11 +25,6 @@ MOVED = 1024
 """Tokens that are moved at a time, which bounds the memory that moving takes."""
 
 
-def bytes_per_token(layers: Sequence[Layer], dtype: torch.dtype) -> int:
-    """Bytes that one token takes in all layers."""
-    return sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
-
-
 class Pool:
     """The tensors. Layers of one shape share one, so that moving tokens is two operations for all of them."""
 

@@ -5,7 +5,7 @@ position ids, a cache that writes each token's keys and values at its place in t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from typing_extensions import override
 from lmtp.runners.extents import MAX_STREAMS, Extents, Pool
 from lmtp.runners.flash import Attention, Rows
 from lmtp.runners.model import UnsupportedModel, accepts_positions, only_wanted
-from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep
+from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep, has_experts
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, StepLimits, Stream
 
@@ -69,6 +69,10 @@ class Recorded(Protocol):
     """Recorded steps, each for a number of tokens of any streams. A token is a row of its own."""
 
     description: str
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """How many tokens each of them takes."""
 
     def shape(self, tokens: int) -> Shape | None:
         """The inputs of the smallest recorded step with so many tokens; None where there is none."""
@@ -139,7 +143,13 @@ class PackedRunner(Extents):
         faster = f", {recorded.description}" if recorded else ""
         self.description = f"packed tokens, memory for {pool.tokens} of them{faster}"
         vocabulary = step.model.get_output_embeddings().weight.shape[0]
-        self.step_limits = StepLimits(CHUNK, BUSY_CHUNK, max(MAX_LOGITS // vocabulary, MAX_STREAMS), drafts=False)
+        self.step_limits = StepLimits(
+            CHUNK,
+            BUSY_CHUNK,
+            logits=max(MAX_LOGITS // vocabulary, MAX_STREAMS),
+            # A few tokens more cost launches unless they are recorded.
+            drafts=recorded is not None and not has_experts(step.model),
+        )
         self.step = step
         self.recorded = recorded
         self.padded_tokens = 0

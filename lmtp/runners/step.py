@@ -138,5 +138,5 @@ class StepInputs(NamedTuple):
 ModelStep = Callable[[StepInputs], Tensor]
 """The model's forward pass: the logits ``[wanted, vocabulary]`` at the wanted positions.
 
-slot_runner.SlotStep runs the model's own code; compiled.CompiledStep and graphs.GraphedStep are faster ways to run it.
+slot_runner.SlotStep runs the model's own code; compiled.CompiledStep is a faster way to run it.
 """

@@ -1,0 +1,27 @@
+"""Packed runners for tests: on the CPU, by the reference of FlashAttention, and on the stand-in for a GPU."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lmtp.engine.engine import Engine, LoadedModel
+from lmtp.runners.extents import Pool
+from lmtp.runners.graphs import Graphs
+from lmtp.runners.model import limits_of
+from lmtp.runners.packed import PackedRunner, PackedStep
+from lmtp.runners.runner import Runner, open_runner
+from lmtp.runners.slot_runner import SlotStep, layers_of
+from tests.pretend_cuda import pretending, to_cuda
+
+
+def packed(model: PreTrainedModel, tokens: int = 2000) -> PackedRunner:
+    """A runner over a pool of so many tokens, in which no step is recorded."""
+    layers = layers_of(model)
+    step = PackedStep(SlotStep(model), layers)
+    return PackedRunner(step, Pool(layers, model.dtype, tokens), limits_of(model).context)
+
+
+def start(runner: PackedRunner) -> Engine:
+    """An engine over a runner on the CPU. It knows no texts."""
+    tokenizer: Any = None
+    return Engine(lambda: LoadedModel(runner.step.model, tokenizer, runner))

@@ -413,6 +413,12 @@ def pretending() -> Iterator[None]:
         yield
 
 
+def pretend_from_now_on() -> None:
+    """The same until the thread ends."""
+    Dispatch().__enter__()
+    Functions().__enter__()
+
+
 @torch.inference_mode()
 def to_cuda(model: PreTrainedModel) -> PreTrainedModel:
     """Move a model to the device."""

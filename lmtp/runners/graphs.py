@@ -41,8 +41,8 @@ class Graph:
 class Graphs:
     """The recorded steps of a model over a pool."""
 
-    def __init__(self, step: PackedStep, pool: Pool, longest: int, buckets: tuple[int, ...] = BUCKETS) -> None:
-        """Record a graph for each number of tokens. What fails is left out for good. Raises UnsupportedModel where all
+    def __init__(self, step: PackedStep, pool: Pool, longest: int) -> None:
+        """Record a graph for each of BUCKETS. What fails is left out for good. Raises UnsupportedModel where all
         fail. ``longest``: the most tokens a stream can hold."""
         self._step, self._pool, self._longest = step, pool, longest
         self._graphs: dict[int, Graph] = {}
@@ -50,7 +50,7 @@ class Graphs:
         # Shared: only one graph runs at a time, and its output is read before the next.
         self._memory: Any = torch.cuda.graph_pool_handle()
         failed: dict[int, str] = {}
-        for tokens in sorted(buckets, reverse=True):  # the small ones then fit into the memory of the large ones
+        for tokens in sorted(BUCKETS, reverse=True):  # the small ones then fit into the memory of the large ones
             try:
                 self._graphs[tokens] = self._record(tokens)
             except Exception as error:  # whatever the model's code raises

@@ -1,4 +1,4 @@
-"""Packed runners for tests: on the CPU, by the reference of FlashAttention, and on the stand-in for a GPU."""
+"""Packed runners for tests on a CPU, which computes by the reference of FlashAttention."""
 
 from typing import Any
 
@@ -6,12 +6,9 @@ from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.runners.extents import Pool
-from lmtp.runners.graphs import Graphs
 from lmtp.runners.model import limits_of
 from lmtp.runners.packed import PackedRunner, PackedStep
-from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.slot_runner import SlotStep, layers_of
-from tests.pretend_cuda import pretending, to_cuda
 
 
 def packed(model: PreTrainedModel, tokens: int = 2000) -> PackedRunner:

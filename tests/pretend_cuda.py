@@ -53,29 +53,31 @@ class Event(NamedTuple):
 class CudaTensor(torch.Tensor):
     """A tensor on the device. For PyTorch's native code it is a wrapper on the CPU; for Python it is on cuda:0."""
 
-    inner: Tensor
+    wrapped: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "CudaTensor":
+    def __new__(cls: type["CudaTensor"], inner: Tensor) -> "CudaTensor":
         with torch.inference_mode(False):  # a view of a tensor that is none of inference mode has to be none either
-            made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made = torch.Tensor._make_wrapper_subclass(
                 cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
             )
-        made.inner = inner
+        made.wrapped = inner
         DEVICE.remember(made)
         return made
 
-    device = property(lambda self: CUDA)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"CudaTensor({self.inner})"
+        return f"CudaTensor({self.wrapped})"
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.wrapped.data_ptr()
 
     @classmethod
-    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return DEVICE.run(func, args, kwargs or {})
 
 
@@ -94,7 +96,7 @@ def _tensors_in(values: Any) -> list[Tensor]:
 
 def _inner(value: Any) -> Any:
     if isinstance(value, CudaTensor):
-        return value.inner
+        return value.wrapped
     return type(value)(map(_inner, value)) if type(value) in (list, tuple) else value
 
 
@@ -128,6 +130,8 @@ class Device:
     def reset(self) -> None:
         """Begin with an empty log, and nothing recorded."""
         self.log: list[Event] = []
+        self.failed = False
+        """Whether every call fails from now on, as after an assertion in a kernel."""
         self.recording: CUDAGraph | None = None
         self.recorded: list[CUDAGraph] = []
         self.stream = Stream()
@@ -136,7 +140,7 @@ class Device:
 
     def remember(self, made: CudaTensor) -> None:
         """The program holds another tensor."""
-        key = _storage(made.inner)
+        key = _storage(made.wrapped)
         self.alive[key] += 1
         self._references[weakref.ref(made, self._forget)] = key
 
@@ -151,7 +155,9 @@ class Device:
         return [event.operation for event in self.log if event.kind == kind]
 
     def note(self, kind: str, operation: object) -> None:
-        """Log an event. Raises in a capture, which allows no sync."""
+        """Log an event. Raises once the device has failed, and in a capture, which allows no sync."""
+        if self.failed:
+            raise RuntimeError("CUDA error: device-side assert triggered")
         self.log.append(Event(kind, str(operation)))
         if kind == "sync" and self.recording:
             self.recording.failed = True
@@ -189,7 +195,7 @@ class Device:
             return args[0]
         if self.recording:
             self.recording.add(run, inner_args, inner_kwargs, out, ours)
-        return _outer(out, {id(tensor.inner): tensor for tensor in ours})
+        return _outer(out, {id(tensor.wrapped): tensor for tensor in ours})
 
     def _check(
         self, func: OpOverload, args: Any, kwargs: dict[str, Any], ours: list[CudaTensor], others: list[Tensor]
@@ -210,7 +216,9 @@ class Device:
             if any(not isinstance(each, CudaTensor) for each in indices):
                 self.note("sync", f"{func} by indices of the host")
         elif ours and any(other.dim() for other in others):
-            raise RuntimeError(f"Expected all tensors to be on the same device: {func} got one on cpu and one on cuda:0")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device: {func} got one on cpu and one on cuda:0"
+            )
 
 
 def _flash(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -271,7 +279,7 @@ class Functions(TorchFunctionMode):
 
     @staticmethod
     def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        as_dtype = [each.dtype if isinstance(each, CudaTensor) else each for each in args]
+        as_dtype: list[Any] = [each.dtype if isinstance(each, CudaTensor) else each for each in args]
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*as_dtype, **kwargs)
         if any(isinstance(each, CudaTensor) for each in args):
             device = CUDA
@@ -292,7 +300,7 @@ def _move(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None
     DEVICE.note("sync", "to")
     assert isinstance(tensor, CudaTensor)
     with _disable_current_modes():
-        return tensor.inner.to(dtype, copy=True)
+        return tensor.wrapped.to(dtype, copy=True)
 
 
 class CUDAGraph:
@@ -306,11 +314,9 @@ class CUDAGraph:
         self._kept: list[Any] = []
         self.replays = 0
 
-    def add(
-        self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Any, ours: list[CudaTensor]
-    ) -> None:
+    def add(self, run: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Any, ours: list[CudaTensor]) -> None:
         """Record one operation."""
-        self._outside |= {_storage(tensor.inner) for tensor in ours} - self._own
+        self._outside |= {_storage(tensor.wrapped) for tensor in ours} - self._own
         given = {_storage(each) for each in _tensors_in((args, kwargs.values()))}
         made = _tensors_in(out)
         fresh = [each for each in made if _storage(each) not in given]
@@ -414,7 +420,8 @@ def pretending() -> Iterator[None]:
 
 
 def pretend_from_now_on() -> None:
-    """The same until the thread ends."""
+    """The same until the thread ends. Its small operations are faster without helping threads."""
+    torch.set_num_threads(1)
     Dispatch().__enter__()
     Functions().__enter__()
 

@@ -85,7 +85,7 @@ def test_what_does_not_wait_is_no_sync(device: Device) -> None:
 def record(compute: Callable[[], Tensor]) -> tuple[CUDAGraph, Tensor]:
     recorded = torch.cuda.CUDAGraph()
     assert isinstance(recorded, CUDAGraph)
-    with torch.cuda.graph(recorded):  # type: ignore[arg-type]
+    with torch.cuda.graph(recorded):
         out = compute()
     return recorded, out
 
@@ -117,10 +117,10 @@ def test_a_graph_repeats_its_operations_on_the_same_memory(device: Device) -> No
 
 
 def test_a_graph_that_reads_freed_memory_is_an_error(device: Device) -> None:
-    tensor, index = torch.ones(3, device="cuda"), torch.tensor([2, 1, 0], device="cuda")
-    recorded, _ = record(lambda: tensor[index])
+    tensor, held = torch.ones(3, device="cuda"), [torch.tensor([2, 1, 0], device="cuda")]
+    recorded, _ = record(lambda: tensor[held[0]])
     recorded.replay()
-    del index
+    held.clear()
     with pytest.raises(RuntimeError, match="the graph reads 1 freed tensors"):
         recorded.replay()
 

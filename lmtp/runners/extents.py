@@ -117,7 +117,7 @@ class Extents:
         return now, max(now, soon)
 
     def admit(self, stream: Stream) -> bool:
-        """Give the stream an extent, with the longest prefix that any extent holds; False where there is no room now."""
+        """Give the stream an extent, with the longest prefix that any extent holds; False where there is no room."""
         need, owned = stream.max_length, self.owned
         if owned + need > self.pool.tokens or len(self.active) >= MAX_STREAMS:
             return False

@@ -108,9 +108,10 @@ def _check(model: PreTrainedModel, kinds: Sequence[str], layers: Sequence[Layer]
     for layer in layers:
         if layer.key_dim != layer.value_dim:
             raise UnsupportedModel("its keys and values differ in size")
-        if layer.key_dim > MAX_HEAD or layer.key_dim % HEAD_MULTIPLE:
+        size = layer.key_dim
+        if size > MAX_HEAD or size % HEAD_MULTIPLE:
             raise UnsupportedModel(
-                f"its heads are {layer.key_dim} numbers; FlashAttention takes multiples of {HEAD_MULTIPLE} to {MAX_HEAD}"
+                f"its heads are {size} numbers; FlashAttention takes multiples of {HEAD_MULTIPLE} to {MAX_HEAD}"
             )
     device = layers[0].device
     if device.type != "cuda":

@@ -2,8 +2,8 @@
 
 On a GPU a small step is mostly kernel launches. A CUDA graph records them once and replays them in one call
 (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Each graph takes a number of tokens, of any streams and
-in any mixture: a token is a row of its own that sees the tokens before it. A step takes the smallest graph that is large
-enough and fills it up at the pool's spare place. All graphs are recorded at setup, none while serving.
+in any mixture: a token is a row of its own that sees the tokens before it. A step takes the smallest graph that is
+large enough and fills it up at the pool's spare place. All graphs are recorded at setup, none while serving.
 """
 
 import contextlib
@@ -99,9 +99,7 @@ class Graphs:
         before.wait_stream(self._side)
         recorded = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(
-                recorded, pool=self._memory, stream=self._side, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(recorded, pool=self._memory, stream=self._side, capture_error_mode="thread_local"):
                 logits = self._step(inputs, self._pool)
         except Exception:
             self._end_capture(before)

@@ -55,9 +55,7 @@ class Shape(NamedTuple):
 
     def split(self, packed: Tensor) -> PackedInputs:
         """Views of the tensor."""
-        ids, positions, writes, wanted, rest = packed.split(
-            [*[self.tokens] * 3, self.wanted, (3 * self.rows + 3) // 2]
-        )
+        ids, positions, writes, wanted, rest = packed.split([*[self.tokens] * 3, self.wanted, (3 * self.rows + 3) // 2])
         small = rest.view(torch.int32)
         queries, first, lengths = small[: 3 * self.rows + 2].split([self.rows + 1, self.rows + 1, self.rows])
         return PackedInputs(

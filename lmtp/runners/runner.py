@@ -80,7 +80,8 @@ def open_runner(
 
     ``kv_budget``: bytes for keys and values; by default what is free on the GPU less a reserve, half of it for slots,
     or a quarter of the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists.
-    ``graphs``: whether a GPU runs small packed steps as CUDA graphs. ``names``: the adapters attached to the model; the model's own code then runs each step.
+    ``graphs``: whether a GPU runs small packed steps as CUDA graphs. ``names``: the adapters attached to the model; the
+    model's own code then runs each step.
 
     Raises UnsupportedModel for a model that no runner serves exactly.
     """

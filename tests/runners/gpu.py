@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine, LoadedModel
@@ -20,5 +21,10 @@ def packed(model: PreTrainedModel, tokens: int = 2000) -> PackedRunner:
 
 def start(runner: PackedRunner) -> Engine:
     """An engine over a runner on the CPU. It knows no texts."""
-    tokenizer: Any = None
-    return Engine(lambda: LoadedModel(runner.step.model, tokenizer, runner))
+
+    def open_model() -> LoadedModel:
+        torch.set_num_threads(1)  # small operations are faster without helping threads
+        tokenizer: Any = None
+        return LoadedModel(runner.step.model, tokenizer, runner)
+
+    return Engine(open_model)

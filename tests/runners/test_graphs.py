@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Generate, Operation, Score
 from lmtp.runners import flash, graphs
-from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_packed
@@ -24,11 +23,14 @@ SIZES = (1, 4, 16)
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """The stand-in, whose FlashAttention takes float32 too, so that tokens can be compared."""
     monkeypatch.setattr(flash, "DTYPES", (torch.float32,))
     monkeypatch.setattr(graphs, "BUCKETS", SIZES)
-    return pretend_cuda.install(monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small operations are faster without helping threads
+    yield pretend_cuda.install(monkeypatch)
+    torch.set_num_threads(threads)
 
 
 def start_on(model: PreTrainedModel, **arguments: Any) -> Engine:
@@ -76,7 +78,7 @@ def test_a_gpu_gives_the_tokens_of_the_cpu_and_records_nothing_while_it_serves(n
 
 def test_a_step_goes_to_the_device_in_one_copy_that_nobody_waits_for(device: Device) -> None:
     model = build("llama")
-    engine = start_on(model)
+    engine = start_on(model, kv_budget=2**19)
     runner = engine.runner
     assert isinstance(runner, PackedRunner)
     run = runner.prepare
@@ -108,8 +110,9 @@ def test_a_step_goes_to_the_device_in_one_copy_that_nobody_waits_for(device: Dev
 
 
 def open_on(device: Device, model: PreTrainedModel, **arguments: Any) -> Any:
+    """The runner of a model on the stand-in, with little memory."""
     with pretending():
-        return open_runner(to_cuda(model), **arguments)
+        return open_runner(to_cuda(model), **{"kv_budget": 2**19, **arguments})
 
 
 def test_a_step_that_waits_for_the_device_is_not_recorded_and_leaves_nothing_behind(
@@ -181,6 +184,19 @@ def test_recordings_that_read_other_memory_than_the_steps_are_not_used(
     assert reason in runner.reason
 
 
+def test_an_engine_whose_device_has_failed_says_so_and_answers_everyone(device: Device) -> None:
+    """Then the health check fails, and the platform replaces the container."""
+    engine = start_on(build("llama"), kv_budget=2**16, graphs=False)
+    greedy = Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=4)
+    assert len(answers(engine, greedy).ids()) == 4
+    assert engine.problem == ""
+    device.failed = True
+    assert "CUDA error: device-side assert triggered" in answers(engine, greedy).error()
+    assert "CUDA error: device-side assert triggered" in engine.problem
+    assert answers(engine, greedy).error() == engine.problem
+    engine.stop()
+
+
 def test_graphs_can_be_switched_off(device: Device) -> None:
     runner = open_on(device, build("llama"), graphs=False)
     assert isinstance(runner, PackedRunner)
@@ -218,15 +234,17 @@ def test_attention_by_cudnn_which_plans_anew_for_each_length_is_off(device: Devi
 
 
 def test_the_pool_takes_what_is_free_but_a_reserve(device: Device) -> None:
-    runner = open_on(device, build("llama"), graphs=False)
+    runner = open_on(device, build("llama"), kv_budget=None, graphs=False)
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, numbers, bytes
     assert runner.pool.tokens == int(pretend_cuda.MEMORY * 0.9) // per_token
 
 
 @pytest.fixture
-def real() -> Iterator[PreTrainedModel]:
-    model = build("llama", head_dim=64).to(torch.bfloat16)
-    yield torch.nn.Module.cuda(model)  # type: ignore[misc]
+def real() -> PreTrainedModel:
+    """A model in bfloat16 on the GPU."""
+    model: Any = build("llama", head_dim=64)
+    moved: PreTrainedModel = model.to("cuda", torch.bfloat16)
+    return moved
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

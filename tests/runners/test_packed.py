@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Operation, Score
+from lmtp.runners.extents import Extent
 from lmtp.runners.flash import Rows, flash
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.packed import PackedRunner
@@ -21,6 +22,15 @@ from tests import models, tiny
 from tests.probe import differences
 from tests.runners.gpu import packed, start
 from tests.tiny import answers, begin, build, collect, own_greedy, random_prompts
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small operations are faster without helping threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,12 @@ def test_streams_that_come_and_go_get_the_tokens_of_the_runner_over_slots(
     """In a pool so small that texts are evicted and moved, with several predictions at once."""
     shifted: list[int] = []
     shift = runner._shift
-    monkeypatch.setattr(runner, "_shift", lambda extent, start: shifted.append(extent.start - start) or shift(extent, start))
+
+    def counted(extent: Extent, start: int) -> None:
+        shifted.append(extent.start - start)
+        shift(extent, start)
+
+    monkeypatch.setattr(runner, "_shift", counted)
     groups = [random_operations(random.Random(seed), count) for seed, count in enumerate((1, 24, 5, 40, 64))]
     expected = [answers(slots, *group) for group in groups]
     got = [collect(prediction) for prediction in [begin(engine, *group) for group in groups]]
@@ -103,9 +118,8 @@ def test_a_step_computes_no_token_but_the_streams_own(
     prepare = runner.prepare
 
     def counted(step: Any) -> Any:
-        run = prepare(step)
-        (inputs, _), _ = run.args, run.keywords
-        steps.append((sum(step.counts), inputs.ids.numel()))
+        run: Any = prepare(step)
+        steps.append((sum(step.counts), run.args[0].ids.numel()))
         return run
 
     monkeypatch.setattr(runner, "prepare", counted)
@@ -194,14 +208,14 @@ def attention(window: int, rows: list[tuple[int, int, int]]) -> tuple[Tensor, Te
     key, value = torch.randn(2, POOL, KV_HEADS, DIM, generator=generator)
     packed_rows = Rows(
         torch.tensor([0, *counts]).cumsum(0).int(),
-        torch.tensor([*(start for start, *_ in rows), 0]).int(),
+        torch.tensor([*(first for first, *_ in rows), 0]).int(),
         torch.tensor([held for _, held, _ in rows]).int(),
         max(counts),
         max(held for _, held, _ in rows),
     )
     outputs, sums = [], []
-    for (start, held, queries), q in zip(rows, query.split(counts), strict=True):
-        k, v = (each[start : start + held].repeat_interleave(HEADS // KV_HEADS, 1) for each in (key, value))
+    for (first, held, queries), q in zip(rows, query.split(counts), strict=True):
+        k, v = (each[first : first + held].repeat_interleave(HEADS // KV_HEADS, 1) for each in (key, value))
         place, column = torch.arange(held - queries, held)[:, None], torch.arange(held)
         hidden = (column > place) | ((column <= place - window) if window else False)
         scores = (torch.einsum("qhd,chd->hqc", q, k) * 0.5).masked_fill(hidden, -torch.inf)

@@ -221,7 +221,7 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
     admitted = reused = 0
     for _ in range(4000):
         choice = generator.random()
-        if choice < 0.4 and len(running) < 64 or not running:
+        if (choice < 0.4 and len(running) < 64) or not running:
             prompt = [
                 *generator.choice(texts)[: generator.randint(1, 300)],
                 *(generator.randrange(900) for _ in range(generator.randint(0, 9))),

@@ -147,6 +147,7 @@ class PackedRunner(Extents):
             logits=max(MAX_LOGITS // vocabulary, MAX_STREAMS),
             # A few tokens more cost launches unless they are recorded.
             drafts=recorded is not None and not has_experts(step.model),
+            packed=True,
         )
         self.step = step
         self.recorded = recorded

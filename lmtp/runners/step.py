@@ -77,7 +77,7 @@ S_co = TypeVar("S_co", bound=Stream, covariant=True)
 class Step(Generic[S_co]):
     """The tokens of one forward pass: the next ``counts[i]`` tokens of ``streams[i]``.
 
-    The streams are neighbours among the runner's active ones, in their order.
+    The streams are neighbours among the runner's active ones, in their order, unless its steps are packed.
     """
 
     streams: Sequence[S_co]
@@ -101,6 +101,8 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    packed: bool = False
+    """Whether a step takes any streams with any numbers of tokens: nothing is padded to the longest."""
     whole: bool = False
     """Whether prompts are computed whole, each in one step, be it longer than a chunk."""
     work: int = 2**31

@@ -53,7 +53,7 @@ def operations() -> list[Operation]:
     return [*made, Score(stream_id=10, prompt=prompts[1][:30], scored=prompts[2][:6])]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_a_gpu_gives_the_tokens_of_the_cpu_and_records_nothing_while_it_serves(name: str, device: Device) -> None:
     """In a pool in which texts are evicted and moved."""
     cpu, gpu = start(build(name)), start_on(build(name), kv_budget=2**16)
@@ -204,7 +204,12 @@ def test_graphs_can_be_switched_off(device: Device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("gemma2", "its attention takes softcap"), ("mpt", "it takes no positions")]
+    ("name", "reason"),
+    [
+        ("gemma2", "its attention takes softcap"),
+        ("mpt", "it takes no positions"),
+        ("llama4", "FlashAttention has no chunked_attention"),
+    ],
 )
 def test_a_model_that_is_not_served_exactly_gets_slots_on_the_gpu(name: str, reason: str, device: Device) -> None:
     cpu, gpu = start(build(name)), start_on(build(name))

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
-from lmtp.protocol import Generate, Operation, Score
+from lmtp.protocol import Generate, Operation, Score, Token
 from lmtp.runners.extents import Extent
 from lmtp.runners.flash import Rows, flash
 from lmtp.runners.model import UnsupportedModel
@@ -128,6 +129,33 @@ def test_a_step_computes_no_token_but_the_streams_own(
     assert len(steps) > 50
     assert all(tokens == computed for tokens, computed in steps)
     assert sum(tokens for tokens, _ in steps) == found.counters.computed_tokens
+
+
+def test_streams_go_on_in_the_steps_that_compute_a_prompt(
+    runner: PackedRunner, engine: Engine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "step_limits", replace(runner.step_limits, busy_chunk=16))
+    steps: list[list[int]] = []
+    prepare = runner.prepare
+
+    def counted(step: Any) -> Any:
+        steps.append(list(step.counts))
+        return prepare(step)
+
+    monkeypatch.setattr(runner, "prepare", counted)
+    short, long, other = random_prompts(4, 90, 40)
+    expected = [own_greedy(llama, prompt, length) for prompt, length in ((short, 60), (long, 3), (other, 3))]
+    first = begin(engine, Generate(stream_id=0, prompt=short, max_tokens=60))
+    replies = iter(first)
+    begun = next(replies)  # it decodes
+    second = begin(engine, *(Generate(stream_id=i, prompt=p, max_tokens=3) for i, p in enumerate((long, other))))
+    got = collect(second)
+    assert [got.ids(i) for i in range(2)] == expected[1:]
+    ids = [token.token for each in (begun, *replies) for token in each if isinstance(token, Token)]
+    assert ids == expected[0]
+    beside = [counts for counts in steps[1:] if sum(counts) > len(counts)]
+    assert len(beside) == -(-130 // 16)
+    assert all(counts[0] == 1 and sum(count for count in counts if count > 1) <= 16 for counts in beside)
 
 
 def test_a_text_that_continues_another_computes_only_what_is_new(engine: Engine, llama: PreTrainedModel) -> None:

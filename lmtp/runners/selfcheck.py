@@ -1,7 +1,8 @@
 """The self-check: a runner proves itself on the model before it serves.
 
-In slots uneven texts go through chunks, single tokens, padding, reuse and moves. In the model's own caches two texts
-take turns, and a third continues the first. Every position's logits are compared with the model's own forward pass.
+In slots and in packed steps uneven texts go through chunks, single tokens, padding, reuse and moves. In the model's own
+caches two texts take turns, and a third continues the first. Every position's logits are compared with the model's own
+forward pass.
 
 The texts are short, since they cost time at every start. Windows and other lengths that they do not reach are left to
 rules (slot_runner.SlotStep), which tests/probe.py proves with texts that reach them.

@@ -42,6 +42,12 @@ class Loaded:
     device: torch.device
     seconds: float
 
+    @property
+    def rate(self) -> float:
+        """Gigabytes of weights in a second."""
+        shards = (file.size for name, file in self.manifest.files.items() if name.endswith(".safetensors"))
+        return sum(shards) / self.seconds / 1e9
+
 
 def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loaded:
     """Load the directory's model and tokenizer, without network, ready for inference.

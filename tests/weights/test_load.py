@@ -26,6 +26,7 @@ def test_a_loaded_model_computes_what_the_saved_one_does_and_is_ready_for_infere
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.manifest == read_manifest(weights)
     assert loaded.seconds > 0
+    assert loaded.rate * loaded.seconds * 1e9 == pytest.approx((weights / "model.safetensors").stat().st_size)
 
 
 @pytest.mark.parametrize(

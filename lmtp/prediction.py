@@ -79,6 +79,8 @@ class Prediction:
         """Marks prefixes that are shared within this prediction alone."""
         self.outbox: list[Reply] = []
         """Replies that `deliver` will hand over. Only the engine's thread touches it."""
+        self.cancelled = False
+        """Whether it was cancelled, even if every reply had been handed over."""
         self.taken = 0
         """Bytes, as estimated, of the replies that were taken. Only who iterates changes it."""
         self._delivered = 0
@@ -93,6 +95,7 @@ class Prediction:
 
     def cancel(self) -> None:
         """End it, on any thread. Its iterator raises asyncio.CancelledError."""
+        self.cancelled = True
         self._arrived.put(asyncio.CancelledError())  # before the end, or the iteration could end as if it had succeeded
         self._end(self)
 

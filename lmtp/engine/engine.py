@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,8 +72,8 @@ IDLE_SECONDS = 1.0
 """How often to look after predictions whose streams are all paused."""
 
 
-MANY_BIASES = 1000
-"""More entries of ``logit_bias`` than this are read on a thread of the tokenizers'."""
+BIAS_CHARACTERS = 64
+"""Reading an entry of ``logit_bias`` takes as long as parsing about so many characters."""
 
 
 class LoadedModel(NamedTuple):
@@ -223,9 +222,8 @@ class Engine:
             if isinstance(operation.target, str):
                 ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
                 operation = replace(operation, target=ids)
-            many = len(operation.logit_bias or ()) > MANY_BIASES
-            pack = partial(packed_bias, operation, self.limits)
-            bias = await self.tokenizers.run(pack) if many else pack()
+            length = BIAS_CHARACTERS * len(operation.logit_bias or ())
+            bias = await self.tokenizers.parse(length, packed_bias, operation, self.limits)
             # As Python objects they take many times the memory.
             return Prepared(replace(operation, logit_bias=None, mask=None), bias)
         except Exception as error:

@@ -138,7 +138,8 @@ def listing(shop: Workshop, names: Sequence[str], as_json: bool = False) -> None
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    cells = [[*rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
+    columns = [key for key in rows[0] if key != "image"]
+    cells = [columns, *([_cell(row[key]) for key in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -103,7 +103,7 @@ def _cog(config: dict[str, Any], model: Model, environment: Mapping[str, str]) -
     build = config["build"]
     if model.hardware == "cpu":
         build = {key: value for key, value in build.items() if key != "cuda"} | {"gpu": False}
-    variables = dict(line.split("=", 1) for line in config["environment"]) | environment
+    variables = dict(line.split("=", 1) for line in config["environment"]) | dict(environment)
     return {
         "image": model.image,
         **config,

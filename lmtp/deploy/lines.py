@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import takewhile
 from typing import Any
 
 _TABLE = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?")
@@ -22,7 +23,7 @@ def line_of(text: str, path: tuple[str, ...]) -> int:
             key = (*table, *_parts(match[1]))
         else:
             continue
-        common = next((i for i, (a, b) in enumerate(zip(key, path)) if a != b), min(len(key), len(path)))
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(key, path, strict=False)))
         if common > longest:
             found, longest = number, common
     return found

@@ -1,6 +1,5 @@
 """models.lock: the commit of each repository and revision, so that a build today and one next year are the same."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -164,7 +164,7 @@ class _Reader:
         if not NAME.fullmatch(name) or len(name) > 100:
             self.refuse(
                 where,
-                f"{ascii(name)[1:-1]:.99} is no name for a model: use lower-case letters and digits, with ., _ or - between them.",
+                f"{ascii(name)[1:-1]:.99} is no name for a model: use lower-case letters and digits, and . _ - within.",
             )
         table = self.table(value, where, KEYS)
         arguments = self.model_args(table, where)

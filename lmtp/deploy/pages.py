@@ -33,7 +33,7 @@ fi
 # Docker's configuration names the registries that it is logged in to, or the program that keeps them.
 config=$${DOCKER_CONFIG:-$$HOME/.docker}/config.json
 helper=$$(sed -n 's/.*"credsStore": *"\\([^"]*\\)".*/\\1/p' "$$config" 2> /dev/null || true)
-if ! grep -qs '"r8\\.im"' "$$config" && ! { [ "$$helper" ] && "docker-credential-$$helper" list | grep -q '"r8\\.im"'; }; then
+if ! { cat "$$config"; [ ! "$$helper" ] || "docker-credential-$$helper" list; } 2> /dev/null | grep -q '"r8\\.im"'; then
     echo "push: not logged in to r8.im: run cog login." >&2
     exit 1
 fi

@@ -34,7 +34,7 @@ def differences(tree: Tree, directory: Path) -> list[str]:
 
 
 def replace(directory: Path, tree: Tree) -> None:
-    """Make the directory as the tree says: it is built beside, and then exchanged. Raises WeightsError for want of space."""
+    """Make the directory what the tree says: built beside, then exchanged. Raises WeightsError for want of space."""
     new, old = (directory.with_name(f".{directory.name}.{state}") for state in ("new", "old"))
     try:
         discard(new)

@@ -106,17 +106,20 @@ for await (const { event, data } of replicate.stream(`$owner/$name:$${version}`,
 ```python
 import lmql
 
+model = lmql.model("$name", endpoint="replicate:$owner/$name", tokenizer="$tokenizer")
 
-@lmql.query(model=lmql.model("$name", endpoint="replicate:$owner/$name", tokenizer="$tokenizer"))
+
+@lmql.query(model=model)
 def sentiment():
     '''lmql
     "Review: We had a great stay. Hiking in the mountains was fabulous.\\n"
-    "Q: What is the underlying sentiment of this review?\\n"
-    "A:[CLASSIFICATION]" distribution CLASSIFICATION in [" positive", " negative", " neutral"]
+    "Q: What is the underlying sentiment of this review and why?\\n"
+    "A:[ANALYSIS]" where STOPS_AT(ANALYSIS, "\\n") and len(TOKENS(ANALYSIS)) < 60
+    "In a word, the review is[CLASSIFICATION]" distribution CLASSIFICATION in [" positive", " negative", " neutral"]
     '''
 
 
-print(sentiment())
+print(sentiment().variables["P(CLASSIFICATION)"])
 ```
 """)
 

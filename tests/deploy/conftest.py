@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What org/tiny holds: a random Llama with a vocabulary of words."""
     directory = tmp_path_factory.mktemp("tiny")
     tiny_model("llama").save_pretrained(directory)
-    words = ["<eos>", *"the capital of France is Paris".split()]
+    words = ["<eos>", *["the", "capital", "of", "France", "is", "Paris"]]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)

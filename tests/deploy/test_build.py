@@ -4,13 +4,11 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import jsonschema
 import pytest
 import torch
@@ -24,7 +22,7 @@ from lmtp.weights.load import load
 from lmtp.weights.manifest import Adapter, WeightsError, read_manifest
 from tests.deploy.conftest import MODELS, Build
 from tests.hub import Hub, Repository
-from tests.server import ROOT, serving
+from tests.server import ROOT
 from tests.tiny import VOCABULARY, own_logits
 from tests.weights.helpers import NEEDED
 
@@ -51,12 +49,24 @@ def separated(directory: Path, large: int) -> list[str]:
 
 
 def ask(directory: Path, *operations: list[object]) -> list[dict[str, Any]]:
-    """Serve a directory as the container does, and run operations; the replies' documents."""
-    settings = {"OMP_NUM_THREADS": "1", "COMPILE": "off", "KV_CACHE_GB": "0.1", "DTYPE": "float32"}
-    with serving(directory, **settings) as server:
-        body = {"input": {"ops_batch_json": json.dumps(operations)}}
-        answer = httpx.post(f"{server.url}/predictions", json=body, trust_env=False, timeout=60).json()
-    return [json.loads(line.partition(" ")[2]) for line in "".join(answer["output"]).splitlines()]
+    """The replies' documents of the directory's own predictor to these operations."""
+    program = """
+import asyncio, sys, lmtp.protocol, predict
+predictor = predict.Predictor()
+predictor.setup()
+operations = lmtp.protocol.parse_batch(sys.argv[1], predictor.engine.longest_input)
+prediction = asyncio.run(predictor.engine.predict(operations))
+print("".join(lmtp.protocol.encode(replies) for replies in prediction), end="", file=sys.stderr)
+predictor.engine.stop()
+"""
+    settings = {"OMP_NUM_THREADS": "1", "COMPILE": "off", "KV_CACHE_GB": "0.1", "DTYPE": "float32", "PYTHONPATH": "."}
+    command = [sys.executable, "-c", program, json.dumps(operations)]
+    ended = subprocess.run(
+        command, cwd=directory, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.partition(" ") for line in ended.stderr.splitlines()]
+    return [json.loads(document) for kind, _, document in lines if kind in ("TOKEN", "MSG")]
 
 
 def edit(shop: Workshop, text: str) -> None:
@@ -165,7 +175,6 @@ class TestADirectory:
     def test_answers_predictions_as_its_model_does(self, build: Build, shop: Workshop, tiny: Path, lora: Path) -> None:
         build("tiny--lora")
         directory = shop.work / "tiny--lora"
-        shutil.copytree(ROOT / "script", directory / "script", ignore=shutil.ignore_patterns("__pycache__"))
         info, score = ask(directory, ["MODEL_INFO", {"stream_id": 1}], SCORE)
         assert (info["stream_id"], info["model_info"]["vocabulary"]) == (1, VOCABULARY)
         model: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny), lora)
@@ -254,9 +263,9 @@ class TestWhatCannotBeBuilt:
             build()
         assert [path.name for path in shop.work.iterdir()] == [".store"]
         repositories.down, repositories.down_after_cut = False, False
-        fetched = repositories.sent["tokenizer.json"]
+        fetched = repositories.sent["config.json"]
         build()
-        assert repositories.sent["tokenizer.json"] == fetched > 0
+        assert repositories.sent["config.json"] == fetched > 0
         assert all(each.current for each in commands.containers(shop, []))
 
     def test_leaves_the_old_directory_as_it_was(

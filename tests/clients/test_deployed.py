@@ -1,5 +1,6 @@
 """What a deployed model's users run: the snippets of its README, and the workflow's questions to the pushed version."""
 
+import ast
 import json
 import os
 import re
@@ -66,18 +67,16 @@ def test_the_readmes_javascript_streams_the_answer(
     assert run(["node", str(tmp_path / "ask.mjs")], api) == ANSWER
 
 
-def test_the_readmes_query_runs_in_lmql(
-    snippet: Callable[[str], str], api: StandIn, demo_weights: Path, tmp_path: Path
+def test_the_readmes_query_prints_its_distribution_in_lmql(
+    snippet: Callable[[str], str], api: StandIn, demo_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "query.py"  # LMQL reads a query's source from its file
-    program.write_text(snippet("LMQL").replace(DEMO_TOKENIZER, str(demo_weights)).partition("\n\nprint(")[0])
-    names: dict[str, object] = {}
+    program.write_text(snippet("LMQL").replace(DEMO_TOKENIZER, str(demo_weights)))
     with redirected(lambda: api.url, tmp_path):
-        exec(compile(program.read_text(), str(program), "exec"), names)
-        query = names["sentiment"]
-        assert callable(query)
-        result = query()
-    assert set(dict(result.variables["P(CLASSIFICATION)"])) == {" positive", " negative", " neutral"}
+        exec(compile(program.read_text(), str(program), "exec"), {})
+    probabilities = dict(ast.literal_eval(capsys.readouterr().out))
+    assert set(probabilities) == {" positive", " negative", " neutral"}
+    assert sum(probabilities.values()) == pytest.approx(1)
 
 
 def test_the_readme_names_the_first_adapter_and_the_hardware() -> None:

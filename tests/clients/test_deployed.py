@@ -1,6 +1,5 @@
 """What a deployed model's users run: the snippets of its README, and the workflow's questions to the pushed version."""
 
-import ast
 import json
 import os
 import re
@@ -74,9 +73,9 @@ def test_the_readmes_query_prints_its_distribution_in_lmql(
     program.write_text(snippet("LMQL").replace(DEMO_TOKENIZER, str(demo_weights)))
     with redirected(lambda: api.url, tmp_path):
         exec(compile(program.read_text(), str(program), "exec"), {})
-    probabilities = dict(ast.literal_eval(capsys.readouterr().out))
-    assert set(probabilities) == {" positive", " negative", " neutral"}
-    assert sum(probabilities.values()) == pytest.approx(1)
+    pairs = re.findall(r"\('(.+?)', (?:np\.float64\()?([\d.e-]+)", capsys.readouterr().out)
+    assert {option for option, _ in pairs} == {" positive", " negative", " neutral"}
+    assert sum(float(probability) for _, probability in pairs) == pytest.approx(1)
 
 
 def test_the_readme_names_the_first_adapter_and_the_hardware() -> None:

@@ -150,12 +150,16 @@ class TestADirectory:
             jsonschema.Draft7Validator(SCHEMA).validate(config)
             assert config["image"] == f"r8.im/acct/{name}"
             assert config["build"]["gpu"] is gpu
+            assert ("cuda" in config["build"]) is gpu  # Cog knows no CUDA for this torch by itself
             assert ("KV_CACHE_GB=2" in config["environment"]) is (name == "tiny--4bit")
             assert "MALLOC_ARENA_MAX=1" in config["environment"]
             assert (
                 config["build"]["sdk_version"]
                 == yaml.safe_load((ROOT / "cog.yaml").read_text())["build"]["sdk_version"]
             )
+
+    def test_is_described_as_the_project_is(self) -> None:
+        jsonschema.Draft7Validator(SCHEMA).validate(yaml.safe_load((ROOT / "cog.yaml").read_text()))
 
     def test_needs_only_what_its_model_does(self, build: Build, shop: Workshop, repositories: Hub) -> None:
         edit(shop, MODELS + PLAIN.removeprefix(PREFIX))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lmtp.deploy import DeployError, lock, models
 from lmtp.deploy.container import HEADER, tree_of
 from lmtp.deploy.lock import Lock
 from lmtp.deploy.models import Model
-from lmtp.deploy.store import Part, Parts, entry_of, fetch, holds, parts_of
+from lmtp.deploy.store import ADAPTER, WITH_CODE, Part, Parts, entry_of, fetch, holds, parts_of
 from lmtp.deploy.tree import differences, discard, replace
 from lmtp.settings import ROOT
 from lmtp.weights.hub import COMMIT
@@ -170,17 +171,18 @@ def clean(shop: Workshop, names: Sequence[str], dry_run: bool = False) -> None:
     there = {path.name: path for path in sorted(shop.work.glob("[!.]*")) if _is_built(path)}
     for name in names:
         if name not in there:
-            raise DeployError(
-                f"There is no build directory work/{ascii(name)[1:-1]}: {', '.join(there) or 'none'} is there."
-            )
+            known = ", ".join(there) or "none"
+            raise DeployError(f"There is no build directory work/{ascii(name)[1:-1]}: {known} is there.")
     kept = [path for name, path in there.items() if names and name not in names]
-    used = {entry for path in kept for entry in _used(shop, path)}
     going = [path for path in there.values() if path not in kept]
-    going += [entry for entry in sorted(shop.store.glob("*")) if entry not in used]
-    for path in going:
-        if not dry_run:
-            discard(path)
-        print(f"{path.relative_to(shop.work.parent)} {'would be' if dry_run else 'is'} removed.")
+    with nullcontext() if dry_run else exclusive(shop.work):
+        used = {entry for path in kept for entry in _used(shop, path)}
+        going += [entry for entry in sorted(shop.store.glob("*")) if entry not in used]
+        going += sorted([*shop.work.glob(".*.new"), *shop.work.glob(".*.old")])  # of builds that were killed
+        for path in going:
+            if not dry_run:
+                discard(path)
+            print(f"{path.relative_to(shop.file.parent)} {'would be' if dry_run else 'is'} removed.")
     if not going:
         print("There is nothing to remove.")
 
@@ -199,9 +201,7 @@ def _used(shop: Workshop, directory: Path) -> list[Path]:
     """The store's entries that a build directory was made from."""
     weights = directory / "model" if (directory / "model").is_dir() else directory / "weights"
     manifest = read_manifest(weights)
-    used = [entry_of(shop.store, manifest.source, str(manifest.revision), manifest.trust_remote_code)]
-    return used + [
-        entry_of(shop.store, each.source, str(each.revision))
-        for each in (manifest.adapter, *manifest.adapters.values())
-        if each
-    ]
+    own = WITH_CODE if manifest.trust_remote_code else ""
+    used = [entry_of(shop.store, manifest.source, str(manifest.revision), own)]
+    chosen = [each for each in (manifest.adapter, *manifest.adapters.values()) if each]
+    return used + [entry_of(shop.store, each.source, str(each.revision), ADAPTER) for each in chosen]

@@ -267,6 +267,8 @@ class _Reader:
                 )
             if any(fnmatchcase(name, pattern) for pattern in RESERVED):
                 self.refuse(here, f"Cog sets {name} itself: leave it out.")
+            if name == "WEIGHTS_DIR":
+                self.refuse(here, "WEIGHTS_DIR is not taken: the build decides where the weights are.")
             if SECRET.fullmatch(name):
                 self.refuse(
                     here,

@@ -16,6 +16,10 @@ from lmtp.weights.plan import plan_of
 from lmtp.weights.staging import Origin, exclusive, install
 
 
+WITH_CODE, ADAPTER = "+code", "+adapter"
+"""What else an entry may hold than a model without code of its own."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A repository that a model is made of."""
@@ -44,21 +48,21 @@ class Parts:
 def parts_of(store: Path, model: Model, locked: Lock) -> Parts:
     """Where the store holds the model's repositories at the locked commits, or will."""
 
-    def part(source: Source, trusted: bool = False) -> Part:
+    def part(source: Source, what: str) -> Part:
         commit = commit_in(locked, source) or ""
-        return Part(source, commit, entry_of(store, source.repository, commit, trusted))
+        return Part(source, commit, entry_of(store, source.repository, commit, what))
 
     return Parts(
-        part(model.source, model.model_args["trust_remote_code"]),
-        part(model.adapter) if model.adapter else None,
-        {name: part(source) for name, source in model.adapters.items()},
+        part(model.source, WITH_CODE if model.model_args["trust_remote_code"] else ""),
+        part(model.adapter, ADAPTER) if model.adapter else None,
+        {name: part(source, ADAPTER) for name, source in model.adapters.items()},
     )
 
 
-def entry_of(store: Path, repository: str, commit: str, trusted: bool = False) -> Path:
-    """The directory of a repository's files at a commit; ``trusted``: with the model's own code."""
+def entry_of(store: Path, repository: str, commit: str, what: str = "") -> Path:
+    """The directory of a repository's files at a commit; ``what`` is empty, WITH_CODE or ADAPTER."""
     name = repository.replace("/", "--")  # the hub allows no name with two hyphens
-    return store / f"{name}@{commit}{'+code' if trusted else ''}"
+    return store / f"{name}@{commit}{what}"
 
 
 def holds(entry: Path) -> bool:
@@ -96,8 +100,9 @@ def _fetch_model(model: Model, part: Part) -> None:
     repository, trusted = part.source.repository, model.model_args["trust_remote_code"]
     check = partial(_check, model)
     if not holds(part.entry):
+        chosen = repository in [source.repository for source in model.sources[1:]]
         collect: Callable[[Path], Mapping[str, str | None]] = partial(
-            hub.collect, repository, part.commit, trusted, False, check
+            hub.collect, repository, part.commit, trusted, chosen, check
         )
         if repository == "demo":
             quantization.check(None, model.model_args.get("load_in"), "demo")
@@ -106,11 +111,9 @@ def _fetch_model(model: Model, part: Part) -> None:
             try:
                 install(Origin(repository, part.commit, trusted), {"trust_remote_code": trusted}, part.entry, collect)
             except AdapterFound as found:
-                base = (
-                    f"set huggingface.repo to {ascii(found.base)[1:-1]:.99}" if found.base else "choose another model"
-                )
+                base = f"huggingface.repo = '{ascii(found.base)[1:-1]:.99}' and " if found.base else ""
                 raise DeployError(
-                    f"{model.name}: {repository} holds an adapter: {base}, and give it as adapters."
+                    f"{model.name}: {repository} holds an adapter: set {base}adapters = '{repository}'."
                 ) from None
     check(part.entry)
 

@@ -11,7 +11,7 @@ import pytest
 from lmtp.deploy import DeployError, commands
 from lmtp.deploy.commands import Workshop
 from lmtp.deploy.pages import push
-from tests.deploy.conftest import Build
+from tests.containers.conftest import Build
 
 COG = """\
 #!/bin/sh

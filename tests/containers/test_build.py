@@ -20,7 +20,7 @@ from lmtp.deploy import DeployError, commands, tree
 from lmtp.deploy.commands import Workshop
 from lmtp.weights.load import load
 from lmtp.weights.manifest import Adapter, WeightsError, read_manifest
-from tests.deploy.conftest import MODELS, Build
+from tests.containers.conftest import MODELS, Build
 from tests.hub import Hub, Repository
 from tests.server import ROOT
 from tests.tiny import VOCABULARY, own_logits
@@ -290,9 +290,24 @@ class TestWhatCannotBeBuilt:
 
     def test_of_an_adapter_names_the_key_to_set(self, build: Build, shop: Workshop) -> None:
         edit(shop, PLAIN.replace("org/tiny", "org/lora"))
-        with pytest.raises(DeployError, match=r"org/lora holds an adapter: set huggingface.repo to org/tiny"):
+        with pytest.raises(
+            DeployError, match=r"org/lora holds an adapter: set huggingface.repo = 'org/tiny' and adapters = 'org/lora'"
+        ):
             build()
         assert not (shop.work / "plain").exists()
+
+    def test_because_of_an_adapter_beside_it_is_built_once_that_is_chosen(
+        self, build: Build, shop: Workshop, repositories: Hub
+    ) -> None:
+        repositories.repositories["org/tiny"].files |= repositories.repositories["org/lora"].files
+        edit(shop, PLAIN)
+        with pytest.raises(DeployError, match="plain: org/tiny holds an adapter: set adapters = 'org/tiny'"):
+            build()
+        edit(shop, PLAIN + 'adapters = "org/tiny"\n')
+        build()
+        manifest = read_manifest(shop.work / "plain" / "weights")
+        assert manifest.adapter == Adapter("org/tiny", str(manifest.revision))
+        assert {*manifest.files} > {"model.safetensors", "adapter/adapter_model.safetensors"}
 
     @pytest.mark.parametrize(
         ("config", "extra", "message"),
@@ -355,17 +370,18 @@ class TestClean:
         commands.clean(shop, ["tiny--lora"])
         assert capsys.readouterr().out.splitlines() == [
             "work/tiny--lora is removed.",
-            f"work/.store/org--lora@{'a' * 40} is removed.",
+            f"work/.store/org--lora@{'a' * 40}+adapter is removed.",
         ]
         assert commands.containers(shop, ["tiny--4bit"])[0].current
+        (shop.work / ".tiny--lora.new").mkdir()  # as a build that was killed leaves it
         commands.clean(shop, [])
-        assert list(shop.store.iterdir()) == []
-        assert "There is nothing to remove." not in capsys.readouterr().out
+        assert [*shop.store.iterdir(), *shop.work.glob("*tiny*")] == []
 
     def test_removes_nothing_that_it_did_not_build(
         self, build: Build, shop: Workshop, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (shop.work / "mine").mkdir(parents=True)
+        (shop.work / "mine" / "cog.yaml").write_text("predict: predict.py:Predictor\n")
         commands.clean(shop, [])
         assert (shop.work / "mine").exists()
         assert capsys.readouterr().out == "There is nothing to remove.\n"

@@ -119,6 +119,7 @@ MODEL = PREFIX + '[models.x]\nhuggingface.repo = "org/name"\n'
         (MODEL + 'environment.KV_CACHE_GB = "lots"\n', 4, "KV_CACHE_GB is 'lots'; use a number of gigabytes"),
         (MODEL + 'environment.HF_TOKEN = "x"\n', 4, "HF_TOKEN looks like a secret"),
         (MODEL + 'environment.CUDA_HOME = "x"\n', 4, "Cog sets CUDA_HOME itself: leave it out"),
+        (MODEL + 'environment.WEIGHTS_DIR = "x"\n', 4, "WEIGHTS_DIR is not taken: the build decides"),
         (MODEL + 'environment."A-B" = "x"\n', 4, "A-B is no name of an environment variable"),
         (MODEL + "environment.COMPILE = false\n", 4, "COMPILE is False: give a text of one line, or a number"),
         (MODEL + 'hardware = "Nvidia T4"\n', 4, "hardware is 'Nvidia T4': give a name as Replicate's API lists it"),

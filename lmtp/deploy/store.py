@@ -15,7 +15,6 @@ from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 from lmtp.weights.plan import plan_of
 from lmtp.weights.staging import Origin, exclusive, install
 
-
 WITH_CODE, ADAPTER = "+code", "+adapter"
 """What else an entry may hold than a model without code of its own."""
 

@@ -39,7 +39,9 @@ def replace(directory: Path, tree: Tree) -> None:
     try:
         discard(new)
         for name, content in tree.items():
-            _put(new / name, content)
+            there = directory / name
+            shared = isinstance(content, Path) and there.is_file() and _same(there, content)
+            _put(new / name, there if shared else content)  # a copy on another file system is not made again
         if (directory / CACHE).is_dir():
             shutil.copytree(directory / CACHE, new / CACHE)
         discard(old)

@@ -202,19 +202,27 @@ class TestADirectory:
         assert not commands.containers(shop, ["tiny--4bit"])[0].changes
         assert (directory / ".cog" / "openapi_schema.json").exists()
 
-    def test_is_copied_where_links_are_not_possible(
+    def test_is_copied_once_where_links_are_not_possible(
         self, build: Build, shop: Workshop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def link(source: object, path: object) -> None:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        linked = os.link
+
+        def link(source: Path, path: Path) -> None:
+            if shop.store in source.parents:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            linked(source, path)
 
         monkeypatch.setattr(os, "link", link)
         build("tiny--4bit")
         weights = shop.work / "tiny--4bit" / "weights" / "model.safetensors"
         (stored,) = shop.store.glob("*/model.safetensors")
+        copy = weights.stat().st_ino
         assert weights.read_bytes() == stored.read_bytes()
-        assert not weights.samefile(stored)
+        assert copy != stored.stat().st_ino
         assert build("tiny--4bit") == "work/tiny--4bit is up to date.\n"
+        edit(shop, MODELS.replace("KV_CACHE_GB = 2", "KV_CACHE_GB = 3"))
+        assert "is built" in build("tiny--4bit")
+        assert (weights.stat().st_ino, weights.stat().st_nlink) == (copy, 1)
 
 
 class TestCommits:

@@ -49,8 +49,8 @@ class Turns:
     taken: int = 0
     """How many bytes were taken by then."""
     queued: int = -1
-    """The step after which it went to the end of the queue: it was new, or one of its streams began or gave way. -1: not
-    yet."""
+    """The step after which it last went to the end of the queue: when it was new, or one of its streams was admitted or
+    gave way; -1: not yet."""
     prefilled: int = -1
     """The step that last computed some of its prompts."""
     decoded: int = -1

@@ -48,7 +48,7 @@ class Scheduler:
         self._progress = 0
         """The most tokens that a stream can have computed in all steps."""
         self._changes = 0
-        """How often a stream was admitted or released. In between, no memory becomes free and no longer prefix appears."""
+        """How often a stream was admitted or released. In between no memory becomes free, no longer prefix begins."""
         self._rotated = 0
         """The step at which the last turn ended."""
 

@@ -1,7 +1,6 @@
 """The scheduler alone, without a model: what it compares, and how long each of many predictions waits."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ class Loop:
 
 
 @pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for each comparison of two lists of tokens."""
     made: list[int] = []
     common_prefix = slots.common_prefix

@@ -28,6 +28,13 @@ MAX_PASSED = 128
 """Waiting streams that are passed over in a step, since they wait for a prefix or find no room. These are two of each
 prediction if there are as many predictions as Cog lets run."""
 
+QUIET = 512
+"""Steps after which a prediction without others has the server to itself: a step may then compute a whole chunk of its
+prompts, since larger chunks cost less."""
+
+LAST_PROMPTS = 4
+"""Otherwise a step may have this many times the work of others if it ends all prompts there are."""
+
 TURN = 512
 """Steps after which a prediction's only stream gives way to a prediction that has none running. Preempting it sooner
 would cost more than it gains: what it computed may have to be computed again."""
@@ -51,6 +58,8 @@ class Scheduler:
         """How often a stream was admitted or released. In between no memory becomes free, no longer prefix begins."""
         self._rotated = 0
         """The step at which the last turn ended."""
+        self._shared = -QUIET
+        """The last step before which there were several predictions."""
 
     @property
     def waits(self) -> bool:
@@ -96,6 +105,8 @@ class Scheduler:
         if not active:
             return None
         self._steps += 1
+        if len(self._queues.keys() | {stream.prediction for stream in active}) > 1:
+            self._shared = self._steps
         step = self._choose(active)
         self._progress += max(step.counts)
         return step
@@ -166,7 +177,8 @@ class Scheduler:
         if decoding:
             return limits.busy_chunk or limits.chunk
         whole = sum((s.goal - s.reused) * StepLimits.cost(s.reused, together=True) for s in active)
-        return limits.chunk if whole <= limits.chunk else min(limits.chunk, limits.work)
+        most = limits.chunk if self._steps - self._shared >= QUIET else min(limits.chunk, LAST_PROMPTS * limits.work)
+        return limits.chunk if whole <= most else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""

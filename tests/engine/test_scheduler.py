@@ -24,10 +24,11 @@ PROMPT = list(range(1_000, 3_000))
 class Loop:
     """A scheduler over slots whose every step computes nothing."""
 
-    def __init__(self, max_slots: int = 64) -> None:
+    def __init__(self, max_slots: int = 64, chunk: int = 64, work: int = StepLimits.work) -> None:
         memory = Memory([Layer(heads=1, key_dim=1, value_dim=1, device=torch.device("cpu"))], torch.float32)
         self.runner = Slots(memory, 2**24, max_slots, CONTEXT)
-        self.runner.step_limits = StepLimits(chunk=64, busy_chunk=64, logits=10_000, drafts=False)  # type: ignore[attr-defined]
+        limits = StepLimits(chunk=chunk, busy_chunk=min(64, work), logits=10_000, drafts=False, work=work)
+        self.runner.step_limits = limits  # type: ignore[attr-defined]
         self.scheduler = Scheduler(self.runner)  # type: ignore[arg-type]
         self.steps = 0
 
@@ -191,3 +192,51 @@ def test_a_new_prompt_does_not_wait_for_the_rest_of_the_one_that_had_the_last_st
     for _ in range(3):
         loop.step()
     assert loop.until(loop.open([3] * 20, 1), 1) == 1
+
+
+WORK = 50
+"""Tokens of a step that others wait for."""
+
+
+def test_a_prompt_alone_is_computed_at_once_only_while_nobody_else_has_come_lately() -> None:
+    loop = Loop(chunk=2_048, work=WORK)
+
+    def most_tokens() -> int:
+        """Of one step, while a new long prompt is computed alone."""
+        long, counts = loop.open([loop.steps, *PROMPT[:1_500]], 1), [0]
+        while not long.finished:
+            counts.append(max(loop.step().counts))
+        return max(counts)
+
+    assert most_tokens() == 1_501
+    both = [loop.open([i], 5) for i in (1, 2)]
+    while not both[1].finished:
+        loop.step()
+    assert most_tokens() <= WORK
+    alone = loop.open([3], scheduler.QUIET)
+    while not alone.finished:
+        loop.step()
+    assert most_tokens() == 1_501
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_while_several_predictions_run_a_step_of_prompts_is_bounded_by_what_it_costs(decodes: bool) -> None:
+    loop = Loop(chunk=2_048, work=WORK)
+    others = [loop.open([i, *PROMPT[: 1 if decodes else 1_900]], 300) for i in range(3)]
+    long = loop.open([9, *PROMPT], 2)
+    while not long.finished:
+        columns = long.computed
+        step = loop.step()
+        if long in step.streams and columns < len(PROMPT):
+            tokens = max(step.counts) * len(step.streams)
+            ends_all = not decodes and all(stream.decoding for stream in (*others, long))
+            limit = scheduler.LAST_PROMPTS * WORK if ends_all else WORK
+            assert tokens * StepLimits.cost(columns, together=True) <= limit + 1
+    assert loop.steps > len(PROMPT) / WORK
+
+
+def test_short_prompts_that_end_together_may_take_one_step() -> None:
+    loop = Loop(chunk=2_048, work=WORK)
+    several = [loop.open([i] * 45, 1) for i in range(scheduler.LAST_PROMPTS)]
+    loop.step()
+    assert all(stream.finished for stream in several)

@@ -191,6 +191,10 @@ class Scheduler:
 
     def _prefill(self, streams: Sequence[OperationStream], budget: int) -> Step[OperationStream]:
         """As many of the streams as fill the budget without padding most of it; at least the first."""
+        limits = self._runner.step_limits
+        bounded = budget < limits.chunk  # others may wait for it
+        if bounded:
+            budget = min(budget, limits.work)
         rows = [streams[0]]
         tokens = streams[0].pending
         for stream in streams[1:]:
@@ -200,8 +204,7 @@ class Scheduler:
                 break
             rows.append(stream)
             tokens += stream.pending
-        limits = self._runner.step_limits
-        if budget < limits.chunk:  # others may wait for it
+        if bounded:
             columns = max(row.computed for row in rows)
             budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
         if limits.whole:

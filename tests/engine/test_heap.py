@@ -21,7 +21,7 @@ def size():
 
 heap.KEPT = 20_000_000
 sizes = [size()]
-blocks = [b"x" * 100_000 for _ in range(800)]
+blocks = [b"x" * (100_000 + i) for i in range(800)]
 last = blocks[::100]  # above the others, so that malloc cannot shrink by itself
 del blocks
 for _ in range(2):

@@ -37,7 +37,7 @@ def test_what_malloc_keeps_is_given_back() -> None:
     before, freed, given_back, again = json.loads(answer.stdout)
     assert freed - before > 50e6
     assert given_back - before < 10e6
-    assert again <= given_back
+    assert again - given_back < 1e6
 
 
 def test_an_engine_with_nothing_to_do_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,9 @@ class Turns:
     """When it last had no unread replies, or some were taken."""
     taken: int = 0
     """How many bytes were taken by then."""
-    admitted: int = -1
-    """The step before which one of its streams was last admitted; -1: none yet."""
+    queued: int = -1
+    """The step after which it last went to the end of the queue: when it was new, or one of its streams was admitted or
+    gave way; -1: not yet."""
     prefilled: int = -1
     """The step that last computed some of its prompts."""
     decoded: int = -1

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp.engine import sampling
+from lmtp.engine import heap, sampling
 from lmtp.engine.compiler import Batch, Compiler
 from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
 from lmtp.engine.grammar import Grammar, MaskFiller
@@ -69,7 +69,7 @@ EXTENSIONS = {
 }
 
 IDLE_SECONDS = 1.0
-"""How often to look after predictions whose streams are all paused."""
+"""How often to look after predictions whose streams are all paused; without any, after memory that is free."""
 
 
 BIAS_CHARACTERS = 64
@@ -319,8 +319,10 @@ class Engine:
             if not self._running:
                 sampling.stacked_biases.cache_clear()
             try:
-                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS if self._running else None))
+                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS))
             except queue.Empty:
+                if not self._running:
+                    heap.give_back()
                 return True
             if count is None:
                 return False

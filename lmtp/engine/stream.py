@@ -38,6 +38,10 @@ class OperationStream(Stream):
         """The step before which it was last given memory; -1: not yet."""
         self.refused = -1
         """The step before which it was first refused memory since then; -1: it was not."""
+        self.full = self.compared = -1
+        """The scheduler's changes of memory after which it last found no room, and was last compared with the slots."""
+        self.awaits = 0
+        """The scheduler's progress before which a prefix that it waits for cannot be there; 0: it waits for none."""
         self.decoded = -1
         """The step that last decoded it, while there are too many streams for one step."""
 

@@ -27,17 +27,10 @@ from lmtp.protocol import Generate
 VOCABULARY = 3000
 
 
-@dataclass
-class Row:
-    operation: Generate
-    bias: Bias | None = None
-    forbidden_now: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=lambda: [1, 2, 3])
-    prompt_length: int = 3
-    generator: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def draw(self) -> float:
-        return self.generator.random()
+def drawing(operation: Generate, seed: int = 0, place: int = 0, tokens: Sequence[int] = (), **fields: Any) -> Draw:
+    """A row that draws. Its prompt is 1, 2, 3; ``tokens`` are its output."""
+    counts = Seen(operation, [1, 2, 3]).counts([1, 2, 3, *tokens]) if is_penalized(operation) else None
+    return Draw(operation, counts=counts, uniforms=uniforms_of(seed)(place), **fields)
 
 
 def settings(**values: Any) -> Generate:

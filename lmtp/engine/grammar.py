@@ -92,11 +92,13 @@ class MaskFiller:
     def _fill(self, grammars: Sequence[Drafted]) -> Tensor:
         if self._executor is None:
             self._executor = LLExecutor()
-        ends = list(itertools.accumulate(1 + len(each.draft) for each in grammars))
-        bits = np.zeros((ends[-1], self._words), dtype=np.int32)
-        matchers = [
-            (each.grammar.matcher, end - 1 - len(each.draft), list(each.draft))
-            for each, end in zip(grammars, ends, strict=True)
-        ]
-        self._executor.unsafe_compute_mask_ptr_with_draft_token(matchers, bits.ctypes.data, self._words * 4, ends[-1])
+        first = [0, *itertools.accumulate(1 + len(each.draft) for each in grammars)]
+        rows = first.pop()
+        bits = np.zeros((rows, self._words), dtype=np.int32)
+        into = (bits.ctypes.data, self._words * 4, rows)
+        places = list(zip(first, grammars, strict=True))
+        if drafted := [(each.grammar.matcher, row, list(each.draft)) for row, each in places if each.draft]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *into)
+        if others := [(each.grammar.matcher, row) for row, each in places if not each.draft]:
+            self._executor.unsafe_compute_mask_ptr(others, *into)
         return torch.from_numpy(bits.view(np.uint8))

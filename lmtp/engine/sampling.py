@@ -284,9 +284,19 @@ def _most_likely(values: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]
     return found, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether looking at the tensor's values makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
+def _fetch(tensor: Tensor) -> npt.NDArray[np.float64]:
+    """The tensor on the host, which waits for it."""
+    return tensor.cpu().numpy()
+
+
 def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[np.float64]]:
     """The numbers of the parts on the host, by one copy. Token ids are exact in float64."""
-    packed = torch.cat([part.double().flatten() for part in parts]).cpu().numpy()
+    packed = _fetch(torch.cat([part.double().flatten() for part in parts]))
     ends = np.cumsum([part.numel() for part in parts])[:-1]
     return [flat.reshape(part.shape) for flat, part in zip(np.split(packed, ends), parts, strict=True)]
 
@@ -353,21 +363,26 @@ def _draw(logits: Tensor, weights: Tensor, best: Tensor, rows: Sequence[Draw], v
         i for i, o in enumerate(operations) if (o.top_p or 1.0) < 1.0 and not _top_k(o, vocabulary) and not greedy[i]
     ]
     lowest = _lowest(logits, best, scale, operations, greedy, vocabulary)
-    candidates = weights if lowest is None else weights * _kept(logits, lowest)
+    candidates = weights if lowest is None else _kept(logits, lowest).mul_(weights)
     first, second = upload(torch.tensor([row.uniforms for row in rows], dtype=torch.float64), device).T
     chosen = _inverse_cdf(candidates, first)
-    if nucleus and device.type == "cpu":
+    if nucleus and on_host(weights):
         nucleus = _outside(weights, chosen, operations, nucleus)
     if not nucleus:
         return chosen
     own = _select(logits, nucleus)
-    some = [operations[i] for i in nucleus]
-    values = _largest(own, vocabulary)
-    floor = _lowest_of(values, _select(best, nucleus), _select(scale, nucleus), some, vocabulary)
+    floor = _nucleus(
+        own,
+        _select(weights, nucleus),
+        _select(best, nucleus),
+        _select(scale, nucleus),
+        [operations[i] for i in nucleus],
+        vocabulary,
+    )
     if lowest is not None:
         floor = torch.maximum(floor, _select(lowest, nucleus))
     refused = own.gather(-1, _select(chosen, nucleus)[:, None])[:, 0] < floor
-    again = _inverse_cdf(_select(weights, nucleus) * _kept(own, floor), _select(second, nucleus))
+    again = _inverse_cdf(_kept(own, floor).mul_(_select(weights, nucleus)), _select(second, nucleus))
     return chosen.index_copy(0, _index(nucleus, device), torch.where(refused, again, _select(chosen, nucleus)))
 
 
@@ -383,7 +398,7 @@ def _outside(weights: Tensor, chosen: Tensor, operations: Sequence[Generate], nu
     # The weights of more likely tokens, as multiples of the chosen one's. On a CPU this operation is many times
     # faster than comparing and selecting.
     likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True).sum(-1).double().sum(-1)
-    p = torch.tensor([operations[i].top_p for i in nucleus], dtype=torch.float64)
+    p = _top_p([operations[i] for i in nucleus], weights.device)[:, 0]
     outside = likelier * weight[:, 0, 0] >= weights.sum(-1).double().sum(-1) * p
     return [i for i, out in zip(nucleus, outside.tolist(), strict=True) if out]
 
@@ -434,22 +449,55 @@ def _lowest(
 
 def _largest(logits: Tensor, k: int) -> Tensor:
     """The ``k`` largest values of each row, largest first."""
-    if logits.device.type != "cpu":
+    if not on_host(logits):
         return logits.topk(k, -1).values
     values = logits.numpy()  # NumPy sorts values without indices, many times faster
     head = np.partition(values, -k)[:, -k:] if k < values.shape[-1] else values
     return torch.from_numpy(np.sort(head)).flip(-1)
 
 
-def _lowest_of(values: Tensor, best: Tensor, scale: Tensor, operations: Sequence[Generate], vocabulary: int) -> Tensor:
-    """The lowest logit ``[rows]`` that top-k, then top-p keep; ``values`` are the largest logits, largest first."""
-    device = values.device
-    k = _column([_top_k(o, vocabulary) or vocabulary for o in operations], device, torch.long)
-    p = _column([o.top_p or 1.0 for o in operations], device, torch.float64)
-    probabilities = ((values - best[:, None]) * scale).double().exp2()
-    kept = torch.arange(values.shape[-1], device=device) < k
-    before = probabilities.mul_(kept).cumsum(-1)
-    most = before[:, -1:] * p
-    before -= probabilities
-    kept &= (before < most) | (p >= 1.0)
+def _nucleus(
+    logits: Tensor, weights: Tensor, best: Tensor, scale: Tensor, operations: Sequence[Generate], vocabulary: int
+) -> Tensor:
+    """The lowest logit ``[rows]`` of each row's top-p nucleus. On a CPU it mostly lies in the head."""
+    total = weights.sum(-1).double().sum(-1, keepdim=True)
+    values = None
+    if on_host(logits) and vocabulary > HEAD:
+        values = _largest(logits, HEAD)
+        mass = _probabilities(values, best, scale).sum(-1, keepdim=True)
+        if bool((mass < total * _top_p(operations, logits.device)).any()):
+            values = None
+    if values is None:
+        values = _largest(logits, vocabulary)
+    return _lowest_of(values, best, scale, operations, vocabulary, total)
+
+
+def _lowest_of(
+    values: Tensor,
+    best: Tensor,
+    scale: Tensor,
+    operations: Sequence[Generate],
+    vocabulary: int,
+    total: Tensor | None = None,
+) -> Tensor:
+    """The lowest logit ``[rows]`` that top-k, then top-p keep. ``values`` are the largest logits, largest first.
+
+    ``total`` ``[rows, 1]`` is what the weights of all tokens sum to, where top-k is off.
+    """
+    k = _column([_top_k(o, vocabulary) or vocabulary for o in operations], values.device, torch.long)
+    p = _top_p(operations, values.device)
+    kept = torch.arange(values.shape[-1], device=values.device) < k
+    probabilities = _probabilities(values, best, scale).mul_(kept)
+    running = probabilities.cumsum(-1)
+    most = (running[:, -1:] if total is None else total) * p
+    kept &= (running - probabilities < most) | (p >= 1.0)
     return values.gather(-1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0))[:, 0]
+
+
+def _probabilities(values: Tensor, best: Tensor, scale: Tensor) -> Tensor:
+    """As multiples of the best token's, in float64."""
+    return ((values - best[:, None]) * scale).double().exp2()
+
+
+def _top_p(operations: Sequence[Generate], device: torch.device) -> Tensor:
+    return _column([operation.top_p or 1.0 for operation in operations], device, torch.float64)

@@ -154,7 +154,7 @@ class Generation(OperationStream):
     @override
     def guess(self, most: int) -> None:
         self.draft = []
-        if self._drafter and self.pending == 1:
+        if self._drafter and self.pending == 1 and not self._forbidden(self.generated):
             room = self.max_length - len(self.tokens) - 1  # one position is for the bonus token
             self.draft = self._drafter.draft(self.tokens, min(most, room))
 

@@ -364,7 +364,8 @@ def _draw(logits: Tensor, weights: Tensor, best: Tensor, rows: Sequence[Draw], v
     ]
     lowest = _lowest(logits, best, scale, operations, greedy, vocabulary)
     candidates = weights if lowest is None else _kept(logits, lowest).mul_(weights)
-    first, second = upload(torch.tensor([row.uniforms for row in rows], dtype=torch.float64), device).T
+    uniforms = [(0.0, 0.0) if g else row.uniforms for g, row in zip(greedy, rows, strict=True)]
+    first, second = upload(torch.tensor(uniforms, dtype=torch.float64), device).T
     chosen = _inverse_cdf(candidates, first)
     if nucleus and on_host(weights):
         nucleus = _outside(weights, chosen, operations, nucleus)

@@ -144,7 +144,7 @@ def test_a_text_that_ends_within_a_draft_ends_there() -> None:
 @pytest.mark.parametrize(
     "settings", [{"min_tokens": 30}, {"top_logprobs": 100}], ids=lambda settings: next(iter(settings))
 )
-def test_what_a_guess_does_not_help_is_not_guessed(llama: Pair, settings: dict[str, int]) -> None:
+def test_what_a_guess_does_not_help_is_not_guessed(llama: Pair, settings: dict[str, Any]) -> None:
     _, engine = llama
     (prompt,) = random_prompts(20, seed=4)
     operation = Generate(stream_id=0, prompt=prompt, max_tokens=30, logit_bias=ONLY_FEW)
@@ -173,7 +173,7 @@ def without_drafts(llama: Pair) -> Iterator[Engine]:
     ids=lambda settings: "-".join(settings),
 )
 def test_draws_and_penalties_are_the_same_with_and_without_guesses(
-    llama: Pair, without_drafts: Engine, settings: dict[str, float]
+    llama: Pair, without_drafts: Engine, settings: dict[str, Any]
 ) -> None:
     prompts = random_prompts(*[20] * 6, seed=4)
     operations = [
@@ -199,19 +199,14 @@ def test_a_draw_of_repetitive_text_takes_half_the_steps(llama: Pair, without_dra
     assert with_guesses.counters.steps * 2 <= plain.counters.steps
 
 
-REPETITIVE = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 12, "maxItems": 12}
+REPETITIVE = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 8, "maxItems": 8}
 
 
 @pytest.fixture(scope="module")
-def writing(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Engine]]:
-    """Two engines that know texts: one that drafts and one that does not."""
-    model = build("llama", vocab_size=len(tokenizer), eos_token_id=[0, 2])
-    engines = start(model, tokenizer), start(model, tokenizer)
-    runner = engines[1].runner
-    runner.step_limits = dataclasses.replace(runner.step_limits, drafts=False)
-    yield engines
-    for engine in engines:
-        engine.stop()
+def writing(tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
+    engine = start(build("llama", vocab_size=len(tokenizer), eos_token_id=[0, 2]), tokenizer)
+    yield engine
+    engine.stop()
 
 
 @pytest.mark.parametrize(
@@ -225,12 +220,14 @@ def writing(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Engine, Engine
     ids=["greedy", "drawn", "regex", "penalized"],
 )
 def test_constrained_text_is_the_same_with_and_without_guesses_that_its_grammar_refuses(
-    writing: tuple[Engine, Engine], settings: dict[str, Any]
+    writing: Engine, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operations = [
-        Generate(stream_id=i, prompt=[5 + i, 6], max_tokens=80, seed=i, text=True, **settings) for i in range(5)
+        Generate(stream_id=i, prompt=[5 + i, 6], max_tokens=80, seed=i, text=True, **settings) for i in range(3)
     ]
-    with_guesses, plain = (answers(engine, *operations) for engine in writing)
+    with_guesses = answers(writing, *operations)
+    monkeypatch.setattr(writing.runner, "step_limits", dataclasses.replace(writing.runner.step_limits, drafts=False))
+    plain = answers(writing, *operations)
     assert with_guesses.counters.accepted_tokens > 0
     assert with_guesses.counters.steps < plain.counters.steps
     for i in range(len(operations)):
@@ -241,12 +238,12 @@ def test_constrained_text_is_the_same_with_and_without_guesses_that_its_grammar_
             assert token.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-4)
 
 
-def test_a_stop_sequence_does_not_end_a_text_before_min_tokens(writing: tuple[Engine, Engine]) -> None:
-    operation = Generate(stream_id=0, prompt=[5, 6], max_tokens=40, regex="(ab|cd)-{30}", stop=["-"], text=True)
-    soon, later = (answers(writing[0], replace(operation, min_tokens=least)).tokens() for least in (0, 4))
+def test_a_stop_sequence_does_not_end_a_text_before_min_tokens(writing: Engine) -> None:
+    operation = Generate(stream_id=0, prompt=[5, 6], max_tokens=40, regex="(ab|cd){30}", stop=["ab", "cd"], text=True)
+    soon, later = (answers(writing, replace(operation, min_tokens=least)).tokens() for least in (0, 4))
     assert len(soon) < 4 <= len(later)
     assert [tokens[-1].finish_reason for tokens in (soon, later)] == ["stop", "stop"]
-    assert "-" not in "".join(str(token.text) for token in soon)
+    assert "".join(str(token.text) for token in soon) == ""
 
 
 @pytest.mark.parametrize("name", ["mamba", *sorted(EXPERTS)])

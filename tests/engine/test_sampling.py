@@ -110,12 +110,13 @@ def test_the_best_token_is_that_of_transformers_processors(values: dict[str, Any
     processors = LogitsProcessorList()
     if sequence_bias := values.get("logit_bias"):
         bias[list(sequence_bias)] = torch.tensor(list(sequence_bias.values()))
-        processors.append(SequenceBiasLogitsProcessor({(token,): value for token, value in sequence_bias.items()}))
+        processors.append(SequenceBiasLogitsProcessor([[[token], value] for token, value in sequence_bias.items()]))
     if penalty := values.get("repetition_penalty"):
         processors.append(RepetitionPenaltyLogitsProcessor(penalty))
     if least := values.get("min_tokens"):
         processors.append(MinNewTokensLengthLogitsProcessor(3, least, [9], "cpu"))
-    expected = processors(torch.tensor([[1, 2, 3, *tokens] for tokens in output]), logits.clone())
+    before: Any = torch.tensor([[1, 2, 3, *tokens] for tokens in output])
+    expected = processors(before, logits.clone())
     for row, tokens in enumerate(output):  # as OpenAI's documentation has it
         for token, count in Counter(tokens).items():
             less = count * values.get("frequency_penalty", 0.0) + values.get("presence_penalty", 0.0)

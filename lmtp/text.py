@@ -415,19 +415,23 @@ class TextDecoder:
         self._stop = stop
         self._held = ""
 
-    def add(self, token: int) -> Piece:
-        """Decode one token and return the text that it completed."""
+    def add(self, token: int, may_stop: bool = True) -> Piece:
+        """Decode one token and return the text that it completed.
+
+        Unless it ``may_stop``, a stop sequence that is complete by now is text like any other.
+        """
         text = self._decoder.step(self._tokenizer, token)
         if text is None:
             self._undecoded.append(token)
             return Piece("", stopped=False)
         self._undecoded.clear()
         self._held += text
-        ends = [end for stop in self._stop if (end := self._held.find(stop)) >= 0]
-        if ends:
-            self._held = self._held[: min(ends)]
+        found = [stop for stop in self._stop if stop in self._held]
+        if found and may_stop:
+            self._held = self._held[: min(map(self._held.find, found))]
             return Piece(self._take(len(self._held)), stopped=True)
-        return Piece(self._take(len(self._held) - self._possible_stop()), stopped=False)
+        passed = self._take(max((self._held.rfind(stop) + len(stop) for stop in found), default=0))
+        return Piece(passed + self._take(len(self._held) - self._possible_stop()), stopped=False)
 
     def flush(self) -> str:
         """Return the text still held back. Call it after the last token."""

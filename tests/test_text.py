@@ -96,6 +96,22 @@ def test_the_start_of_a_stop_sequence_is_held_back_and_released(tokenizer: PreTr
     assert "".join(decoder.add(token).text for token in encode(tokenizer, "two")) == "\n\ntwo"
 
 
+def test_a_stop_sequence_that_comes_too_early_is_text_like_any_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encode(tokenizer, "a END b END c END d")
+    second = len(encode(tokenizer, "a END b END"))
+    for least in range(1, len(tokens)):
+        decoder = TextDecoder(tokenizer, [], ["END"])
+        shown, stopped = "", False
+        for count, token in enumerate(tokens, 1):
+            piece = decoder.add(token, may_stop=count >= least)
+            shown, stopped = shown + piece.text, piece.stopped
+            if stopped:
+                break
+        assert stopped
+        expected = "a " if least <= 2 else "a END b " if least <= second else "a END b END c "
+        assert shown == expected
+
+
 def test_special_tokens_add_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
     decoder = TextDecoder(tokenizer, [], [])
     assert tokenizer.eos_token_id is not None

@@ -109,6 +109,46 @@ def test_a_step_goes_to_the_device_in_one_copy_that_nobody_waits_for(device: Dev
     assert others
 
 
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "likely tokens": {"top_logprobs": 5},
+    "temperature": {"temperature": 0.8},
+    "top-p": {"temperature": 0.8, "top_p": 0.9},
+    "top-k and min-p": {"temperature": 0.8, "top_k": 40, "min_p": 0.1},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "biases": {"logit_bias": {7: 3.0}},
+    "no end yet": {"min_tokens": 6},
+}
+
+
+def test_a_step_of_a_gpu_waits_once_however_its_streams_sample(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the numbers that it brings back."""
+    step = Engine._step
+    waited: list[int] = []
+
+    def counted(self: Engine, some: Any) -> Any:
+        device.log.clear()
+        choices = step(self, some)
+        if max(some.counts) == 1:
+            waited.append(len(device.of_kind("sync")))
+        return choices
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    engine = start_on(build("llama"), kv_budget=2**19, graphs=False)
+    try:
+        for options in SAMPLING.values():
+            waited.clear()
+            answers(engine, *(Generate(stream_id=i, prompt=[5, i], max_tokens=8, seed=i, **options) for i in range(4)))
+            assert waited
+            assert set(waited) == {1}, options
+        waited.clear()
+        several = [Generate(stream_id=i, prompt=[5, i], max_tokens=8, **o) for i, o in enumerate(SAMPLING.values())]
+        answers(engine, *several)
+        assert set(waited) == {1}
+    finally:
+        engine.stop()
+
+
 def open_on(device: Device, model: PreTrainedModel, **arguments: Any) -> Any:
     """The runner of a model on the stand-in, with little memory."""
     with pretending():

@@ -24,7 +24,7 @@ from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device,
 from lmtp.runners.selfcheck import Reference
 from lmtp.runners.slot_runner import SlotCache, SlotRunner, SlotStep
 from lmtp.runners.slots import MIN_TOKENS, Layer, Memory, check_budget
-from lmtp.runners.sources import Encoder, EncoderOutput, SourceInputs, Sources
+from lmtp.runners.sources import GIVEN_BACK, Encoder, EncoderOutput, SourceInputs, Sources
 from lmtp.runners.step import Step, StepInputs, Stream
 
 STATES_SHARE = 8
@@ -170,20 +170,34 @@ class EncoderDecoderRunner(SlotRunner):
     @override
     def admit(self, stream: Stream) -> bool:
         """See Runner.admit."""
+        self.refusal = ""
         try:
             lengths = [len(other.source) for other in self.active]
             if len(lengths) >= self._max_slots or not self._sources.make_room([*lengths, len(stream.source)]):
+                return False
+            if self._reads_much(stream):
+                self.refusal = "other prompts are encoded first"
                 return False
         except torch.OutOfMemoryError as error:
             self.refusal = str(error).splitlines()[0]
             return False
         return super().admit(stream)
 
+    def _reads_much(self, stream: Stream) -> bool:
+        """Whether the next steps encode enough without this stream's source. Each is encoded at once."""
+        before = self._sources.unread(self.active)
+        after = self._sources.unread([*self.active, stream])
+        limits = self.step_limits
+        decoding = any(other.computed > other.reused for other in self.active)
+        return 0 < before < after > (limits.busy_chunk if decoding else limits.chunk)
+
     @override
     def release(self, stream: Stream, keep: bool = True) -> None:
         """See Runner.release."""
         if not keep:
             self._sources.forget(stream)
+        if stream.encoded is not None:
+            stream.encoded = GIVEN_BACK
         super().release(stream, keep)
 
     @override

@@ -37,6 +37,8 @@ class Stream:
         """What the runner keeps of the source while the stream lasts."""
         self.source_counts = (0, 0)
         """How many tokens of the source were computed for this stream and how many reused, until that is counted."""
+        self.problem = ""
+        """Why the runner could not compute it: its logits mean nothing. Other streams of the step are sound."""
         self.slot = -1
         """Its place in the runner's memory; -1 while it has none."""
 

@@ -93,7 +93,7 @@ def open_runner(
     context = limits.context
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:
-        return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
+        return open_encoder_decoder(model, limits, budget, MAX_SLOTS, compiled)
     adapters = Adapters(model, names)
     try:
         layers = layers_of(model)
@@ -104,7 +104,7 @@ def open_runner(
             check_slots(step, layers, Reference.of(model, adapters, ("", name, other)))
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
         return _open_cache_runner(model, context, f"slots do not serve it: {in_words(error)}", adapters)
-    fast, reason = None, "no faster step: adapters take the model's own code" if names else ""
+    fast, reason = None, "no compiled step, no CUDA graphs: adapters take the model's own code" if names else ""
     try:
         if not names and (fast := _fast_step(step, layers, compiled, graphs)):
             check_slots(step, layers, reference, fast)

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
 from lmtp.runners.slot_runner import layers_in
 from lmtp.runners.slots import FIRST_SLOTS, Layer, Memory
-from lmtp.runners.step import Stream
+from lmtp.runners.step import SourceInputs, Stream
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +62,6 @@ EMPTY = Held(lambda: None, 0)
 
 GIVEN_BACK = "given back"
 """What a preempted stream has of its source. What it finds of it later was counted when it was computed."""
-
-
-class SourceInputs(NamedTuple):
-    """What one step reads of its sources. Row i is that of the step's stream i."""
-
-    mask: Tensor
-    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
-    keys: list[Tensor]
-    """Each layer's keys ``[rows, heads, columns, dim]``."""
-    values: list[Tensor]
-    """Each layer's values, in the same layout."""
 
 
 class Encoder:
@@ -213,14 +202,10 @@ class Sources:
         first, count = streams[0].slot, len(streams)
         lengths = torch.tensor([self._ready(stream).length for stream in streams])
         columns = -(-int(lengths.max()) // COLUMNS) * COLUMNS
-        keys, values = (
-            [tensor.narrow(0, first, count).narrow(2, 0, columns) for tensor in tensors]
-            for tensors in (self._rows.keys, self._rows.values)
-        )
         behind = torch.arange(columns)[None, :] >= lengths[:, None]
         dtype, device = self._encoder.dtype, self._encoder.device
         mask = torch.zeros(count, columns, dtype=dtype).masked_fill_(behind, torch.finfo(dtype).min)
-        return SourceInputs(mask.to(device)[:, None, None, :], keys, values)
+        return SourceInputs(mask.to(device)[:, None, None, :], *self._rows.from_slot(first))
 
     def forget(self, stream: Stream) -> None:
         """Keep nothing of a running stream's source, which may hold numbers that are not finite. Other streams of the

@@ -137,6 +137,17 @@ class StepInputs(NamedTuple):
     """Each layer's values, in the same layout."""
 
 
+class SourceInputs(NamedTuple):
+    """What one step reads of its sources. Row i is that of the step's stream i."""
+
+    mask: Tensor
+    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
+    keys: list[Tensor]
+    """Each layer's keys ``[slots, heads, capacity + 1, dim]``, of which the first rows and columns are read."""
+    values: list[Tensor]
+    """Each layer's values, in the same layout."""
+
+
 ModelStep = Callable[[StepInputs], Tensor]
 """The model's forward pass: the logits ``[wanted, vocabulary]`` at the wanted positions.
 

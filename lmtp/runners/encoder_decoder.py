@@ -288,6 +288,7 @@ def open_encoder_decoder(
     check_budget(budget, 2 * MIN_TOKENS * max(memory.bytes_per_token, rows.bytes_per_token), memory.total)
     states = budget // 2 // STATES_SHARE
     sources = Sources(proved.encoder, rows, budget // 2 - states, states)
+    reason = selfcheck.with_tolerance(model, reason)
     return EncoderDecoderRunner(
         proved.step, memory, sources, budget - budget // 2, max_slots, limits.context, fast, reason
     )

@@ -75,6 +75,16 @@ def precision_of(model: PreTrainedModel) -> torch.dtype:
     return torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
 
 
+def with_tolerance(model: PreTrainedModel, reason: str = "") -> str:
+    """A runner's ``reason``, which also says where the check had another dtype's tolerance than the model's own."""
+    precision = precision_of(model)
+    if precision == model.dtype:
+        return reason
+    name = str(precision).removeprefix("torch.")
+    note = f"its 8-bit kernels depend on the batch, so the self-check has the tolerance of {name}"
+    return f"{reason}; {note}" if reason else note
+
+
 def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)
@@ -130,7 +140,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     with runner.adapters.alone(adapter):
         own = [_own_logits(model, text.tokens[:-1]) for text in texts]
     precision = precision_of(model)
-    if _differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
+    if differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     waiting, counts = list(texts), itertools.chain((5, 1), itertools.repeat(1))
@@ -186,7 +196,7 @@ def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
     """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
     for theirs, ours in zip(reference.logits, got, strict=True):
-        wrong += _differing(
+        wrong += differing(
             theirs[-len(ours) :], torch.stack(list(ours)), reference.precision
         )  # reused tokens have no logits
         total += len(ours)
@@ -194,7 +204,7 @@ def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")
 
 
-def _differing(own: Tensor, ours: Tensor, dtype: torch.dtype) -> int:
+def differing(own: Tensor, ours: Tensor, dtype: torch.dtype) -> int:
     """At how many positions logits ``[positions, vocabulary]`` are too far from the model's own."""
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
     distance = (own - ours).norm(dim=-1) / spread.clamp(min=1e-9)

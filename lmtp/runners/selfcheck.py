@@ -140,7 +140,7 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     with runner.adapters.alone(adapter):
         own = [_own_logits(model, text.tokens[:-1]) for text in texts]
     precision = precision_of(model)
-    if differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
+    if _differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     waiting, counts = list(texts), itertools.chain((5, 1), itertools.repeat(1))
@@ -196,7 +196,7 @@ def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
     """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
     for theirs, ours in zip(reference.logits, got, strict=True):
-        wrong += differing(
+        wrong += _differing(
             theirs[-len(ours) :], torch.stack(list(ours)), reference.precision
         )  # reused tokens have no logits
         total += len(ours)
@@ -204,7 +204,7 @@ def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
         raise UnsupportedModel(f"{wrong} of {total} positions differ from the model's own forward pass")
 
 
-def differing(own: Tensor, ours: Tensor, dtype: torch.dtype) -> int:
+def _differing(own: Tensor, ours: Tensor, dtype: torch.dtype) -> int:
     """At how many positions logits ``[positions, vocabulary]`` are too far from the model's own."""
     spread = (own - own.mean(-1, keepdim=True)).norm(dim=-1)
     distance = (own - ours).norm(dim=-1) / spread.clamp(min=1e-9)

@@ -75,6 +75,6 @@ def note(row: Row) -> str:
 
 
 def committed() -> dict[tuple[str, str], str]:
-    """What the committed page says is served, by type and class."""
+    """What the committed page says is served, by type and class: of several rows the first."""
     cells = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    return {(kind.removeprefix("| ").strip("`"), name.strip("`")): served for kind, name, served, *_ in cells}
+    return {(kind.removeprefix("| ").strip("`"), name.strip("`")): served for kind, name, served, *_ in reversed(cells)}

@@ -18,7 +18,7 @@ from lmtp.runners.extents import Pool
 from lmtp.runners.graphs import Graphs
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.packed import PackedRunner, PackedStep
-from lmtp.runners.selfcheck import CONTEXT, TOKENS, Reference, check_caches, check_packed, check_slots
+from lmtp.runners.selfcheck import CONTEXT, TOKENS, Reference, check_caches, check_packed, check_slots, with_tolerance
 from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import MIN_TOKENS, Memory, check_budget
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -99,7 +99,7 @@ def open_runner(
         torch.backends.cuda.enable_cudnn_sdp(False)
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:
-        return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
+        return open_encoder_decoder(model, limits, budget, MAX_SLOTS, compiled)
     adapters = Adapters(model, names)
     try:
         layers = layers_of(model)
@@ -111,7 +111,7 @@ def open_runner(
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
         return _open_cache_runner(model, context, f"slots do not serve it: {in_words(error)}", adapters)
     memory = Memory(layers, model.dtype)
-    fast, reason = None, "no faster step: adapters take the model's own code" if names else ""
+    fast, reason = None, "no compiled step, no CUDA graphs: adapters take the model's own code" if names else ""
     if on_gpu and not names:
         budget_of_pool = budget if kv_budget is not None else budget * 2  # it never grows
         check_budget(budget_of_pool, min(MIN_TOKENS, context) * memory.bytes_per_token, memory.total)
@@ -126,7 +126,7 @@ def open_runner(
             check_slots(step, layers, reference, fast)
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
-    return SlotRunner(step, memory, budget, MAX_SLOTS, context, fast, reason)
+    return SlotRunner(step, memory, budget, MAX_SLOTS, context, fast, with_tolerance(model, reason))
 
 
 def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapters: Adapters) -> CacheRunner:
@@ -139,7 +139,7 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
             found.append(in_words(error))
         else:
             reason = "; nor do its own caches: ".join([reason, *found[:1]])
-            return CacheRunner(model, context, reason, mode, adapters)
+            return CacheRunner(model, context, with_tolerance(model, reason), mode, adapters)
     what, instead = type(model).__name__, "Choose an architecture that docs/models.md lists as exact."
     if adapters.names:
         what, instead = f"{what} with adapters side by side", "Merge one, with --adapter SOURCE and no name."
@@ -151,16 +151,16 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
 def _open_packed(step: PackedStep, reference: Reference, tokens: int, context: int, graphs: bool) -> PackedRunner:
     dtype = step.model.dtype
     check_packed(PackedRunner(step, Pool(step.layers, dtype, TOKENS), CONTEXT), reference)
-    runner = PackedRunner(step, Pool(step.layers, dtype, tokens), context)
-    if not graphs:
-        return runner
-    try:
-        recorded = PackedRunner(step, runner.pool, context, Graphs(step, runner.pool, runner.longest))
-        check_packed(recorded, reference)
-    except Exception as error:  # run the steps as they are
-        runner.reason = f"no CUDA graphs: {in_words(error)}"
-        return runner
-    return recorded
+    runner, reason = PackedRunner(step, Pool(step.layers, dtype, tokens), context), ""
+    if graphs:
+        try:
+            recorded = PackedRunner(step, runner.pool, context, Graphs(step, runner.pool, runner.longest))
+            check_packed(recorded, reference)
+            runner = recorded
+        except Exception as error:  # run the steps as they are
+            reason = f"no CUDA graphs: {in_words(error)}"
+    runner.reason = with_tolerance(step.model, reason)
+    return runner
 
 
 def _default_budget(device: torch.device) -> int:

@@ -135,10 +135,7 @@ class Api:
         def choice(index: int, tokens: list[Reply], finish_reason: str | None) -> Json:
             logprobs = None
             if asked.logprobs is not None:
-                kept = [
-                    token for token in tokens if token.token not in model.end_of_sequence or token.stream_id == ECHO
-                ]
-                logprobs = columns[index].document(kept, top=asked.logprobs > 0)
+                logprobs = columns[index].document(tokens, top=asked.logprobs > 0)
             text = "".join(token.text for token in tokens)
             return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -263,10 +260,11 @@ class Api:
         """The tokens as they come. Raises TargetError if a stream failed."""
         async for lines in replies.lines(running.chunks):
             tokens = replies.parse(lines)
-            for token in tokens:
-                if token.error is not None:
-                    raise failed(token.error)
-            yield tokens
+            error = next((i for i, token in enumerate(tokens) if token.error is not None), len(tokens))
+            if error:
+                yield tokens[:error]
+            for token in tokens[error:]:
+                raise failed(token.error or "")
 
     async def _gather(self, running: Running, choices: list[Choice]) -> None:
         async for tokens in self._tokens(running):

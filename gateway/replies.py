@@ -6,6 +6,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from gateway.target import TargetError
+
 
 class Reply(Struct):
     """One line of an answer. ``error`` is set on the last line of a stream that failed; ``model_info`` answers
@@ -36,5 +38,8 @@ async def lines(chunks: AsyncIterator[str]) -> AsyncIterator[list[str]]:
 
 
 def parse(whole: Iterable[str]) -> list[Reply]:
-    """The replies that lines hold. Raises msgspec.DecodeError if the target speaks something else."""
-    return [_decoder.decode(line.partition(" ")[2]) for line in whole]
+    """The replies that lines hold. Raises TargetError if they are none."""
+    try:
+        return [_decoder.decode(line.partition(" ")[2]) for line in whole]
+    except msgspec.DecodeError as error:
+        raise TargetError(502, f"The target's output is not LMTP: {error}.") from error

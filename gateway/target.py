@@ -34,7 +34,7 @@ PLACES = 64
 """Predictions that a container runs at once; the next ones wait here."""
 
 POLL_SECONDS = 0.5
-"""How often a prediction on Replicate that has no stream is looked at."""
+"""How often a prediction on Replicate is looked at once its stream has ended, until it has, too."""
 
 CANCEL_SECONDS = 10.0
 """How long the end of the gateway waits for cancels on Replicate."""
@@ -43,7 +43,10 @@ REPLICATE = "https://api.replicate.com"
 
 TERMINAL = ("succeeded", "failed", "canceled", "aborted")
 
-_RUNTIME_PREFIX = re.compile(r"^Prediction failed: ((Async prediction failed|Generator iteration error): )?")
+_RUNTIME_PREFIX = re.compile(
+    r"^(Prediction failed: )?((Async prediction failed|Generator iteration error): )?(RequestError: )?"
+)
+_OTHER_ERROR = re.compile(r"\w+(Error|Exception): ")
 
 Json = dict[str, Any]
 
@@ -229,26 +232,19 @@ class Replicate(Target):
     async def _chunks(self, made: Json, running: Running, ended: asyncio.Event) -> AsyncGenerator[str, None]:
         sent = 0
         if stream := made.get("urls", {}).get("stream"):
-            headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+            headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}  # its address is secret: no token
             async with self.session.get(stream, headers=headers) as response:
                 response.raise_for_status()
                 async for events in _events(response):
-                    chunks = [data.decode() for name, data in events if name == "output"]
-                    sent += len(chunks)
-                    if text := "".join(chunks):
+                    if text := "".join(data.decode() for name, data in events if name == "output"):
+                        sent += len(text)
                         yield text
                     if any(name in ("done", "error") for name, _ in events):
                         break
-        path = f"predictions/{made['id']}"
-        while (document := await self._call("GET", path))["status"] not in TERMINAL:
-            if not stream:
-                output = document.get("output") or []
-                if text := "".join(output[sent:]):
-                    yield text
-                sent = len(output)
+        while (document := await self._call("GET", f"predictions/{made['id']}"))["status"] not in TERMINAL:
             await asyncio.sleep(POLL_SECONDS)
-        if text := "".join((document.get("output") or [])[sent:]):
-            yield text  # what came after the last look, or was lost with a stream
+        if text := "".join(document.get("output") or [])[sent:]:
+            yield text  # a model without a stream
         ended.set()
         _check(msgspec.convert(document, _Ended), running)
 
@@ -297,7 +293,7 @@ def failed(message: str, status: int = 400) -> TargetError:
     message = _RUNTIME_PREFIX.sub("", message)
     if "ask again later" in message:
         status = 503
-    elif message.startswith(("the engine has stopped", "Worker")):
+    elif _OTHER_ERROR.match(message) or message.startswith("the engine has stopped"):
         status = 502
     return TargetError(status, message)
 

@@ -1,4 +1,4 @@
-"""OpenAI's own client, for Python, on the demo model."""
+"""OpenAI's own clients, for Python and for Node, on the demo model."""
 
 import json
 import math
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx
 import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import node
 from tests.server import Server
 
 PROMPT = "The capital of France is"
@@ -170,12 +170,6 @@ class TestChat:
         {"role": "user", "content": [{"type": "text", "text": "What is the capital of France?"}]},
     ]
 
-    @pytest.fixture(autouse=True)
-    def _served(self, server: Server) -> None:
-        schema = httpx.get(f"{server.url}/openapi.json").json()
-        if "messages" not in schema["components"]["schemas"]["Input"]["properties"]:
-            pytest.skip("the predictor has no input messages")
-
     def test_a_conversation_is_answered(self, client: openai.OpenAI, name: str) -> None:
         answer = client.chat.completions.create(model=name, messages=self.MESSAGES, temperature=0, max_tokens=20)
         assert answer.choices[0].message.role == "assistant"
@@ -218,3 +212,49 @@ class TestChat:
             model=name, messages=self.MESSAGES, temperature=0, response_format=response_format, seed=1
         )
         assert set(json.loads(answer.choices[0].message.content or "")) == {"capital"}
+
+
+class TestNode:
+    @pytest.fixture(scope="class")
+    def run(self, gateway: Server) -> Any:
+        """Run JavaScript as the body of an async function with a client; return its result."""
+        packages = node.installed("openai@6.49.0")
+
+        def run(body: str) -> Any:
+            program = f"""
+                const {{ OpenAI }} = require("openai");
+                const client = new OpenAI({{ baseURL: "{gateway.url}/v1", apiKey: "unused", maxRetries: 0 }});
+                (async () => {{ {body} }})().then((value) => console.log(JSON.stringify(value)));
+            """
+            return node.run(packages, "-e", program)
+
+        return run
+
+    def test_completions_and_streams_are_the_same_text(self, run: Any, name: str) -> None:
+        whole, parts, reason, message = run(f"""
+            const asked = {{ model: "{name}", prompt: "{PROMPT}", max_tokens: 5, temperature: 0, logprobs: 2 }};
+            const whole = (await client.completions.create(asked)).choices[0];
+            const parts = [];
+            let reason;
+            for await (const part of await client.completions.create({{ ...asked, stream: true }})) {{
+                parts.push(part.choices[0].text);
+                reason = part.choices[0].finish_reason;
+            }}
+            const error = await client.completions.create({{ ...asked, suffix: "x" }}).catch((error) => error);
+            return [whole.text, parts, reason, error.message];
+        """)
+        assert "".join(parts) == whole
+        assert len(parts) == 5
+        assert reason == "length"
+        assert message == "400 'suffix' is not supported."
+
+    def test_a_chat_is_streamed(self, run: Any, name: str) -> None:
+        text, kinds = run(f"""
+            const messages = [{{ role: "user", content: "What is the capital of France?" }}];
+            const stream = client.chat.completions.stream({{ model: "{name}", messages, max_tokens: 8, temperature: 0 }});
+            const kinds = new Set();
+            for await (const chunk of stream) kinds.add(chunk.object);
+            return [(await stream.finalChatCompletion()).choices[0].message.content, [...kinds]];
+        """)
+        assert text == "The capital of France is Paris."
+        assert kinds == ["chat.completion.chunk"]

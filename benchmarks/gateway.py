@@ -1,7 +1,8 @@
 """What the gateway costs: LMQL's queries over its WebSocket, and streams of OpenAI's API.
 
-Both sides reach one server. LMQL's queries are compared with the same queries through Replicate's interface, streams
-with streams of the container's own `/predictions`.
+LMQL's queries are compared with the same queries through Replicate's interface, streams with streams of a container's
+own `/predictions`. Each side has a server of its own, so that both can get the same prompts and none is answered from a
+cache.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,28 +33,19 @@ NEW_TOKENS = 96
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
     """The rows gateway-queries and gateway-streams."""
     with ExitStack() as stack:
-        server = stack.enter_context(our_server(plan))
-        command = [
-            sys.executable,
-            str(ROOT / "script/gateway"),
-            "--target",
-            server.url,
-            "--port",
-            "0",
-            "--name",
-            "model",
-        ]
-        gateway = stack.enter_context(started(command))
+        behind, alone = (stack.enter_context(our_server(plan)) for _ in range(2))
+        command = [sys.executable, str(ROOT / "script/gateway"), "--target", behind.url, "--port", "0"]
+        gateway = stack.enter_context(started([*command, "--name", "model"]))
         if plan.wants("gateway-streams"):
-            yield _streams(plan, server, gateway)
+            yield _streams(plan, gateway, alone)
         if plan.wants("gateway-queries"):
             if peers.has_lmql():
-                yield _queries(plan, server, gateway, stack.enter_context(stand_in(server.url)))
+                yield _queries(plan, gateway, (behind, alone), stack.enter_context(stand_in(alone.url)))
             else:
                 yield Skipped(["gateway-queries"], peers.LMQL_HOW_TO)
 
 
-def _queries(plan: Plan, server: Server, gateway: Server, api: StandIn) -> Row:
+def _queries(plan: Plan, gateway: Server, servers: Sequence[Server], api: StandIn) -> Row:
     import lmql
 
     from benchmarks.lmql_client import model_clause, redirected
@@ -62,16 +54,17 @@ def _queries(plan: Plan, server: Server, gateway: Server, api: StandIn) -> Row:
     endpoint = gateway.url.replace("http://127.0.0.1", "localhost")
     websocket = f'lmql.model("ignored", endpoint="{endpoint}", tokenizer="{plan.weights}")'
 
-    def seconds(model: str, side: int, run: int) -> float:
-        wait_until_idle(server)
+    def seconds(model: str, run: int) -> float:
+        for server in servers:
+            wait_until_idle(server)
         began = time.perf_counter()
         for name in QUERIES:
-            loop.run_until_complete(lmql.run(text(name, model, 1000 * side + run)))
+            loop.run_until_complete(lmql.run(text(name, model, 100 + run)))
         return time.perf_counter() - began
 
     say("  LMQL's queries over the gateway's WebSocket and through Replicate's interface")
     with tempfile.TemporaryDirectory() as cache, redirected(lambda: api.url, Path(cache)):
-        sides = plan.alternate(partial(seconds, websocket, 1), partial(seconds, model_clause(plan.weights), 2))
+        sides = plan.alternate(partial(seconds, websocket), partial(seconds, model_clause(plan.weights)))
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
     return cost(
@@ -86,20 +79,18 @@ def _queries(plan: Plan, server: Server, gateway: Server, api: StandIn) -> Row:
     )
 
 
-def _streams(plan: Plan, server: Server, gateway: Server) -> Row:
+def _streams(plan: Plan, gateway: Server, alone: Server) -> Row:
     new = plan.size(NEW_TOKENS, 16)
     common: dict[str, Any] = {"max_tokens": new, "temperature": 0.0}
 
     def ours(run: int) -> float:
-        bodies = [
-            {"model": "model", "stream": True, "prompt": story, **common} for story in _stories(plan, "gateway", run)
-        ]
+        bodies = [{"model": "model", "stream": True, "prompt": story, **common} for story in _stories(plan, run)]
         return 1 / tokens_per_second(asyncio.run(_all(gateway.url, "/v1/completions", bodies, Chunks)))
 
     def theirs(run: int) -> float:
-        operations = prompts.operations(_stories(plan, "container", run), text=True, top_logprobs=0, **common)
+        operations = prompts.operations(_stories(plan, run), text=True, top_logprobs=0, **common)
         bodies = [{"input": {"ops_batch_json": json.dumps([operation])}} for operation in operations]
-        return 1 / tokens_per_second(asyncio.run(_all(server.url, "/predictions", bodies, Arrivals)))
+        return 1 / tokens_per_second(asyncio.run(_all(alone.url, "/predictions", bodies, Arrivals)))
 
     say(f"  {streams(plan)} streams of OpenAI's API and of /predictions")
     return cost(
@@ -114,8 +105,8 @@ def _streams(plan: Plan, server: Server, gateway: Server) -> Row:
     )
 
 
-def _stories(plan: Plan, side: str, run: int) -> list[list[int] | str]:
-    return [prompts.story("gateway", side, run, i) for i in range(streams(plan))]
+def _stories(plan: Plan, run: int) -> list[list[int] | str]:
+    return [prompts.story("gateway", run, i) for i in range(streams(plan))]
 
 
 class Chunks(Arrivals):

@@ -184,14 +184,16 @@ class Replicate(Target):
 
     @asynccontextmanager
     async def _predict(self, inputs: Json, running: Running) -> AsyncIterator[AsyncGenerator[str, None]]:
-        made = await self._create(inputs)
+        creating = asyncio.create_task(self._create(inputs))
         ended = asyncio.Event()
         try:
+            # A caller that leaves now would not learn which prediction it has to cancel.
+            made = await asyncio.shield(creating)
             yield self._chunks(made, running, ended)
         finally:
             if not ended.is_set():
                 # The caller may be cancelled itself, so the request is a task of its own.
-                task = asyncio.create_task(self._cancel(made["id"]))
+                task = asyncio.create_task(self._cancel(creating))
                 self._cancels.add(task)
                 task.add_done_callback(self._cancels.discard)
 
@@ -248,9 +250,10 @@ class Replicate(Target):
         ended.set()
         _check(msgspec.convert(document, _Ended), running)
 
-    async def _cancel(self, prediction: str) -> None:
+    async def _cancel(self, creating: asyncio.Task[Json]) -> None:
+        """Cancel a prediction, once it is known, if it was made at all."""
         with suppress(TargetError, aiohttp.ClientError, TimeoutError):
-            await self._call("POST", f"predictions/{prediction}/cancel")
+            await self._call("POST", f"predictions/{(await creating)['id']}/cancel")
 
 
 def open_target(address: str) -> Target:

@@ -65,6 +65,17 @@ async def test_leaving_a_prediction_cancels_it(target: Target, api: StandIn) -> 
             await asyncio.sleep(0.01)
 
 
+async def test_leaving_while_a_prediction_is_made_cancels_it(target: Target, api: StandIn) -> None:
+    before = len(api.predictions)
+    leaving = asyncio.create_task(output(target, **ENDLESS))
+    for _ in range(3):  # it has begun, and cannot have had an answer
+        await asyncio.sleep(0)
+    leaving.cancel()
+    async with asyncio.timeout(20):
+        while [each.status for each in list(api.predictions.values())[before:]] != ["canceled"]:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_failure_has_the_predictors_words(target: Target) -> None:
     with pytest.raises(TargetError, match=r"^prompt is empty; give at least one character\.$") as raised:
         await output(target, prompt="")

@@ -10,7 +10,9 @@ LONG = $(if $(NIGHTLY),14400,120)
 SOAK_SECONDS ?= $(LONG)
 FUZZ_SECONDS ?= $(LONG)
 
-.PHONY: help predict serve test lint docs weights build bench soak fuzz clean
+REPLICAS ?= 2
+
+.PHONY: help predict serve ray test lint docs weights build bench soak fuzz clean
 
 help:  ## List the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +23,9 @@ export PROMPT
 
 serve: $(READY) $(MODEL)  ## Serve predictions over HTTP on 127.0.0.1:5000
 	@script/serve
+
+ray: $(READY) $(MODEL)  ## Serve several replicas on 127.0.0.1:8000 with Ray Serve: make ray REPLICAS=2
+	@$(VENV)/bin/python -m deploy.ray_serve --replicas $(REPLICAS)
 
 test: $(READY) $(MODEL)  ## Run all tests
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -1,0 +1,1 @@
+"""Several containers of one model behind one address."""

@@ -124,3 +124,26 @@ class TestNode:
             return (await replicate.predictions.cancel(prediction.id)).status;
         """)
         assert status == "canceled"
+
+    def test_a_webhook_is_told_what_it_asks_for(self, run: Any) -> None:
+        told = run(f"""
+            const told = [];
+            let done;
+            const ended = new Promise((resolve) => {{ done = resolve; }});
+            const server = require("http").createServer(async (request, response) => {{
+                let body = "";
+                for await (const part of request) body += part;
+                response.end();
+                told.push(JSON.parse(body));
+                if (told.at(-1).completed_at) done();
+            }});
+            await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+            const webhook = `http://127.0.0.1:${{server.address().port}}/told`;
+            const asked = {{model: "{NAME}", ...question, webhook, webhook_events_filter: ["start", "completed"]}};
+            const prediction = await replicate.predictions.create(asked);
+            await ended;
+            server.close();
+            return told.map(({{id, status, output}}) => [id === prediction.id, status, output]);
+        """)
+        assert [(own, status) for own, status, _ in told] == [(True, "processing"), (True, "succeeded")]
+        assert "".join(told[-1][2]) == ANSWER

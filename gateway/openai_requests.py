@@ -108,7 +108,11 @@ class Completion(Request, kw_only=True):
     json_schema: Json | bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts: one or several, as text or as token ids."""
+        """The prompts: one or several, as text or as token ids. Raises ApiError, also for fields that contradict."""
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens is 0; that needs echo.", "max_tokens")
+        if self.best_of not in (None, self.n):
+            raise ApiError(400, "best_of is not supported beyond n.", "best_of", "unsupported_parameter")
         given = self.prompt
         several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         try:

@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from gateway import inspector, lmtp_websocket
+from gateway import lmtp_websocket
+from gateway.inspector import inspect
 from gateway.model import Models
-from gateway.openai_api import Api
+from gateway.openai_chat import chat
+from gateway.openai_completions import complete
+from gateway.openai_models import get_model, list_models
 from gateway.openai_requests import ApiError
 from gateway.target import Target, TargetError
 
@@ -54,13 +57,12 @@ class Gateway:
     def application(self) -> web.Application:
         """The routes."""
         application = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
-        api = Api(self._target, self._models)
-        router = application.router
-        router.add_get("/v1/models", api.list_models)
-        router.add_get("/v1/models/{name:.+}", api.get_model)
-        router.add_post("/v1/completions", api.complete)
-        router.add_post("/v1/chat/completions", api.chat)
-        router.add_post("/inspect", partial(inspector.inspect, target=self._target, models=self._models))
+        router, target, models = application.router, self._target, self._models
+        router.add_get("/v1/models", partial(list_models, models=models))
+        router.add_get("/v1/models/{name:.+}", partial(get_model, models=models))
+        router.add_post("/v1/completions", partial(complete, target=target, models=models))
+        router.add_post("/v1/chat/completions", partial(chat, target=target, models=models))
+        router.add_post("/inspect", partial(inspect, target=target, models=models))
         router.add_get("/", self._page)
         router.add_route("*", "/{path:.*}", self._unknown)
         application.on_cleanup.append(lambda _: self._target.close())

@@ -85,6 +85,7 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] = 0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     choices: list[str] | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -132,6 +133,7 @@ class Completion(Request, kw_only=True):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "min_tokens": self.min_tokens,
+            "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "seed": None if self.seed is None else self.seed + index,
@@ -248,6 +250,7 @@ class Chat(Request, kw_only=True):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "min_tokens": self.min_tokens or None,
+            "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty or None,
             "frequency_penalty": self.frequency_penalty or None,
             "seed": self.seed,

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx
 import openai
 import pytest
 import torch
@@ -43,14 +42,6 @@ def reference(demo_weights: Path) -> Any:
         return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
     return tokenizer, logprobs
-
-
-@pytest.fixture
-def messages(server: Server) -> None:
-    """Skips a test if the predictor cannot answer conversations."""
-    schema = httpx.get(f"{server.url}/openapi.json").json()
-    if "messages" not in schema["components"]["schemas"]["Input"]["properties"]:
-        pytest.skip("the predictor has no input messages")
 
 
 class TestModels:
@@ -175,7 +166,6 @@ class TestCompletions:
             client.completions.create(model=name, prompt="x", stream=True, extra_body={"regex": "(a"})
 
 
-@pytest.mark.usefixtures("messages")
 class TestChat:
     MESSAGES: ClassVar[Any] = [
         {"role": "system", "content": "You answer in one sentence."},
@@ -260,7 +250,6 @@ class TestNode:
         assert reason == "length"
         assert message == "400 'suffix' is not supported."
 
-    @pytest.mark.usefixtures("messages")
     def test_a_chat_is_streamed(self, run: Any, name: str) -> None:
         text, kinds = run(f"""
             const messages = [{{ role: "user", content: "What is the capital of France?" }}];

@@ -204,7 +204,7 @@ class Engine:
         """Put token ids in place of texts, and a bias in place of ``logit_bias`` and ``mask``."""
         try:
             if isinstance(operation, ModelInfo) and operation.tokens and self._spellings is None:
-                self._spellings = await self.tokenizers.run(self.compiler.spellings)
+                self._spellings = await asyncio.to_thread(self.compiler.spellings)
             if not isinstance(operation, Generate | Score):
                 return Prepared(operation)
             operation = replace(operation, adapter=self._adapter(operation.adapter))

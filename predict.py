@@ -191,7 +191,7 @@ class Predictor(BasePredictor):
         ),
         allow_special_tokens: bool = Input(
             default=False,
-            description="Special tokens in prompt and system_prompt, such as <|im_end|>, are special, not plain text.",
+            description="Special tokens in prompts and messages, such as <|im_end|>, are special, not plain text.",
         ),
         max_new_tokens: Optional[int] = Input(  # noqa: UP045
             default=None, ge=1, deprecated=True, description="The same as max_tokens, which other models call so."

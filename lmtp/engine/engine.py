@@ -420,7 +420,7 @@ class Engine:
             stream.advance(count)
             known = stream.computed
             (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
-            received.append((stream, _receive(stream, its_choices) if its_choices else []))
+            received.append((stream, _receive(stream, its_choices) if its_choices or stream.problem else []))
             self._count(
                 stream.prediction,
                 reused_tokens=found + (before if before == stream.reused else 0),
@@ -549,6 +549,8 @@ def _constrained(
 
 
 def _receive(stream: OperationStream, choices: Sequence[sampling.Choice]) -> list[Token] | RequestError:
+    if stream.problem:
+        return RequestError(f"the model failed: {stream.problem}")
     try:
         return stream.receive(choices)
     except RequestError as error:

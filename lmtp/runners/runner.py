@@ -16,7 +16,7 @@ from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
 from lmtp.runners.graphs import GraphedStep
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
-from lmtp.runners.selfcheck import Reference, check_caches, check_slots
+from lmtp.runners.selfcheck import Reference, check_caches, check_slots, with_tolerance
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -93,7 +93,7 @@ def open_runner(
     context = limits.context
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:
-        return open_encoder_decoder(model, limits, budget, MAX_SLOTS)
+        return open_encoder_decoder(model, limits, budget, MAX_SLOTS, compiled)
     adapters = Adapters(model, names)
     try:
         layers = layers_of(model)
@@ -104,13 +104,15 @@ def open_runner(
             check_slots(step, layers, Reference.of(model, adapters, ("", name, other)))
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
         return _open_cache_runner(model, context, f"slots do not serve it: {in_words(error)}", adapters)
-    fast, reason = None, "no faster step: adapters take the model's own code" if names else ""
+    fast, reason = None, "no compiled step, no CUDA graphs: adapters take the model's own code" if names else ""
     try:
         if not names and (fast := _fast_step(step, layers, compiled, graphs)):
             check_slots(step, layers, reference, fast)
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
-    return SlotRunner(step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, reason)
+    return SlotRunner(
+        step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, with_tolerance(model, reason)
+    )
 
 
 def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapters: Adapters) -> CacheRunner:
@@ -123,7 +125,7 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
             found.append(in_words(error))
         else:
             reason = "; nor do its own caches: ".join([reason, *found[:1]])
-            return CacheRunner(model, context, reason, mode, adapters)
+            return CacheRunner(model, context, with_tolerance(model, reason), mode, adapters)
     what, instead = type(model).__name__, "Choose an architecture that docs/models.md lists as exact."
     if adapters.names:
         what, instead = f"{what} with adapters side by side", "Merge one, with --adapter SOURCE and no name."

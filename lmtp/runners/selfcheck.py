@@ -75,6 +75,16 @@ def precision_of(model: PreTrainedModel) -> torch.dtype:
     return torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
 
 
+def with_tolerance(model: PreTrainedModel, reason: str = "") -> str:
+    """A runner's ``reason``, which also says where the check had another dtype's tolerance than the model's own."""
+    precision = precision_of(model)
+    if precision == model.dtype:
+        return reason
+    name = str(precision).removeprefix("torch.")
+    note = f"its 8-bit kernels depend on the batch, so the self-check has the tolerance of {name}"
+    return f"{reason}; {note}" if reason else note
+
+
 def _random_texts(model: PreTrainedModel, *sizes: int) -> list[list[int]]:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     generator = np.random.default_rng(0)

@@ -37,6 +37,8 @@ class Stream:
         """What the runner keeps of the source while the stream lasts."""
         self.source_counts = (0, 0)
         """How many tokens of the source were computed for this stream and how many reused, until that is counted."""
+        self.problem = ""
+        """Why the runner could not compute it: its logits mean nothing. Other streams of the step are sound."""
         self.slot = -1
         """Its place in the runner's memory; -1 while it has none."""
 
@@ -131,6 +133,17 @@ class StepInputs(NamedTuple):
     masks, and its attention skips what no position sees."""
     keys: list[Tensor]
     """Each layer's keys ``[slots, heads, capacity + 1, dim]``; the last column takes what padding writes."""
+    values: list[Tensor]
+    """Each layer's values, in the same layout."""
+
+
+class SourceInputs(NamedTuple):
+    """What one step reads of its sources. Row i is that of the step's stream i."""
+
+    mask: Tensor
+    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
+    keys: list[Tensor]
+    """Each layer's keys ``[slots, heads, capacity + 1, dim]``, of which the first rows and columns are read."""
     values: list[Tensor]
     """Each layer's values, in the same layout."""
 

@@ -316,7 +316,7 @@ async def _accepted(request: Any, busy: str) -> aiohttp.ClientResponse:
         if asyncio.get_running_loop().time() + pause > deadline:
             raise TargetError(503, f"{busy[0].upper()}{busy[1:]}; ask again later.")
         await asyncio.sleep(pause * random.uniform(0.5, 1))
-        pause = min(2 * pause, MAX_PAUSE)
+        pause = min(1.3 * pause, MAX_PAUSE)
 
 
 def _refusal(status: int, text: str) -> TargetError:

@@ -15,6 +15,7 @@ from benchmarks import (
     arrivals,
     constraints,
     decode,
+    gateway,
     lmql_queries,
     overhead,
     prefill,
@@ -25,7 +26,7 @@ from benchmarks import (
 from benchmarks.plan import ROOT, Plan, native_dtype, say
 from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 
-PEERS = (lmql_queries, reuse, decode, constraints, arrivals, prefill, overhead, startup)
+PEERS = (lmql_queries, reuse, decode, constraints, arrivals, prefill, overhead, gateway, startup)
 
 
 def main() -> int:

@@ -385,13 +385,33 @@ class Engine:
     def _advance(self) -> None:
         """Admit, step, deliver. No variable of the loop keeps a step's streams."""
         step = self._admit()
-        if step is None:
-            return
+        while step is not None:
+            try:
+                smaller = self._scheduler.smaller(step)
+                choices = self._attempt(step, last=smaller is None)
+                if choices is not None:
+                    self._deliver(step, choices)
+                    return
+                step = smaller
+            except Exception as error:
+                log.exception("step failed")
+                _check_device(self._model.device)
+                self._fail(step.streams, f"the model failed: {_first_line(error)}")
+                return
+
+    def _attempt(self, step: Step[OperationStream], last: bool) -> list[list[sampling.Choice]] | None:
+        """`_step`; None where the GPU has too little memory for it, unless this was the ``last`` attempt."""
         try:
-            self._deliver(step, self._step(step))
-        except Exception as error:
-            log.exception("step failed")
-            self._fail(step.streams, f"the model failed: {_first_line(error)}")
+            return self._step(step)
+        except torch.OutOfMemoryError as error:
+            if last:
+                raise
+            log.warning("no memory for a step of %d tokens: %s", sum(step.counts), _first_line(error))
+        # Not before the error is gone, which keeps the tensors of the step.
+        sampling.stacked_biases.cache_clear()
+        torch.cuda.empty_cache()
+        self._scheduler.shorten(step)
+        return None
 
     def _step(self, step: Step[OperationStream]) -> list[list[sampling.Choice]]:
         """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices."""
@@ -558,18 +578,27 @@ def _receive(stream: OperationStream, choices: Sequence[sampling.Choice]) -> lis
 
 
 def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | None) -> list[sampling.Choice]:
-    """sampling.sample. Should it fail, sample row by row, so that only the row at fault fails."""
+    """sampling.sample. Should it fail, sample the rows in halves, so that only the row at fault fails."""
     try:
         return sampling.sample(logits, rows, allowed)
     except Exception as error:
+        _check_device(logits.device)
         if len(rows) == 1:
             log.exception("sampling failed")
             return [sampling.Choice(0, 0.0, {}, error=f"sampling failed: {error}")]
+    half = len(rows) // 2
     return [
         choice
-        for i, row in enumerate(rows)
-        for choice in _sample(logits[i : i + 1], [row], allowed.part(slice(i, i + 1)) if allowed else None)
+        for part in (slice(0, half), slice(half, len(rows)))
+        for choice in _sample(logits[part], rows[part], allowed.part(part) if allowed else None)
     ]
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise what a GPU raises from every call once it has failed, as after an assertion in a kernel. Then the engine
+    stops, since no stream can go on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _failure(operation: Operation | Failure, error: str) -> Failure:

@@ -6,6 +6,7 @@ only in these numbers.
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from lmtp.engine.stream import OperationStream
@@ -31,6 +32,9 @@ prediction if there are as many predictions as Cog lets run."""
 QUIET = 512
 """Steps after which a prediction without others has the server to itself: a step may then compute a whole chunk of its
 prompts, since larger chunks cost less."""
+
+LEAST_CHUNK = 64
+"""Tokens of a prefill step that are tried at least, however little memory there is."""
 
 LAST_PROMPTS = 4
 """Otherwise a step may have this many times the work of others if it ends all prompts there are."""
@@ -110,6 +114,20 @@ class Scheduler:
         step = self._choose(active)
         self._progress += max(step.counts)
         return step
+
+    def smaller(self, step: Step[OperationStream]) -> Step[OperationStream] | None:
+        """About half of a step; None if it is as small as can be."""
+        if max(step.counts) > 1 and not self._runner.step_limits.whole:
+            return Step(step.streams, [max(count // 2, 1) for count in step.counts])
+        half = len(step.counts) // 2
+        return Step(step.streams[:half], step.counts[:half]) if half else None
+
+    def shorten(self, step: Step[OperationStream]) -> None:
+        """Compute prompts in chunks of half of this step's tokens from now on, since it found no memory."""
+        limits = self._runner.step_limits
+        most = max(sum(step.counts) // 2, LEAST_CHUNK)
+        if max(step.counts) > FORCED_RUN and most < limits.chunk:
+            self._runner.step_limits = replace(limits, chunk=most, busy_chunk=min(limits.busy_chunk, most))
 
     def _choose(self, active: Sequence[OperationStream]) -> Step[OperationStream]:
         """The next step of the active streams: prompts and decoding streams in turn."""

@@ -21,8 +21,9 @@ MAX_STREAMS = 256
 MAX_EXTENTS = 512
 """Extents at once, running and idle: each is compared with every new stream."""
 
-MOVED = 1024
-"""Tokens that are moved at a time, which bounds the memory that moving takes."""
+MOVED = 256
+"""Tokens that are moved at a time, by way of memory that is allocated with the pool: a move that found no memory when it
+was half done would leave a stream with the tokens of another."""
 
 
 class Pool:
@@ -44,6 +45,7 @@ class Pool:
             (heads, dim, device): torch.zeros((count, tokens + 1, heads, dim), dtype=dtype, device=device)
             for (heads, dim, device), count in counts.items()
         }
+        self._between = {kind: torch.empty_like(tensor[:, :MOVED]) for kind, tensor in self._tensors.items()}
         views = [self._tensors[kind][index] for kind, index in members]
         self.keys: list[Tensor] = views[0::2]
         """Each layer's keys ``[tokens + 1, heads, dim]``."""
@@ -54,16 +56,15 @@ class Pool:
         starts = range(0, count, MOVED)
         for start in starts if target < source else reversed(starts):
             some = min(MOVED, count - start)
-            for tensor in self._tensors.values():
-                moved = tensor[:, source + start : source + start + some].clone()
-                tensor[:, target + start : target + start + some] = moved
+            for kind, tensor in self._tensors.items():
+                between = self._between[kind][:, :some]
+                between.copy_(tensor[:, source + start : source + start + some])
+                tensor[:, target + start : target + start + some] = between
 
     def clear(self, start: int, count: int) -> None:
-        """Overwrite tokens with zeros. Raises what the device raises once it has failed."""
+        """Overwrite tokens with zeros."""
         for tensor in self._tensors.values():
             tensor[:, start : start + count] = 0
-            if tensor.device.type == "cuda":
-                torch.cuda.synchronize(tensor.device)
 
 
 @dataclass(eq=False)

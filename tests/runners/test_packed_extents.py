@@ -1,9 +1,11 @@
 """Extents of a flat pool: whose prefix is taken over, who has to go, what moves, what the pool holds after that."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmtp.runners.extents import MAX_EXTENTS, MAX_STREAMS, Extents, Pool
 from lmtp.runners.slots import Layer
@@ -182,6 +184,25 @@ def test_tokens_move_to_places_that_overlap_theirs(distance: int) -> None:
     pool.move(1500, 1500 + distance, 3000)
     for tensor in (*pool.keys, *pool.values):
         assert (tensor[1500 + distance :][:3000, 0, 0] == torch.arange(1500.0, 4500.0)).all()
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_moving_tokens_allocates_nothing_so_that_it_cannot_run_out_of_memory_half_done() -> None:
+    pool = Pool(LAYERS, torch.float32, 2000)
+    with Operations() as found:
+        pool.move(0, 500, 1000)
+    assert found.names == {"slice.Tensor", "copy_.default"}
 
 
 def test_what_a_failed_stream_computed_is_neither_shared_nor_left_in_memory() -> None:

@@ -135,6 +135,8 @@ class Device:
         self.recording: CUDAGraph | None = None
         self.recorded: list[CUDAGraph] = []
         self.stream = Stream()
+        self.freed = 0
+        """How often the caching allocator was emptied."""
         self.allocating: object = None
         """The pool that memory is taken from while, or after, a capture."""
 
@@ -401,7 +403,7 @@ def install(patch: pytest.MonkeyPatch) -> Device:
         "set_stream": lambda stream: setattr(DEVICE, "stream", stream),
         "graph_pool_handle": object,
         "synchronize": lambda device=None: DEVICE.note("sync", "synchronize"),
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: setattr(DEVICE, "freed", DEVICE.freed + 1),
         "get_device_capability": lambda device=None: (9, 0),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
     }

@@ -387,24 +387,23 @@ class Engine:
         step = self._admit()
         while step is not None:
             try:
-                smaller = self._scheduler.smaller(step)
-                choices = self._attempt(step, last=smaller is None)
+                choices = self._attempt(step)
                 if choices is not None:
                     self._deliver(step, choices)
                     return
-                step = smaller
+                step = self._scheduler.smaller(step)
             except Exception as error:
                 log.exception("step failed")
                 _check_device(self._model.device)
                 self._fail(step.streams, f"the model failed: {_first_line(error)}")
                 return
 
-    def _attempt(self, step: Step[OperationStream], last: bool) -> list[list[sampling.Choice]] | None:
-        """`_step`; None where the GPU has too little memory for it, unless this was the ``last`` attempt."""
+    def _attempt(self, step: Step[OperationStream]) -> list[list[sampling.Choice]] | None:
+        """`_step`; None where a GPU has too little memory for it and a smaller one can be tried."""
         try:
             return self._step(step)
         except torch.OutOfMemoryError as error:
-            if last:
+            if self._scheduler.smaller(step) is None:
                 raise
             log.warning("no memory for a step of %d tokens: %s", sum(step.counts), _first_line(error))
         # Not before the error is gone, which keeps the tensors of the step.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lmtp.engine import sampling
 from lmtp.engine.engine import Engine, LoadedModel
-from lmtp.protocol import Generate, Operation, Score
+from lmtp.protocol import Failure, Generate, Operation, Score, Token
 from lmtp.runners import flash, graphs
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.runner import open_runner
@@ -235,6 +236,105 @@ def test_an_engine_whose_device_has_failed_says_so_and_answers_everyone(device: 
     assert "CUDA error: device-side assert triggered" in engine.problem
     assert answers(engine, greedy).error() == engine.problem
     engine.stop()
+
+
+@pytest.mark.parametrize("part", ["the model", "sampling"])
+def test_a_device_that_fails_in_a_step_stops_the_engine_at_once(
+    part: str, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever runs when it is found out, and however many streams there are."""
+    engine = start_on(build("llama"), kv_budget=2**16, graphs=False)
+    sample, run, failures = sampling.sample, engine.runner.prepare, [0]
+
+    def fail(*_: Any) -> None:
+        if engine.counters.steps > 3:
+            device.failed = True
+            failures[0] += 1
+
+    def sampled(*arguments: Any) -> Any:
+        if part == "sampling":
+            fail()
+        return sample(*arguments)
+
+    def prepare(step: Any) -> Any:
+        if part == "the model":
+            fail()
+        return run(step)
+
+    monkeypatch.setattr(sampling, "sample", sampled)
+    monkeypatch.setattr(engine.runner, "prepare", prepare)
+    got = answers(engine, *(Generate(stream_id=i, prompt=[5, i], max_tokens=50, min_tokens=50) for i in range(4)))
+    for i in range(4):
+        *tokens, failure = got.replies[i]
+        assert all(isinstance(token, Token) for token in tokens)
+        assert isinstance(failure, Failure)
+        assert failure.error == engine.problem
+    assert "CUDA error: device-side assert triggered" in engine.problem
+    assert failures == [1]
+    engine.stop()
+
+
+class LittleMemory:
+    """A runner of an engine that has memory for steps of so many tokens only."""
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self.most = most
+        self.refused: list[int] = []
+        self.computed: list[int] = []
+        self._prepare = engine.runner.prepare
+        engine.runner.prepare = self.prepare  # type: ignore[method-assign]
+
+    def prepare(self, step: Any) -> Any:
+        run, tokens = self._prepare(step), sum(step.counts)
+
+        def limited() -> Any:
+            if tokens > self.most:
+                self.refused.append(tokens)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has none.")
+            self.computed.append(tokens)
+            return run()
+
+        return limited
+
+
+def test_a_step_that_finds_no_memory_is_retried_in_halves_and_no_stream_fails(device: Device) -> None:
+    cpu, gpu = start(build("llama")), start_on(build("llama"), kv_budget=2**19, graphs=False)
+    little = LittleMemory(gpu, 40)
+    try:
+        long = [Generate(stream_id=i, prompt=p, max_tokens=3) for i, p in enumerate(random_prompts(300, 200))]
+        expected, got = answers(cpu, *long), answers(gpu, *long)
+        assert [got.ids(i) for i in range(2)] == [expected.ids(i) for i in range(2)]
+        assert len(little.refused) < 24
+        assert device.freed == len(little.refused)
+        assert gpu.runner.step_limits.chunk == 64  # later prompts begin with what is likely to fit
+        little.refused.clear()
+        some = operations()
+        expected, got = answers(cpu, *some), answers(gpu, *some)
+        assert [got.ids(i) for i in range(len(some))] == [expected.ids(i) for i in range(len(some))]
+        assert max(little.refused, default=0) <= 80
+        little.most = 3
+        many = [Generate(stream_id=i, prompt=[5, i], max_tokens=9) for i in range(8)]
+        expected, got = answers(cpu, *many), answers(gpu, *many)
+        assert [got.ids(i) for i in range(8)] == [expected.ids(i) for i in range(8)]
+    finally:
+        cpu.stop()
+        gpu.stop()
+
+
+def test_where_not_even_one_token_finds_memory_its_stream_fails_alone(device: Device) -> None:
+    engine = start_on(build("llama"), kv_budget=2**19, graphs=False)
+    little = LittleMemory(engine, 0)
+    try:
+        two = [Generate(stream_id=i, prompt=[5, 6, i], max_tokens=4) for i in range(2)]
+        got = answers(engine, *two)
+        error = "the model failed: CUDA out of memory. Tried to allocate 2.00 GiB."
+        assert [got.error(i) for i in range(2)] == [error, error]
+        assert little.computed == []
+        little.most = 100
+        assert len(answers(engine, two[0]).ids()) == 4
+        assert engine.problem == ""
+    finally:
+        engine.stop()
 
 
 def test_graphs_can_be_switched_off(device: Device) -> None:

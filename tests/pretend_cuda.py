@@ -165,9 +165,9 @@ class Device:
             self.recording.failed = True
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {operation}")
 
-    def upload(self, source: Tensor, non_blocking: bool, operation: object) -> None:
-        """Log a copy from the host. Only one from pinned memory can go on by itself."""
-        pinned = non_blocking and getattr(source, "pretends_pinned", False)
+    def copy(self, host: Tensor, non_blocking: bool, operation: object) -> None:
+        """Log a copy between the host's tensor and the device. Only that of pinned memory can go on by itself."""
+        pinned = non_blocking and getattr(host, "pretends_pinned", False)
         self.note("copy" if pinned else "sync", operation)
 
     def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -206,11 +206,11 @@ class Device:
             self.note("sync", func)
         elif func is aten.copy_.default and others:
             if isinstance(args[0], CudaTensor):
-                self.upload(args[1], len(args) > 2 and bool(args[2]), func)
+                self.copy(args[1], len(args) > 2 and bool(args[2]), func)
             else:
-                self.note("sync", func)
+                self.copy(args[0], len(args) > 2 and bool(args[2]), func)
         elif func is aten._to_copy.default and others:
-            self.upload(args[0], bool(kwargs.get("non_blocking")), func)
+            self.copy(args[0], bool(kwargs.get("non_blocking")), func)
         elif func in INDEXING:
             indices = [each for each in args[1] if each is not None]
             if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
@@ -272,6 +272,10 @@ class Functions(TorchFunctionMode):
             return _move(args[0], torch.device("cpu"), None, False).tolist()
         if func is torch.Tensor.numpy and isinstance(args[0], CudaTensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+        if func is torch.empty and kwargs.pop("pin_memory", False):
+            made: Any = torch.empty(*args, **kwargs)
+            made.pretends_pinned = True
+            return made
         if func is torch.Tensor.pin_memory:
             with _disable_current_modes():
                 pinned = args[0].clone()
@@ -296,7 +300,7 @@ def _move(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None
     if on_cuda == to_cuda:
         return tensor if dtype is tensor.dtype else aten._to_copy.default(tensor, dtype=dtype)
     if to_cuda:
-        DEVICE.upload(tensor, non_blocking, "to")
+        DEVICE.copy(tensor, non_blocking, "to")
         with _disable_current_modes():
             return CudaTensor(tensor.detach().to(dtype, copy=True))
     DEVICE.note("sync", "to")
@@ -356,6 +360,9 @@ class Stream:
 
     def wait_stream(self, other: "Stream") -> None:
         pass
+
+    def synchronize(self) -> None:
+        DEVICE.note("sync", "stream")
 
 
 @contextlib.contextmanager

@@ -57,11 +57,14 @@ def test_a_number_of_the_host_is_no_other_device(device: Device) -> None:
         lambda x: x[[1, 0]],
         lambda x: x[torch.tensor([1, 0])],
         lambda x: torch.zeros(2, 3).copy_(x),
+        lambda x: torch.zeros(2, 3).copy_(x, non_blocking=True),  # into pageable memory
+        lambda x: torch.empty(2, 3, pin_memory=True).copy_(x),
         lambda x: x.copy_(torch.zeros(2, 3)),
         lambda x: torch.tensor([1, 2], device="cuda"),
         lambda x: torch.ones(2).to("cuda", non_blocking=True),  # from pageable memory
         lambda x: torch.unique(x),
         lambda x: torch.cuda.synchronize(),
+        lambda x: torch.cuda.current_stream().synchronize(),
     ],
 )
 def test_what_waits_for_the_device_is_logged_as_one_sync(device: Device, waiting: Callable[[Tensor], Any]) -> None:
@@ -75,11 +78,12 @@ def test_what_does_not_wait_is_no_sync(device: Device) -> None:
     tensor = torch.ones(2, 3, device="cuda")
     device.log.clear()
     torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+    torch.empty(2, 3, pin_memory=True).copy_(tensor, non_blocking=True)
     tensor[0, 1:].t()
     tensor[:, torch.zeros(1, dtype=torch.long, device="cuda")].half()
     assert device.of_kind("sync") == []
-    assert len(device.of_kind("copy")) == 1
-    assert device.of_kind("launch") == ["aten.zeros.default", "aten.index.Tensor", "aten._to_copy.default"]
+    assert len(device.of_kind("copy")) == 2
+    assert device.of_kind("launch") == ["aten.copy_.default", "aten.zeros.default", "aten.index.Tensor", "aten._to_copy.default"]
 
 
 def record(compute: Callable[[], Tensor]) -> tuple[CUDAGraph, Tensor]:

@@ -391,12 +391,12 @@ class Engine:
                 if choices is not None:
                     self._deliver(step, choices)
                     return
-                step = self._scheduler.smaller(step)
             except Exception as error:
                 log.exception("step failed")
                 _check_device(self._model.device)
                 self._fail(step.streams, f"the model failed: {_first_line(error)}")
                 return
+            step = self._scheduler.smaller(step)
 
     def _attempt(self, step: Step[OperationStream]) -> list[list[sampling.Choice]] | None:
         """`_step`; None where a GPU has too little memory for it and a smaller one can be tried."""

@@ -165,7 +165,8 @@ class Scheduler:
         if end * StepLimits.cost(longest) > work:
             first, end, longest = self._in_turn(active, prefilling, work)
         streams = active[first:end]
-        several = _width([s for s, prefill in zip(streams, prefilling[first:end], strict=True) if not prefill])
+        pending = [s.pending for s, prefill in zip(streams, prefilling[first:end], strict=True) if not prefill]
+        several = max(pending) if self._runner.step_limits.packed else _width(pending)
         if several > 1:  # forced runs save whole steps, so they may take twice the work of one
             several = max(min(several, int(2 * work / len(streams) / StepLimits.cost(longest))), 1)
         return self._step(streams, several if any(prefilling) else max(several, self._draft(streams)))
@@ -363,9 +364,8 @@ class Scheduler:
         self._changes += 1
 
 
-def _width(streams: Sequence[OperationStream]) -> int:
+def _width(pending: Sequence[int]) -> int:
     """How many tokens of each decoding stream to compute: as many as at least half of them have pending, so that no
     column is mostly padding. A run that a grammar forced on one stream of many is computed a token at a time beside the
     others, which costs nothing extra."""
-    pending = sorted((stream.pending for stream in streams), reverse=True)
-    return pending[(len(pending) - 1) // 2]
+    return sorted(pending, reverse=True)[(len(pending) - 1) // 2]

@@ -22,8 +22,8 @@ MAX_EXTENTS = 512
 """Extents at once, running and idle: each is compared with every new stream."""
 
 MOVED = 256
-"""Tokens that are moved at a time, by way of memory that is allocated with the pool: a move that found no memory when it
-was half done would leave a stream with the tokens of another."""
+"""Tokens that are moved at a time, by way of memory that is allocated with the pool: a move that ran out of memory half
+done would leave a stream with another one's tokens."""
 
 
 class Pool:

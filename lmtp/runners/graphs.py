@@ -20,8 +20,9 @@ from lmtp.runners.packed import PackedInputs, PackedStep, Shape
 
 log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""How many tokens the graphs take."""
+BUCKETS = (*range(1, 9), *(size * (4 + i) // 4 for size in (8, 16, 32, 64, 128) for i in (1, 2, 3, 4)))
+"""How many tokens the graphs take, up to 256. They are so close that less than a fifth of a step is filler, and none in
+a step of up to eight tokens."""
 
 WARM_UPS = 2
 """Libraries initialize themselves in the first runs, which cannot be recorded."""

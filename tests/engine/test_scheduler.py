@@ -1,6 +1,7 @@
 """The scheduler alone, without a model: what it compares, and how long each of many predictions waits."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,3 +241,33 @@ def test_short_prompts_that_end_together_may_take_one_step() -> None:
     several = [loop.open([i] * 45, 1) for i in range(scheduler.LAST_PROMPTS)]
     loop.step()
     assert all(stream.finished for stream in several)
+
+
+@pytest.mark.parametrize(("packed", "counts"), [(False, [1, 1, 1]), (True, [6, 1, 1])])
+def test_a_forced_run_rides_along_a_token_at_a_time_unless_nothing_is_padded(packed: bool, counts: list[int]) -> None:
+    loop = Loop()
+    loop.runner.step_limits = replace(loop.runner.step_limits, packed=packed)  # type: ignore[attr-defined]
+    streams = [loop.open([i], 100) for i in range(3)]
+    while not all(stream.decoding for stream in streams):
+        loop.step()
+    streams[0].tokens += [9] * 5
+    assert loop.step().counts == counts
+
+
+def test_after_a_step_that_found_no_memory_prompts_are_computed_in_shorter_chunks() -> None:
+    loop = Loop(chunk=1000)
+    loop.open(PROMPT, 9)
+    step = loop.scheduler.next_step()
+    assert step is not None
+    assert step.counts == [1000]
+    smaller = loop.scheduler.smaller(step)
+    assert smaller is not None
+    assert smaller.counts == [500]
+    loop.scheduler.shorten(step)
+    assert loop.step().counts == [500]
+    while step.counts != [1]:
+        loop.scheduler.shorten(step)
+        step = loop.scheduler.smaller(step)
+        assert step is not None
+    assert loop.scheduler.smaller(step) is None
+    assert loop.step().counts == [64]

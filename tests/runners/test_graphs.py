@@ -1,12 +1,14 @@
 """The CUDA paths on a stand-in for a GPU, compared with the same model on the CPU; and on a GPU where there is one."""
 
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine import sampling
 from lmtp.engine.engine import Engine, LoadedModel
@@ -21,6 +23,7 @@ from tests.pretend_cuda import Device, pretend_from_now_on, pretending, to_cuda
 from tests.tiny import answers, build, random_prompts, start
 
 SIZES = (1, 4, 16)
+BUCKETS = graphs.BUCKETS
 
 
 @pytest.fixture
@@ -34,9 +37,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     torch.set_num_threads(threads)
 
 
-def start_on(model: PreTrainedModel, **arguments: Any) -> Engine:
+def start_on(model: PreTrainedModel, tokenizer: Any = None, **arguments: Any) -> Engine:
     """An engine whose thread takes the stand-in for a GPU, and keeps it; ``arguments`` are open_runner's."""
-    tokenizer: Any = None
 
     def open_model() -> LoadedModel:
         pretend_from_now_on()
@@ -150,6 +152,37 @@ def test_a_step_of_a_gpu_waits_once_however_its_streams_sample(device: Device, m
         engine.stop()
 
 
+def test_a_step_with_grammars_waits_once_too(
+    device: Device, demo_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are computed on the host while the model runs, and go to the device in a copy that nobody waits for."""
+    step = Engine._step
+    waited: list[int] = []
+
+    def counted(self: Engine, some: Any) -> Any:
+        device.log.clear()
+        choices = step(self, some)
+        waited.append(len(device.of_kind("sync")))
+        return choices
+
+    monkeypatch.setattr(Engine, "_step", counted)
+    tokenizer = AutoTokenizer.from_pretrained(demo_weights, local_files_only=True)
+    model = build("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
+    engine = start_on(model, tokenizer, kv_budget=2**19, graphs=False)
+    try:
+        prompt = tokenizer.encode("Say:")
+        plain = Generate(stream_id="plain", prompt=prompt, max_tokens=3)
+        for options in SAMPLING.values():
+            waited.clear()
+            some = Generate(stream_id=0, prompt=prompt, max_tokens=3, seed=1, regex="[a-z]{9,}", **options)
+            got = answers(engine, some, plain)
+            assert re.fullmatch("[a-z]+", tokenizer.decode(got.ids()))
+            assert len(waited) > 1
+            assert set(waited) == {1}, options
+    finally:
+        engine.stop()
+
+
 def open_on(device: Device, model: PreTrainedModel, **arguments: Any) -> Any:
     """The runner of a model on the stand-in, with little memory."""
     with pretending():
@@ -190,6 +223,12 @@ def test_one_recording_that_fails_is_left_out_and_named_in_the_log(
 def test_the_self_check_replays_every_recording_on_different_tokens(device: Device) -> None:
     open_on(device, build("llama"))
     assert all(graph.replays >= 2 for graph in device.recorded)
+
+
+def test_the_sizes_that_are_recorded_leave_less_than_a_fifth_of_a_step_to_filler() -> None:
+    for tokens in range(1, 257):
+        size = min(size for size in BUCKETS if size >= tokens)
+        assert size == tokens or (tokens > 8 and 5 * (size - tokens) < size)
 
 
 class Freeing(graphs.Graphs):

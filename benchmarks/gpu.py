@@ -5,10 +5,12 @@ The models are Llama's code with random weights, made on the spot. Nothing here 
 
 import asyncio
 import gc
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -25,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from benchmarks import prompts
 from benchmarks.plan import ROOT, say
 from lmtp.engine.engine import Engine, LoadedModel
-from lmtp.protocol import Generate, Operation, Score
+from lmtp.protocol import Failure, Generate, Score
 from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.step import Step, Stream
@@ -41,8 +43,24 @@ SIZES = {
 TINY = {"tiny": (64, 2, 4, 2, 128, 512)}
 DECODED = ((1, 128), (8, 128), (64, 128), (1, 4000), (64, 4000))
 """Rows and columns."""
-PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuous batching", "syncs")
+PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuous batching", "syncs", "vLLM")
+WHOLE = ("tests", "loading", "grammar")
+"""Parts of the model in weights/, or of none."""
 NO_GPU = "not measured: there is no GPU"
+NO_VLLM = "not measured: vLLM is not installed"
+VLLM = """
+import json, sys, time
+from vllm import LLM, SamplingParams
+directory, prompts = json.load(sys.stdin)
+model = LLM(model=directory, skip_tokenizer_init=True, dtype="bfloat16", enable_prefix_caching=False)
+asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+model.generate(asked[:1], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False))
+settings = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True, detokenize=False)
+started = time.perf_counter()
+answers = model.generate(asked, settings)
+print(sum(len(each.outputs[0].token_ids) for each in answers) / (time.perf_counter() - started))
+"""
+"""In a process of its own, whose memory is free again when it ends."""
 
 Part = Callable[[], Any]
 
@@ -54,7 +72,7 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
     """
     sizes: Mapping[str, tuple[int, ...]] = TINY if quick else SIZES
     if not device and not torch.cuda.is_available():
-        for name in ("tests", "loading", *(f"{part} {size}" for size in sizes for part in PARTS)):
+        for name in (*WHOLE, *(f"{part} {size}" for size in sizes for part in PARTS)):
             print(f"{name}: {NO_GPU}")
         return 0
     place = torch.device(device or "cuda")
@@ -80,6 +98,7 @@ def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: boo
     if not quick:
         yield "tests", _tests
         yield "loading", partial(_loading, place)
+        yield "grammar", partial(_grammar, place)
     for name, size in sizes.items():
         model = Model(size, place, quick)
         yield f"setup {name}", model.setup
@@ -93,6 +112,7 @@ def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: boo
         yield f"continuous batching {name}", model.continuous_batching
         yield f"syncs {name}", model.syncs
         model.close()
+        yield f"vLLM {name}", partial(_vllm, size, place)
 
 
 def _tests() -> str:
@@ -107,6 +127,52 @@ def _loading(place: torch.device) -> dict[str, float]:
     """Seconds and GB a second for the model in weights/."""
     loaded = load(ROOT / "weights", device=str(place))
     return {"seconds": round(loaded.seconds, 2), "GB/s": round(loaded.rate, 2)}
+
+
+def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: int = 128) -> dict[str, float]:
+    """Tokens a second of eight rows of the model in weights/: alone, and under a grammar that forces no token."""
+    loaded = load(directory, device=str(place))
+    engine = Engine(lambda: LoadedModel(loaded.model, loaded.tokenizer, open_runner(loaded.model)))
+    found = {}
+    constraints: dict[str, dict[str, Any]] = {"no grammar": {}, "grammar": {"regex": f"[a-z ]{{{20 * length},}}"}}
+    try:
+        for name, constraint in constraints.items():
+            settings: dict[str, Any] = {"max_tokens": length, "min_tokens": length, **constraint}
+            operations = [
+                Generate(stream_id=i, prompt=prompts.tokens(128, "grammar", name, i), **settings) for i in range(8)
+            ]
+            _answer(engine, [Generate(stream_id=0, prompt=[1000], max_tokens=1, **constraint)])  # compiles it
+            tokens, seconds = _answer(engine, operations)
+            found[name] = tokens / seconds
+    finally:
+        engine.stop()
+    return found
+
+
+def _vllm(size: tuple[int, ...], place: torch.device) -> float | str:
+    """Tokens a second of vLLM for what `Model.serve` asks with 64 rows."""
+    if place.type != "cuda":
+        return NO_GPU
+    if importlib.util.find_spec("vllm") is None:
+        return NO_VLLM
+    with tempfile.TemporaryDirectory() as directory:
+        _random_model(size, torch.device("cpu")).save_pretrained(directory)
+        asked = [[token % size[5] for token in prompts.tokens(128, "gpu", "serve", i)] for i in range(64)]
+        run = subprocess.run(
+            [sys.executable, "-c", VLLM], input=json.dumps([directory, asked]), capture_output=True, text=True
+        )
+    if run.returncode:
+        raise RuntimeError(run.stderr[-200:])
+    return float(run.stdout.split()[-1])
+
+
+def _answer(engine: Engine, operations: list[Any]) -> tuple[int, float]:
+    """Tokens and seconds of a prediction. Raises RuntimeError for a stream that fails."""
+    started = time.perf_counter()
+    replies = [reply for some in asyncio.run(engine.predict(operations)) for reply in some]
+    if failures := [reply.error for reply in replies if isinstance(reply, Failure)]:
+        raise RuntimeError(failures[0])
+    return len(replies), time.perf_counter() - started
 
 
 class Growing(Stream):
@@ -188,14 +254,15 @@ class Model:
         """Seconds for 16 scores of five tokens after one prompt."""
         (prompt,) = self._prompts(1, 64 if self._quick else 500, "score")
         scores = [Score(stream_id=i, prompt=prompt, scored=self._prompts(1, 5, i)[0]) for i in range(16)]
-        return self._answer(scores)[1]
+        return _answer(self._engine, scores)[1]
 
     def serve(self, rows: int) -> float:
         """Tokens a second of the engine, greedy."""
         length = 8 if self._quick else 128
         batch = self._prompts(rows, 32 if self._quick else 128, "serve")
-        tokens, seconds = self._answer(
-            [Generate(stream_id=i, prompt=prompt, max_tokens=length) for i, prompt in enumerate(batch)]
+        tokens, seconds = _answer(
+            self._engine,
+            [Generate(stream_id=i, prompt=prompt, max_tokens=length) for i, prompt in enumerate(batch)],
         )
         return tokens / seconds
 
@@ -272,14 +339,6 @@ class Model:
                 stream.computed += count
             stream.tokens.append(7)
         return streams
-
-    def _answer(self, operations: list[Any]) -> tuple[int, float]:
-        """Tokens and seconds of a prediction."""
-        some: list[Operation] = operations
-        started = time.perf_counter()
-        prediction = asyncio.run(self._engine.predict(some))
-        tokens = sum(len(replies) for replies in prediction)
-        return tokens, time.perf_counter() - started
 
 
 def _random_model(size: tuple[int, ...], place: torch.device) -> PreTrainedModel:

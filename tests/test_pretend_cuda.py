@@ -83,7 +83,12 @@ def test_what_does_not_wait_is_no_sync(device: Device) -> None:
     tensor[:, torch.zeros(1, dtype=torch.long, device="cuda")].half()
     assert device.of_kind("sync") == []
     assert len(device.of_kind("copy")) == 2
-    assert device.of_kind("launch") == ["aten.copy_.default", "aten.zeros.default", "aten.index.Tensor", "aten._to_copy.default"]
+    assert device.of_kind("launch") == [
+        "aten.copy_.default",
+        "aten.zeros.default",
+        "aten.index.Tensor",
+        "aten._to_copy.default",
+    ]
 
 
 def record(compute: Callable[[], Tensor]) -> tuple[CUDAGraph, Tensor]:

@@ -165,6 +165,7 @@ def _open_packed(step: PackedStep, reference: Reference, tokens: int, context: i
 
 def _default_budget(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading the model left counts as used
         free, total = torch.cuda.mem_get_info(device)
         # While the memory grows, old and new tensors exist together.
         return max(free - int(total * GPU_RESERVE), 0) // 2

@@ -15,7 +15,7 @@ def test_without_a_gpu_every_part_is_said_to_be_not_measured_and_nothing_is_writ
 ) -> None:
     assert gpu.main(tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(gpu.SIZES) * len(gpu.PARTS)
+    assert len(lines) == len(gpu.WHOLE) + len(gpu.SIZES) * len(gpu.PARTS)
     assert all(line.endswith(": not measured: there is no GPU") for line in lines)
     assert list(tmp_path.iterdir()) == []
 
@@ -33,6 +33,7 @@ def test_every_part_runs_and_is_written_as_soon_as_it_is_done(tmp_path: Path, mo
     parts = [name.split(" tiny")[0] for name in found][2:]
     assert set(parts) == set(gpu.PARTS)
     assert written == list(range(3, 3 + len(written)))
+    assert found["vLLM tiny"] == "not measured: there is no GPU"
     assert found["syncs tiny"] == found["continuous batching tiny"] == "not measured: there is no GPU"
     assert found["setup tiny"]["runner"] == "slots"
     assert all(value > 0 for name, part in found.items() if name.startswith("decode") for value in part.values())

@@ -3,13 +3,15 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lmtp.weights.load import _auto_dtype, describe, load
 from lmtp.weights.manifest import WeightsError, read_manifest
@@ -229,3 +231,49 @@ def test_a_gpu_is_described_by_its_name_memory_capability_and_driver(
     assert describe(torch.device("cuda:0")).endswith("driver unknown)")
     (tmp_path / "version").write_text("580.65.06\n")
     assert describe(torch.device("cuda:0")) == ("cuda:0 (NVIDIA L4, 22 GB, compute capability 8.9, driver 580.65.06)")
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch, transformers
+from lmtp.weights.load import load
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+before, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+loaded = load(Path(sys.argv[1]), sys.argv[2], "cpu")
+done.set()
+watcher.join()
+converted = 0 if loaded.dtype is torch.bfloat16 else sum(p.nbytes for p in loaded.model.parameters())
+print(peak - before - converted)
+"""
+
+
+@pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes half a minute: NIGHTLY=1")
+def test_loading_takes_no_second_copy_of_the_weights_in_memory(weights: Path) -> None:
+    """Weights stay in the mapped file; where another dtype is asked for, they are converted one by one."""
+    config = LlamaConfig(
+        vocab_size=50_000,
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_hidden_layers=11,
+        num_attention_heads=16,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 500e6
+    model.save_pretrained(weights)
+    del model
+    seal(weights)
+    for dtype in ("bfloat16", "float32"):
+        run = subprocess.run([sys.executable, "-c", PEAK, weights, dtype], capture_output=True, text=True, check=True)
+        assert int(run.stdout.split()[-1]) < 500e6

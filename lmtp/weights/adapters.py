@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmtp.weights.manifest import Adapter, WeightsError, first_line
+from lmtp.weights import quantization
+from lmtp.weights.manifest import Adapter, WeightsError, first_line, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,11 +80,7 @@ def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
         raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names
         raise WeightsError(f"{source} is an adapter for Megatron: choose one for Transformers.")
-    if util.find_spec("peft") is None:
-        raise WeightsError(
-            f"{source} needs peft==0.21.2 (adapter), which is not installed: run `python -m pip install -r"
-            " requirements/peft.txt`, and add the same to requirements.txt for the image."
-        )
+    quantization.require("peft", source)
     return config
 
 
@@ -104,16 +100,19 @@ def _why_unmixed(config: Mapping[str, Any]) -> str:
 
 
 def check_tensors(folder: Path, source: str) -> None:
-    """Raise WeightsError if the adapter brings weights of the model's own, which would replace them for all streams."""
+    """Raise WeightsError if the adapter's tensors cannot be mixed with those of others.
+
+    Weights of the model's own would replace them for all streams. Experts see tokens, but not whose they are.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            own = sorted(name for name in file.keys() if ".lora_" not in name)  # noqa: SIM118 - no mapping
+            names = sorted(file.keys())
     except SafetensorError as error:
         raise WeightsError(f"{source} has a malformed {WEIGHTS}: {ascii(str(error))[:100]}.") from None
-    if own:
-        raise WeightsError(f"{source} holds {ascii(own[0])[1:-1]:.99}{MERGE_IT.format(source)}")
+    if unmixed := next((name for name in names if ".lora_" not in name or ".experts." in name), None):
+        raise WeightsError(f"{source} holds {ascii(unmixed)[1:-1]:.99}{MERGE_IT.format(source)}")
 
 
 def _parsed(path: Path, source: str) -> dict[str, Any]:
@@ -191,12 +190,12 @@ def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source:
             adapted = PeftModel(model, config, name)
         loaded = adapted.load_adapter(str(folder), name, torch_device=str(model.device))
     except Exception as error:
-        raise WeightsError(f"The adapter {source} does not fit the model: {first_line(error)[:300]}") from error
+        raise WeightsError(f"The adapter {source} does not fit the model: {first_line(error)}") from error
     # peft leaves what does not match as it was initialized, and carries on.
     wrong = sorted(loaded.missing_keys) + sorted(loaded.unexpected_keys)
     if wrong:
         raise WeightsError(
-            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {wrong[0][:200]} among them;"
-            " choose the model that it was trained for."
+            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ,"
+            f" {printable(wrong[0])[:200]} among them; choose the model that it was trained for."
         )
     return adapted

@@ -80,21 +80,19 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise WeightsError(f"{source} runs code of its own: if you trust it, run `{with_code}`.") from error
-        raise WeightsError(
-            f"Transformers cannot read the config.json of {source}: {first_line(error)[:200]}"
-        ) from error
+        raise WeightsError(f"Transformers cannot read the config.json of {source}: {first_line(error)}") from error
     _check_values(model_args)
     return config
 
 
 def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str) -> None:
+    def taken(name: str) -> bool:
+        known = hasattr(config, name) or hasattr(text, name)
+        return known and not name.startswith("_") and not callable(getattr(text, name, 0))
+
     for name in changes:
-        if (
-            not (hasattr(config, name) or hasattr(text, name))
-            or name.startswith("_")
-            or callable(getattr(text, name, 0))
-        ):
-            known = sorted({*KEYWORDS, *ROPE, *text.to_dict(), *config.to_dict()})
+        if not taken(name):
+            known = [*KEYWORDS, *filter(taken, sorted({*ROPE, *text.to_dict(), *config.to_dict()}))]
             nearest = difflib.get_close_matches(name, known, 1)
             hint = (
                 f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYWORDS)} and its config.json's."
@@ -107,8 +105,6 @@ def _check_values(model_args: Mapping[str, Any]) -> None:
         raise WeightsError(f"The argument dtype is {model_args['dtype']!r}: choose one of {', '.join(DTYPES)}.")
     if model_args.get("load_in") not in (None, *LOAD_IN):
         raise WeightsError(f"--load-in is {model_args['load_in']!r}: choose one of {', '.join(LOAD_IN)}.")
-    if model_args.get("load_in") and "quantization_config" in model_args:
-        raise WeightsError("--load-in and --model-arg quantization_config exclude each other: give one of them.")
 
 
 def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:

@@ -14,6 +14,9 @@ INDEX = "model.safetensors.index.json"
 
 MAX_INDEX_BYTES = 100_000_000
 
+MAX_CONFIG_BYTES = 10_000_000
+"""The largest config.json that is read."""
+
 _ADAPTER = re.compile(
     rf"({adapters.FOLDER}|{adapters.FOLDERS}/{ADAPTER_NAME.pattern})/({'|'.join(map(re.escape, adapters.FILES))})"
 )

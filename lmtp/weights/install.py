@@ -85,7 +85,7 @@ def download(
                 # Only a directory of the user's own may name another one.
                 base = Path(found.base).expanduser()
                 beside = local and base.is_dir()
-                if not beside and (found.base == "demo" or not re.fullmatch(REPOSITORY, found.base)):
+                if not beside and (found.base == "demo" or not REPOSITORY.fullmatch(found.base)):
                     raise WeightsError(
                         f"{source} is an adapter of {ascii(found.base)[:99]}, which is no repository: name the model,"
                         f" and give --adapter {source}."
@@ -118,10 +118,10 @@ def _download(
         origin = Origin(source, None, trusted, adapter, named)
         collect = partial(_copy_model, Path(source), trusted, chosen, check)
     elif source == "demo":
-        quantization.check(None, loading.get("load_in"), source)
+        quantization.check(None, loading.get("load_in"), source, loading.get("quantization_config"))
         origin = Origin("demo", demo.VERSION, False, adapter, named)
         collect = partial(_convert_demo, check)
-    elif re.fullmatch(REPOSITORY, source):
+    elif REPOSITORY.fullmatch(source):
         origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter, named)
         collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
     else:
@@ -129,7 +129,7 @@ def _download(
     install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
 
 
-REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
+REPOSITORY = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})?", re.ASCII)
 
 
 def _adapter(given: str) -> Adapter:
@@ -138,7 +138,7 @@ def _adapter(given: str) -> Adapter:
     if path.is_dir():
         return Adapter(str(path.resolve()), None)
     source, _, revision = given.partition("@")
-    if not re.fullmatch(REPOSITORY, source):
+    if not REPOSITORY.fullmatch(source):
         raise WeightsError(f"--adapter {given} is neither a directory nor a repository's name, such as org/name.")
     return Adapter(source, hub.commit_of(source, revision or "main"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,39 @@ def kind_of(config: PreTrainedConfig, source: str) -> Kind:
             " encoder-decoder or a masked language model, or a sequence classifier."
         )
     return kind
+
+
+def check_text(kind: Kind, config: PreTrainedConfig, source: str) -> None:
+    """Raise WeightsError if the model cannot continue plain text, token by token, whatever its kind."""
+    why = _why_no_text(kind, config) if kind in (Kind.CAUSAL, Kind.MULTIMODAL) else None
+    if why:
+        raise WeightsError(f"{source} cannot continue plain text: {why}; choose a model that continues a text alone.")
+
+
+def _why_no_text(kind: Kind, config: PreTrainedConfig) -> str | None:
+    # PaliGemma was trained so. Transformers computes it with SDPA, but not with eager attention.
+    if getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
+        return "each token of its prompt sees those that follow"
+    import transformers
+
+    model: Any = getattr(transformers, _classes(AUTO_CLASSES[kind]).get(config.model_type, ""), None)
+    if kind is not Kind.MULTIMODAL or model is None:  # None: only its own code can tell
+        return None
+    parameters = dict(inspect.signature(model.forward).parameters)
+    required = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in ("self", "input_ids")
+    ]
+    if required:
+        return f"a {model.__name__} needs {' and '.join(required)} besides"
+    if "input_ids" not in parameters:
+        return f"a {model.__name__} takes no text"
+    if not issubclass(model, transformers.GenerationMixin):
+        return f"a {model.__name__} does not generate token by token"
+    return None
 
 
 def auto_class(kind: Kind) -> Any:

@@ -78,7 +78,7 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
             trust_remote_code=manifest.trust_remote_code,
             output_loading_info=True,
             **plan.keywords,
-            **quantization.arguments(plan.quantization, plan.load_in),
+            quantization_config=quantization.config_for(plan.quantization, plan.load_in, plan.quantization_config),
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(
@@ -101,7 +101,7 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     if plan.kind is Kind.MULTIMODAL:
         from lmtp.weights.text_only import keep_text_only
 
-        keep_text_only(model)
+        keep_text_only(model, manifest.source)
     return Loaded(model, tokenizer, manifest, model.dtype, model.device, time.perf_counter() - started)
 
 

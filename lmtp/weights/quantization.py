@@ -7,15 +7,13 @@ are fetched. Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.manifest import WeightsError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +35,9 @@ REQUIREMENTS = {
 }
 """The packages that a format needs. Those with an exact version are tested, and are in requirements/<format>.txt."""
 
+PEFT = "peft==0.21.2"
+"""What adapters need, as in requirements/peft.txt."""
+
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 """Checkpoints that are loaded as 16 bits a weight: their kernels come from the hub when they first run."""
 
@@ -50,40 +51,58 @@ BITS = {"4bit": 4.5, "8bit": 8, "int8": 8, "fp8": 8}
 """Bits a weight, with scales; an estimate from above."""
 
 
-def check(quantization: Mapping[str, Any] | None, load_in: str | None, source: str) -> None:
-    """Raise WeightsError if the source cannot be loaded with this `quantization_config` of its config.json, or cannot
-    be quantized by `load_in`."""
-    stored = format_of(quantization) if quantization else None
-    if stored and load_in:
-        raise WeightsError(f"{source} is quantized already ({stored}): leave out --load-in.")
-    if stored and stored not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
+def check(stored: Any, load_in: str | None, source: str, given: Any = None) -> None:
+    """Raise WeightsError if the source cannot be loaded quantized so.
+
+    At most one of the three may quantize it: `stored`, the `quantization_config` of its config.json; `load_in`; or
+    `given`, the argument `quantization_config`.
+    """
+    option = "--model-arg quantization_config" if given is not None else "--load-in" if load_in else None
+    if load_in and given is not None:
+        raise WeightsError(f"--load-in and {option} exclude each other: give one of them.")
+    if stored and option:
+        raise WeightsError(f"{source} is quantized already ({printable(format_of(stored)):.40}): leave out {option}.")
+    if given is not None and format_of(given) not in REQUIREMENTS:
         raise WeightsError(
-            f"{source} is quantized by {stored!a:.40}, which is not loaded: choose one of {', '.join(REQUIREMENTS)}, or"
-            " the original and --load-in."
+            f"{option} names {format_of(given)!a:.40}: give a JSON object whose quant_method is one of"
+            f" {', '.join(REQUIREMENTS)}, or use --load-in."
         )
-    if load_in:
-        stored = LOAD_IN[load_in]
-    if stored in REQUIREMENTS and (missing := _missing(REQUIREMENTS[stored])):
-        tested = "==" in REQUIREMENTS[stored]
-        what = f"-r requirements/{stored}.txt" if tested else " ".join(f"'{name}'" for name in missing)
+    if stored and format_of(stored) not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
         raise WeightsError(
-            f"{source} needs {' and '.join(missing)} ({stored}), which {'is' if len(missing) == 1 else 'are'} not"
+            f"{source} is quantized by {format_of(stored)!a:.40}, which is not loaded: choose one of"
+            f" {', '.join(REQUIREMENTS)}, or the original and --load-in."
+        )
+    chosen = LOAD_IN[load_in] if load_in else format_of(stored or given) if stored or given else None
+    if chosen in REQUIREMENTS:
+        require(chosen, source)
+
+
+def require(name: str, source: str) -> None:
+    """Raise WeightsError if a package is missing that the source needs; `name` is a format, or `peft` for adapters."""
+    packages = PEFT if name == "peft" else REQUIREMENTS[name]
+    if missing := _missing(packages):
+        what = f"-r requirements/{name}.txt" if "==" in packages else " ".join(f"'{each}'" for each in missing)
+        raise WeightsError(
+            f"{source} needs {' and '.join(missing)} ({name}), which {'is' if len(missing) == 1 else 'are'} not"
             f" installed: run `python -m pip install {what}`, and add the same to requirements.txt for the image."
         )
 
 
-def format_of(quantization: Mapping[str, Any]) -> str:
+def format_of(quantization: Any) -> str:
     """The format that a `quantization_config` names; Transformers' older bitsandbytes checkpoints name none."""
+    if not isinstance(quantization, Mapping):
+        return "an unnamed method"
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         return "bitsandbytes"
     return str(quantization.get("quant_method") or "an unnamed method")
 
 
-def arguments(quantization: Mapping[str, Any] | None, load_in: str | None) -> dict[str, Any]:
-    """What Transformers' `from_pretrained` takes besides for a checkpoint quantized so, or to quantize one."""
-    if quantization and format_of(quantization) in DEQUANTIZED:
-        return {"quantization_config": _dequantized(format_of(quantization))}
-    return {"quantization_config": _CONFIGS[load_in]()} if load_in else {}
+def config_for(stored: Mapping[str, Any] | None, load_in: str | None, given: Mapping[str, Any] | None) -> Any:
+    """The `quantization_config` that Transformers' `from_pretrained` takes for what `check` has let pass; None if a
+    checkpoint is loaded as it is."""
+    if stored and format_of(stored) in DEQUANTIZED:
+        return _dequantized(format_of(stored))
+    return _CONFIGS[load_in]() if load_in else given
 
 
 def check_device(load_in: str | None, device: torch.device) -> None:
@@ -98,22 +117,18 @@ def check_device(load_in: str | None, device: torch.device) -> None:
 
 
 def _missing(requirements: str) -> list[str]:
+    from packaging.requirements import Requirement
+
     missing = []
-    for requirement in requirements.split(", "):
-        name, least = re.split("[=>]=|$", requirement, maxsplit=1)
+    for each in requirements.split(", "):
+        wanted = Requirement(each)
         try:
-            installed = metadata.version(name)
-            if ">=" in requirement and _release(installed) < _release(least):
-                missing.append(requirement)
+            fits = wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
         except metadata.PackageNotFoundError:
-            missing.append(requirement)
+            fits = False
+        if not fits:
+            missing.append(each)
     return missing
-
-
-def _release(version: str) -> tuple[int, ...]:
-    from packaging.version import Version
-
-    return Version(version).release
 
 
 def _dequantized(method: str) -> Any:
@@ -167,27 +182,21 @@ def bytes_loaded(
     Floating-point tensors become ``dtype_bytes`` a number, or fewer where `load_in` quantizes them: matrices but the
     embeddings and the output layer. Packed tensors stay what they are, unless their format is dequantized.
     """
+    from safetensors import safe_open
+
     unpacked = {"mxfp4": 2 * dtype_bytes, "fp8": dtype_bytes, "mxfp8": dtype_bytes}
     packed = unpacked.get(format_of(quantization), 1) if quantization else 1
     total = 0.0
     for path in paths:
-        for name, tensor in _header(path).items():
-            if name == "__metadata__":
-                continue
-            numbers, kind = math.prod(tensor["shape"]), tensor["dtype"]
-            matrix = len(tensor["shape"]) == 2 and name.endswith(".weight")
-            if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
-                total += numbers * BITS[load_in] / 8
-            elif kind in ("F64", "F32", "F16", "BF16"):
-                total += numbers * dtype_bytes
-            else:
-                total += numbers * packed * _STORED_BITS.get(kind, 8) / 8
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_slice(name)
+                numbers, kind = math.prod(tensor.get_shape()), tensor.get_dtype()
+                matrix = len(tensor.get_shape()) == 2 and name.endswith(".weight")
+                if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
+                    total += numbers * BITS[load_in] / 8
+                elif kind in ("F64", "F32", "F16", "BF16"):
+                    total += numbers * dtype_bytes
+                else:
+                    total += numbers * packed * _STORED_BITS.get(kind, 8) / 8
     return math.ceil(total)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's table of tensors. https://huggingface.co/docs/safetensors, Format."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        table: dict[str, Any] = json.loads(file.read(size))
-    return table

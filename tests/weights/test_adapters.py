@@ -10,16 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lmtp.protocol import Generate
 from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import Adapter, fetch_command, read_manifest
 from tests.hub import Hub, Repository
-from tests.tiny import answers, own_greedy, random_prompts, start
+from tests.tiny import BASE, answers, own_greedy, random_prompts, start
 from tests.weights.conftest import Download
-from tests.weights.helpers import NEEDED, contents, refusal, served
+from tests.weights.helpers import NEEDED, contents, refusal, saved, seeded, served
 
 PROMPTS = random_prompts(4, 11)
 FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -207,6 +207,11 @@ def content(name: str, value: bytes | None) -> Callable[[Repository], None]:
         (change(base_model_name_or_path="../../x"), "which is no repository"),
         (change(base_model_name_or_path="demo"), "which is no repository"),
         (change(base_model_name_or_path="a\nb"), "which is no repository"),
+        (change(base_model_name_or_path="https://example.org/a/b"), "which is no repository"),
+        (change(base_model_name_or_path="a" * 1000), "which is no repository"),
+        (change(base_model_name_or_path="m\u043edel/a"), "which is no repository"),
+        (change(revision="\x1b[2J\nDone."), r"org/tiny has no revision '\x1b[2J\nDone.': give a branch"),
+        (change(revision="a" * 1000), "give a branch, a tag or a commit"),
         (change(base_model_name_or_path=None), "names no base model"),
         (content("adapter_config.json", b"[1]"), "has a malformed adapter_config.json"),
         (content("adapter_config.json", b'{"a":' * 100_000), "has a malformed adapter_config.json"),
@@ -242,3 +247,68 @@ def test_an_adapter_of_another_model_is_not_served_as_the_base(
     download(tiny, tmp_path / "weights", adapter=other)
     with refusal(f"The adapter {other} does not fit the model", "choose the model that it was trained for"):
         load(tmp_path / "weights", "float32", "cpu")
+
+
+def test_an_adapter_of_one_of_two_layers_that_share_weights_is_not_merged(
+    download: Download, tiny: Path, tmp_path: Path
+) -> None:
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(tiny, base)
+    config = LlamaConfig.from_pretrained(tiny, vocab_size=512, tie_word_embeddings=True)
+    seeded(LlamaForCausalLM(config)).save_pretrained(base)
+    for module in ("embed_tokens", "lm_head"):
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=[module]))
+        model.save_pretrained(str(lora))
+        download(base, tmp_path / module, adapter=lora)
+        with refusal(f"The adapter {lora} changes one of two layers that share their weights", "tie_word_embeddings"):
+            load(tmp_path / module, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def experts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny mixture of experts, and a LoRA of its experts."""
+    base = tmp_path_factory.mktemp("experts")
+    saved(seeded(MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4))), base, tiny)
+    (base / "manifest.json").unlink()
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model = get_peft_model(MixtralForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(str(base / "lora"))
+    return base, base / "lora"
+
+
+def test_an_adapter_of_experts_is_merged(experts: tuple[Path, Path], download: Download, tmp_path: Path) -> None:
+    base, lora = experts
+    download(base, tmp_path / "weights", adapter=lora)
+    own: Any = PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(base), lora).merge_and_unload()
+    loaded = load(tmp_path / "weights", "float32", "cpu")
+    assert served(loaded, PROMPTS[0]) == [own_greedy(own.eval(), PROMPTS[0], 12)]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda config: None, "sets target_parameters"),
+        (lambda config: config.update(target_parameters=None), ".experts."),
+        (lambda config: config.update(target_parameters=None, use_dora=True), "sets use_dora"),
+        (lambda config: config.update(peft_type="LOHA"), "is an adapter of type LOHA"),
+    ],
+)
+def test_an_adapter_of_experts_is_not_named_and_its_model_is_not_fetched(
+    prepare: Callable[[dict[str, Any]], object],
+    said: str,
+    experts: tuple[Path, Path],
+    adapted: Hub,
+    download: Download,
+    tmp_path: Path,
+) -> None:
+    files = {path.name: path.read_bytes() for path in experts[1].iterdir()}
+    config = json.loads(files["adapter_config.json"])
+    prepare(config)
+    adapted.repositories["org/experts"] = Repository(files | {"adapter_config.json": json.dumps(config).encode()})
+    with refusal("org/experts ", said, "give --adapter org/experts without a name, which merges it"):
+        download("org/tiny", tmp_path, named={"a": "org/experts"})
+    assert adapted.fetched() <= {"adapter_config.json", "adapter_model.safetensors"}

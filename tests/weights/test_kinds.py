@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForMultimodalLM, BertConfig, LlamaConfig, PreTrainedConfig, T5Config
 
-from lmtp.runners.model import UnsupportedModel
-from lmtp.weights.kinds import Kind, kind_of
+from lmtp.weights.kinds import Kind, check_text, kind_of
 from lmtp.weights.load import load
 from tests.hub import Hub
 from tests.tiny import BASE, own_greedy, random_prompts
@@ -33,7 +32,6 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
     "Qwen2_5_VLConfig": {"text_config": {**BASE, "rope_parameters": MROPE}, "vision_config": {**SQUARES, "out_hidden_size": 32, "fullatt_block_indexes": [0]}},
     "LlavaConfig": {"text_config": {**BASE, "model_type": "llama"}, "vision_config": {**VISION, "model_type": "clip_vision_model"}},
     "Mistral3Config": {"text_config": {**BASE, "model_type": "mistral", "head_dim": 8}, "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}},
-    "PaliGemmaConfig": {"text_config": {**BASE, "model_type": "gemma", "head_dim": 8}, "vision_config": {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32}, "projection_dim": 32},
 }  # fmt: skip
 
 
@@ -52,10 +50,6 @@ def test_a_multimodal_model_serves_its_text_as_the_full_model_does_without_the_r
     assert not any("vision" in key or "visual" in key for key in loaded.model.state_dict())
     prompts = random_prompts(5, 17)
     prompts = [[min(token, 119) for token in prompt] for prompt in prompts]
-    if name == "PaliGemmaConfig":  # the tokens of its prompt see each other, so no forward pass continues a text
-        with pytest.raises(UnsupportedModel, match="sees the tokens that follow, so it cannot continue a text"):
-            served(loaded, *prompts)
-        return
     assert served(loaded, *prompts) == [own_greedy(full, prompt, 12) for prompt in prompts]
 
 
@@ -141,3 +135,58 @@ def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:
     assert torch.equal(
         loaded.model(input_ids=ids, decoder_input_ids=ids).logits, full(input_ids=ids, decoder_input_ids=ids).logits
     )
+
+
+NO_TEXT = {
+    "paligemma": "each token of its prompt sees those that follow",
+    "blip-2": "a Blip2ForConditionalGeneration needs pixel_values besides",
+    "instructblip": "needs pixel_values and qformer_input_ids besides",
+    "pi0": "a PI0ForConditionalGeneration needs state besides",
+    "pix2struct": "a Pix2StructForConditionalGeneration takes no text",
+    "qwen2_5_omni": "a Qwen2_5OmniForConditionalGeneration takes no text",
+    "vision-encoder-decoder": "a VisionEncoderDecoderModel takes no text",
+    "diffusion_gemma": "a DiffusionGemmaForBlockDiffusion does not generate token by token",
+}
+
+
+@pytest.mark.parametrize("model_type", NO_TEXT)
+def test_a_model_that_cannot_continue_plain_text_is_refused_before_its_weights_are_fetched(
+    hub: Hub, download: Download, tmp_path: Path, model_type: str
+) -> None:
+    config: dict[str, Any] = {"model_type": model_type}
+    if model_type == "vision-encoder-decoder":
+        config |= {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+    hub.repositories["org/tiny"].files["config.json"] = json.dumps(config).encode()
+    with refusal(f"org/tiny cannot continue plain text: {NO_TEXT[model_type]}", "; choose a model"):
+        download("org/tiny", tmp_path)
+    assert hub.fetched() == {"config.json"}
+
+
+def test_a_decoder_whose_tokens_see_those_that_follow_is_refused_and_one_of_images_only_is_not() -> None:
+    both = transformers.Gemma3TextConfig(use_bidirectional_attention=True)
+    with refusal("org/name cannot continue plain text: each token of its prompt sees those that follow"):
+        check_text(Kind.CAUSAL, both, "org/name")
+    images = transformers.Gemma4Config(text_config={"use_bidirectional_attention": "vision"})
+    check_text(Kind.MULTIMODAL, images, "org/name")
+
+
+def test_paligemma_is_no_decoder_for_its_prompt_depends_on_what_follows() -> None:
+    """The reason of the refusal: if Transformers changes this, PaliGemma can be served."""
+    config = transformers.PaliGemmaConfig(
+        text_config={**BASE, "model_type": "gemma", "head_dim": 8},
+        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
+        projection_dim=32,
+    )
+    model = seeded(AutoModelForMultimodalLM.from_config(config))
+    ids = torch.tensor([random_prompts(9)[0]])
+    difference = model(input_ids=ids).logits[:, :4] - model(input_ids=ids[:, :4]).logits
+    assert difference.abs().max() > 0.1
+
+
+def test_a_multimodal_model_that_fails_on_plain_text_is_refused_in_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    config = transformers.UdopConfig(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    directory = saved(seeded(AutoModelForMultimodalLM.from_config(config)), tmp_path / "weights", tiny)
+    with refusal(
+        "org/old cannot continue plain text: a UdopForConditionalGeneration fails on it (", "; choose a model"
+    ):
+        load(directory, "float32", "cpu")

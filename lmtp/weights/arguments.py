@@ -82,6 +82,7 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
             raise WeightsError(f"{source} runs code of its own: if you trust it, run `{with_code}`.") from error
         raise WeightsError(f"Transformers cannot read the config.json of {source}: {first_line(error)}") from error
     _check_values(model_args)
+    _check_kernels(config, model_args, source)
     return config
 
 
@@ -105,6 +106,17 @@ def _check_values(model_args: Mapping[str, Any]) -> None:
         raise WeightsError(f"The argument dtype is {model_args['dtype']!r}: choose one of {', '.join(DTYPES)}.")
     if model_args.get("load_in") not in (None, *LOAD_IN):
         raise WeightsError(f"--load-in is {model_args['load_in']!r}: choose one of {', '.join(LOAD_IN)}.")
+
+
+def _check_kernels(config: Any, model_args: Mapping[str, Any], source: str) -> None:
+    """Raise WeightsError for an implementation that Transformers would import from a repository of kernels."""
+    for name in ("attn_implementation", "experts_implementation"):
+        chosen = str(model_args.get(name, getattr(config, f"_{name}", None)))
+        if "/" in chosen:
+            raise WeightsError(
+                f"{source} names {name} {chosen!a:.60}, which is code of a repository: give --model-arg"
+                f" '{name}=\"eager\"'."
+            )
 
 
 def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:

@@ -89,11 +89,11 @@ def _why_no_text(kind: Kind, config: PreTrainedConfig) -> str | None:
         and name not in ("self", "input_ids")
     ]
     if required:
-        return f"a {model.__name__} needs {' and '.join(required)} besides"
+        return f"its {model.__name__} needs {' and '.join(required)} besides"
     if "input_ids" not in parameters:
-        return f"a {model.__name__} takes no text"
+        return f"its {model.__name__} takes no text"
     if not issubclass(model, transformers.GenerationMixin):
-        return f"a {model.__name__} does not generate token by token"
+        return f"its {model.__name__} does not generate token by token"
     return None
 
 

@@ -25,8 +25,8 @@ def keep_text_only(model: PreTrainedModel, source: str) -> list[str]:
             before = model(input_ids=ids).logits
     except Exception as error:  # whatever the model's code raises
         raise WeightsError(
-            f"{source} cannot continue plain text: a {type(model).__name__} fails on it ({first_line(error)}); choose a"
-            " model that continues a text alone."
+            f"{source} cannot continue plain text: its {type(model).__name__} fails on it ({first_line(error)});"
+            " choose a model that continues a text alone."
         ) from error
     unused = [
         (parent, name, child)

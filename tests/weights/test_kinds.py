@@ -139,13 +139,13 @@ def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:
 
 NO_TEXT = {
     "paligemma": "each token of its prompt sees those that follow",
-    "blip-2": "a Blip2ForConditionalGeneration needs pixel_values besides",
-    "instructblip": "needs pixel_values and qformer_input_ids besides",
-    "pi0": "a PI0ForConditionalGeneration needs state besides",
-    "pix2struct": "a Pix2StructForConditionalGeneration takes no text",
-    "qwen2_5_omni": "a Qwen2_5OmniForConditionalGeneration takes no text",
-    "vision-encoder-decoder": "a VisionEncoderDecoderModel takes no text",
-    "diffusion_gemma": "a DiffusionGemmaForBlockDiffusion does not generate token by token",
+    "blip-2": "its Blip2ForConditionalGeneration needs pixel_values besides",
+    "instructblip": "its InstructBlipForConditionalGeneration needs pixel_values and qformer_input_ids besides",
+    "pi0": "its PI0ForConditionalGeneration needs state besides",
+    "pix2struct": "its Pix2StructForConditionalGeneration takes no text",
+    "qwen2_5_omni": "its Qwen2_5OmniForConditionalGeneration takes no text",
+    "vision-encoder-decoder": "its VisionEncoderDecoderModel takes no text",
+    "diffusion_gemma": "its DiffusionGemmaForBlockDiffusion does not generate token by token",
 }
 
 
@@ -187,6 +187,6 @@ def test_a_multimodal_model_that_fails_on_plain_text_is_refused_in_one_sentence(
     config = transformers.UdopConfig(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
     directory = saved(seeded(AutoModelForMultimodalLM.from_config(config)), tmp_path / "weights", tiny)
     with refusal(
-        "org/old cannot continue plain text: a UdopForConditionalGeneration fails on it (", "; choose a model"
+        "org/old cannot continue plain text: its UdopForConditionalGeneration fails on it (", "; choose a model"
     ):
         load(directory, "float32", "cpu")

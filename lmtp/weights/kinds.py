@@ -75,12 +75,14 @@ def _why_no_text(kind: Kind, config: PreTrainedConfig) -> str | None:
     # PaliGemma was trained so. Transformers computes it with SDPA, but not with eager attention.
     if getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
         return "each token of its prompt sees those that follow"
+    if kind is not Kind.MULTIMODAL:
+        return None
     import transformers
 
     model: Any = getattr(transformers, _classes(AUTO_CLASSES[kind]).get(config.model_type, ""), None)
-    if kind is not Kind.MULTIMODAL or model is None:  # None: only its own code can tell
+    if model is None:  # only its own code can tell
         return None
-    parameters = dict(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
     required = [
         name
         for name, parameter in parameters.items()

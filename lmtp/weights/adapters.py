@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmtp.weights.manifest import Adapter, WeightsError, first_line
+from lmtp.weights.manifest import Adapter, WeightsError, first_line, printable
+from lmtp.weights.quantization import check_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,11 +80,7 @@ def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
         raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names
         raise WeightsError(f"{source} is an adapter for Megatron: choose one for Transformers.")
-    if util.find_spec("peft") is None:
-        raise WeightsError(
-            f"{source} needs peft==0.21.2 (adapter), which is not installed: run `python -m pip install -r"
-            " requirements/peft.txt`, and add the same to requirements.txt for the image."
-        )
+    check_package("adapter", source)
     return config
 
 
@@ -196,7 +192,7 @@ def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source:
     wrong = sorted(loaded.missing_keys) + sorted(loaded.unexpected_keys)
     if wrong:
         raise WeightsError(
-            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {wrong[0][:200]} among them;"
+            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {printable(wrong[0])[:200]} among them;"
             " choose the model that it was trained for."
         )
     return adapted

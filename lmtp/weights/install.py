@@ -19,6 +19,7 @@ from lmtp.weights.manifest import (
     WeightsError,
     download_command,
     fetch_command,
+    printable,
     read_manifest,
     write_manifest,
 )
@@ -118,7 +119,7 @@ def _download(
         origin = Origin(source, None, trusted, adapter, named)
         collect = partial(_copy_model, Path(source), trusted, chosen, check)
     elif source == "demo":
-        quantization.check(None, loading.get("load_in"), source)
+        quantization.check(None, loading, source)
         origin = Origin("demo", demo.VERSION, False, adapter, named)
         collect = partial(_convert_demo, check)
     elif re.fullmatch(REPOSITORY, source):
@@ -129,7 +130,7 @@ def _download(
     install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
 
 
-REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
+REPOSITORY = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?"
 
 
 def _adapter(given: str) -> Adapter:
@@ -139,7 +140,7 @@ def _adapter(given: str) -> Adapter:
         return Adapter(str(path.resolve()), None)
     source, _, revision = given.partition("@")
     if not re.fullmatch(REPOSITORY, source):
-        raise WeightsError(f"--adapter {given} is neither a directory nor a repository's name, such as org/name.")
+        raise WeightsError(f"--adapter {printable(given)} is neither a directory nor a repository's name, such as org/name.")
     return Adapter(source, hub.commit_of(source, revision or "main"))
 
 

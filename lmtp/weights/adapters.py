@@ -28,7 +28,6 @@ MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "F
 UNMIXED = (
     "use_dora",
     "modules_to_save",
-    "layer_replication",
     "target_parameters",
     "trainable_token_indices",
 )
@@ -76,6 +75,11 @@ def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
         )
     if config.get("alora_invocation_tokens"):  # peft leaves it out where the caller does not say where it begins
         raise WeightsError(f"{source} is an activated LoRA, which begins within a text: choose one for whole texts.")
+    if config.get("layer_replication"):  # the repeated layers share their weights, and would get each other's change
+        raise WeightsError(
+            f"{source} sets layer_replication, so it cannot be merged: merge it with peft into a checkpoint, and fetch"
+            " that."
+        )
     if mixed and (why := _why_unmixed(config)):
         raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names
@@ -144,10 +148,15 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
     Over quantized weights the adapter stays beside them and is added in each step: merged, it would be rounded. Raises
     WeightsError if the adapter does not fit the model.
     """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     adapted = _load(model, None, folder, "default", source)
     base = adapted.get_base_model()
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    if model.config.get_text_config().tie_word_embeddings and any(hasattr(layer, "lora_A") for layer in embeddings):
+    if model.config.get_text_config().tie_word_embeddings and any(
+        isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer) for layer in embeddings
+    ):
         raise WeightsError(
             f"The adapter {source} changes one of two layers that share their weights, so it cannot be merged: merge it"
             " with peft into a checkpoint with tie_word_embeddings off, and fetch that."

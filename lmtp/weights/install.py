@@ -140,7 +140,9 @@ def _adapter(given: str) -> Adapter:
         return Adapter(str(path.resolve()), None)
     source, _, revision = given.partition("@")
     if not re.fullmatch(REPOSITORY, source):
-        raise WeightsError(f"--adapter {printable(given)} is neither a directory nor a repository's name, such as org/name.")
+        raise WeightsError(
+            f"--adapter {printable(given)} is neither a directory nor a repository's name, such as org/name."
+        )
     return Adapter(source, hub.commit_of(source, revision or "main"))
 
 

@@ -97,7 +97,9 @@ def _check_given(given: dict[str, Any]) -> None:
     try:
         AutoQuantizationConfig.from_dict(dict(given))
     except Exception as error:
-        raise WeightsError(f"Transformers refuses the argument quantization_config: {first_line(error)[:200]}") from None
+        raise WeightsError(
+            f"Transformers refuses the argument quantization_config: {first_line(error)[:200]}"
+        ) from None
 
 
 def check_package(purpose: str, source: str) -> None:

@@ -25,6 +25,9 @@ FILES = (CONFIG, WEIGHTS)
 MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "FOURIERFT", "HRA", "RANDLORA")
 """The kinds of adapters whose change can be added to the weights."""
 
+UNMERGED = ("LORA", "ADALORA", "IA3", "VERA", "OFT")
+"""The kinds that peft adds to quantized weights; it fails on the others, or gives other numbers."""
+
 UNMIXED = (
     "use_dora",
     "modules_to_save",
@@ -116,6 +119,17 @@ def check_tensors(folder: Path, source: str) -> None:
         raise WeightsError(f"{source} holds {ascii(own[0])[1:-1]:.99}{MERGE_IT.format(source)}")
 
 
+def check_quantized(path: Path, source: str) -> None:
+    """Raise WeightsError if the adapter, of this configuration, cannot be added to quantized weights in each step."""
+    config = _parsed(path, source)
+    kind = config.get("peft_type")
+    if kind not in UNMERGED or config.get("use_dora"):
+        what = "uses DoRA" if kind in UNMERGED else f"is an adapter of type {ascii(kind)[:40]}"
+        raise WeightsError(
+            f"{source} {what}, which is not added to quantized weights: choose a LoRA, or load the model unquantized."
+        )
+
+
 def _parsed(path: Path, source: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -151,6 +165,8 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if quantized:
+        check_quantized(folder / CONFIG, source)
     adapted = _load(model, None, folder, "default", source)
     base = adapted.get_base_model()
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
@@ -201,7 +217,7 @@ def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source:
     wrong = sorted(loaded.missing_keys) + sorted(loaded.unexpected_keys)
     if wrong:
         raise WeightsError(
-            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {printable(wrong[0])[:200]} among them;"
-            " choose the model that it was trained for."
+            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ,"
+            f" {printable(wrong[0])[:200]} among them; choose the model that it was trained for."
         )
     return adapted

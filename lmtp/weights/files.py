@@ -13,6 +13,8 @@ INDEX = "model.safetensors.index.json"
 """Lists the shards of a model stored in several files."""
 
 MAX_INDEX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
+"""Of config.json, whose tables of labels or speakers can be long."""
 
 _ADAPTER = re.compile(
     rf"({adapters.FOLDER}|{adapters.FOLDERS}/{ADAPTER_NAME.pattern})/({'|'.join(map(re.escape, adapters.FILES))})"

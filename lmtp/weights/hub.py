@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmtp.weights import adapters
-from lmtp.weights.files import INDEX, MAX_INDEX_BYTES, needed_files, read_index_in
+from lmtp.weights.files import INDEX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, needed_files, read_index_in
 from lmtp.weights.manifest import WeightsError, first_line, printable
 from lmtp.weights.staging import require_space, verify
 
@@ -91,6 +91,8 @@ def collect(
 
     names = needed_files(listed, read_index, source, trust_remote_code)
     claims = {name: _size_and_checksum(source, listed[name]) for name in names}
+    if claims["config.json"][0] > MAX_CONFIG_BYTES:
+        raise WeightsError(f"{source} has a malformed config.json: it is larger than {MAX_CONFIG_BYTES:,} bytes.")
     total = sum(size for size, _ in claims.values())
     require_space(directory, total - sum(claims[name][0] for name in claims if (directory / name).exists()))
     fetch(source, commit, {"config.json": claims["config.json"][0]}, directory)

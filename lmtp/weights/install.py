@@ -113,6 +113,7 @@ def _download(
         )
     check = partial(_check, target, source, revision, loading, bool(named))
     trusted = loading["trust_remote_code"]
+    quantized = bool(loading.get("load_in") or loading.get("quantization_config"))
     chosen = adapter is not None or source in [each.source for each in named.values()]
     collect: Callable[[Path], Mapping[str, str | None]]
     if local:
@@ -127,7 +128,7 @@ def _download(
         collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
     else:
         raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
-    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
+    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect, quantized), check)
 
 
 REPOSITORY = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?"
@@ -181,13 +182,18 @@ def _folders(adapter: Adapter | None, named: Mapping[str, Adapter]) -> dict[str,
 
 
 def _with_adapters(
-    folders: Mapping[str, Adapter], collect: Callable[[Path], Mapping[str, str | None]], directory: Path
+    folders: Mapping[str, Adapter],
+    collect: Callable[[Path], Mapping[str, str | None]],
+    quantized: bool,
+    directory: Path,
 ) -> Mapping[str, str | None]:
     """Collect the adapters, which are small, and then the model."""
     found: dict[str, str | None] = {}
     for folder, adapter in folders.items():
         mixed = folder != adapters.FOLDER
         names = _collect_adapter(adapter, mixed, directory / folder)
+        if quantized:
+            adapters.check_quantized(directory / folder / adapters.CONFIG, adapter.source)
         if mixed:
             adapters.check_tensors(directory / folder, adapter.source)
         found |= {f"{folder}/{name}": checksum for name, checksum in names.items()}
@@ -310,7 +316,7 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     origin = origin_of(manifest)
     folders = _folders(manifest.adapter, manifest.adapters)
     if manifest.source == "demo" and not all(map(belongs_to_an_adapter, broken)):
-        collect = partial(_with_adapters, folders, demo.collect)  # One conversion makes all its files.
+        collect = partial(_with_adapters, folders, demo.collect, False)  # One conversion makes all its files.
         install(origin, manifest.model_args, target, collect, again=True)
         return
     if Path(manifest.source) == target:

@@ -7,9 +7,8 @@ are fetched. Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,11 +204,9 @@ def bytes_loaded(
     packed = unpacked.get(format_of(quantization), 1) if quantization else 1
     total = 0.0
     for path in paths:
-        for name, tensor in _header(path).items():
-            if name == "__metadata__":
-                continue
-            numbers, kind = math.prod(tensor["shape"]), tensor["dtype"]
-            matrix = len(tensor["shape"]) == 2 and name.endswith(".weight")
+        for name, shape, kind in _tensors(path):
+            numbers = math.prod(shape)
+            matrix = len(shape) == 2 and name.endswith(".weight")
             if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
                 total += numbers * BITS[load_in] / 8
             elif kind in ("F64", "F32", "F16", "BF16"):
@@ -219,9 +216,14 @@ def bytes_loaded(
     return math.ceil(total)
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's table of tensors. https://huggingface.co/docs/safetensors, Format."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        table: dict[str, Any] = json.loads(file.read(size))
-    return table
+def _tensors(path: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor of a safetensors file. Raises WeightsError if it is malformed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is malformed: {first_line(error)[:200]}.") from None

@@ -16,7 +16,8 @@ def keep_text_only(model: PreTrainedModel) -> list[str]:
     """Remove the parts of the model that plain text never runs through; returns their names.
 
     The parts are looked for at the top of the model and of its base model. The logits afterwards are compared with
-    those before; if they differ or the model then fails, it is left whole. Raises WeightsError if the whole model fails.
+    those before; if they differ or the model then fails, it is left whole.
+    Raises WeightsError if the whole model fails.
     """
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     try:

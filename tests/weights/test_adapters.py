@@ -251,6 +251,19 @@ def test_what_cannot_be_served_beside_others_is_refused_before_the_base_is_fetch
     assert adapted.fetched() == {"adapter_config.json"}
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [({"peft_type": "HRA"}, "is an adapter of type 'HRA'"), ({"use_dora": True}, "uses DoRA")]
+)
+def test_what_is_not_added_to_quantized_weights_is_refused_before_the_base_is_fetched(
+    change: dict[str, object], said: str, adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    config = json.loads(adapted.repositories["org/lora"].files["adapter_config.json"])
+    adapted.repositories["org/lora"].files["adapter_config.json"] = json.dumps({**config, **change}).encode()
+    with refusal(f"org/lora {said}, which is not added to quantized weights: choose a LoRA"):
+        download("org/tiny", tmp_path, adapter="org/lora", load_in="4bit")
+    assert "model.safetensors" not in adapted.fetched()
+
+
 def test_an_adapter_of_experts_is_merged(tiny: Path, tmp_path: Path) -> None:
     base = seeded(MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4)))
     directory = saved(base, tmp_path / "base", tiny)

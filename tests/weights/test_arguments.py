@@ -71,7 +71,7 @@ def test_an_unknown_argument_is_refused_with_a_suggestion_before_the_weights_are
         download("org/tiny", tmp_path, atn_implementation="eager")
     with refusal("org/tiny takes no argument 'max_positions_embeddings': did you mean max_position_embeddings?"):
         download("org/tiny", tmp_path, max_positions_embeddings=5)
-    with pytest.raises(WeightsError, match="'_name_or_path': (?!did you mean _)"):
+    with pytest.raises(WeightsError, match=r"'_name_or_path': (?!did you mean _)"):
         download("org/tiny", tmp_path, _name_or_path="x")
     for name in ("cache_dir", "state_dict", "__class__", "to_dict", "config"):
         with refusal("org/tiny takes no argument"):

@@ -11,9 +11,10 @@ import pytest
 from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import WeightsError, read_manifest
+from lmtp.weights.quantization import bytes_loaded
 from tests.hub import Hub, Repository
 from tests.weights.conftest import Download
-from tests.weights.helpers import contents, names_in
+from tests.weights.helpers import contents, names_in, refusal, seal
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
@@ -132,8 +133,30 @@ def commit(value: str) -> Prepare:
     return prepare
 
 
+def config(content: bytes, **claims: object) -> Prepare:
+    """The config.json is this, and the listing claims so much of it."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.files["config.json"] = content
+        repository.announced["config.json"] = claims
+
+    return prepare
+
+
+def adapter(**values: object) -> Prepare:
+    """The repository is no model but an adapter with this configuration."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        configuration = {"peft_type": "LORA", "base_model_name_or_path": "org/tiny", **values}
+        written = json.dumps(configuration).replace("{outside}", str(outside))
+        repository.files = {"adapter_config.json": written.encode(), "adapter_model.safetensors": b"!"}
+
+    return prepare
+
+
 PLAIN = "is not safe to install: its model.safetensors.index.json names"
 MALFORMED = "has a malformed model.safetensors.index.json"
+OTHER = {"sha256": "0" * 64, "size": 1, "pointerSize": 134}
 ATTACKS = [
     # Shard names
     Attack("shard in the parent directory", index("../escaped.safetensors"), PLAIN),
@@ -193,6 +216,29 @@ ATTACKS = [
     Attack("another file in its place", another_file_in_its_place, "config.json arrived damaged"),
     Attack("a redirect to a local file", headers("config.json", Location="file:///etc/passwd"), ""),
     Attack("an ETag that is a path", headers("config.json", ETag='"/../../../../escaped"'), ""),
+    Attack("a redirect to another host", headers("config.json", Location="http://127.0.0.1:9/evil"), ""),
+    Attack("a shard that ends early", served("model.safetensors", b""), "model.safetensors"),
+    Attack("a checksum of another shard", announced("model.safetensors", lfs=OTHER), "model.safetensors"),
+    # The configuration
+    Attack("a config.json that is huge", config(b"{}", size=10**10), "has a malformed config.json"),
+    Attack("a config.json that is nested deeply", config(b'{"a":' * 100_000), "cannot read the config.json"),
+    Attack("a config.json that is a list", config(b"[]"), "cannot read the config.json"),
+    Attack("a config.json of numbers that are none", config(b'{"model_type": NaN}'), "the config.json"),
+    Attack(
+        "a config.json with terminal control", config(b'{"model_type": "\\u001b[2J\\nAll is well."}'), "the config.json"
+    ),
+    Attack(
+        "a quantization with terminal control",
+        config(b'{"model_type": "llama", "quantization_config": {"quant_method": "\\u001b[2J"}}'),
+        "is quantized by",
+    ),
+    Attack("names with terminal control", extra("\x1b[2J.model", "a\nb.model", "tokenizer.model\r"), ""),
+    # Adapters
+    Attack("an adapter of a local directory", adapter(base_model_name_or_path="{outside}"), "which is no repository"),
+    Attack("an adapter of a web page", adapter(base_model_name_or_path="http://a/b/c"), "which is no repository"),
+    Attack("an adapter of a hostile revision", adapter(revision="\x1b[2J\n"), "is no revision"),
+    Attack("an adapter of a path as revision", adapter(revision="../../../escaped"), "has no revision"),
+    Attack("an adapter that imports a module", adapter(megatron_config={}, megatron_core="evil"), ""),
     Attack("a commit that is a path", commit("../../escaped"), "does not answer as a Hugging Face hub"),
     Attack("a commit that is empty", commit(""), "does not answer as a Hugging Face hub"),
 ]
@@ -260,6 +306,35 @@ def test_a_directory_with_such_an_index_is_refused_too(
         download(source, weights)
     assert contents(weights) == before
     assert tree(outside) == {}
+
+
+def header(length: int, content: bytes) -> bytes:
+    return length.to_bytes(8, "little") + content
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        b"",
+        b"\x01",
+        header(2**63, b"{}"),
+        header(10**6, b"{}"),
+        header(0, b""),
+        header(2, b"[]"),
+        header(2, b"\xff\xff"),
+        header(500_000, b'{"a":' * 100_000),
+        header(68, b'{"a":{"dtype":"F32","shape":[999999999],"data_offsets":[0,9999999]}}'),
+    ],
+    ids=["empty", "short", "beyond 64 bits", "beyond the file", "none", "list", "no text", "deep", "offsets"],
+)
+def test_a_shard_whose_header_lies_is_refused_when_it_is_loaded(shard: bytes, weights: Path) -> None:
+    (weights / "model.safetensors").write_bytes(shard)
+    seal(weights)
+    with refusal("Transformers cannot load org/old from"):
+        load(weights, "float32", "cpu")
+    if shard != header(2, b"[]"):  # which is a table of no tensors, to safetensors
+        with refusal("model.safetensors is malformed"):
+            bytes_loaded([weights / "model.safetensors"], 4, None, None)
 
 
 def test_code_is_taken_from_plain_names_only_even_where_it_is_trusted(

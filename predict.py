@@ -3,13 +3,13 @@
 A prediction is either a prompt or a batch of LMTP operations; both become operations of the same generation loop.
 """
 
+import asyncio
 import contextvars
 import gc
 import json
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Optional
 
@@ -50,12 +50,10 @@ class Predictor(BasePredictor):
 
         def open_model() -> LoadedModel:
             loaded = weights.load(chosen.weights, dtype=chosen.dtype)
-            dtype = str(loaded.dtype).removeprefix("torch.")
+            computes = f"{loaded.dtype} on {weights.describe(loaded.device)}".removeprefix("torch.")
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-            print(
-                f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
-                flush=True,
-            )
+            took = f"loaded in {loaded.seconds:.1f} s ({loaded.rate:.1f} GB/s)"
+            print(f"{loaded.manifest.source}: {computes}, {took}; {versions}", flush=True)
             if defaults := defaults_of(loaded.model).described:
                 print(f"generation_config.json: {json.dumps(defaults)}", flush=True)
             started = time.monotonic()
@@ -82,7 +80,8 @@ class Predictor(BasePredictor):
     async def predict(
         self,
         prompt: Optional[str] = Input(  # noqa: UP045 - every version of cog build can read Optional
-            default=None, description="The text to answer or continue. Required unless ops_batch_json is given."
+            default=None,
+            description="The text to answer or continue. Required unless messages or ops_batch_json is given.",
         ),
         system_prompt: str = Input(
             default="", description="Instructions for how the model should behave, if its chat template takes them."
@@ -91,7 +90,16 @@ class Predictor(BasePredictor):
             default="",
             description="Text that contains {prompt} and optionally {system_prompt}. Empty: the model's chat template.",
         ),
+        messages: Optional[str] = Input(  # noqa: UP045
+            default=None,
+            description='Replaces prompt: a conversation as a JSON list like [{"role": "user", "content": "Hello"}].',
+        ),
         max_tokens: int = Input(default=512, ge=1, description="Maximum number of tokens to generate."),
+        min_tokens: Optional[int] = Input(  # noqa: UP045
+            default=None,
+            ge=0,
+            description="The answer does not end before this many tokens. Empty: what the model sets, or 0.",
+        ),
         temperature: Optional[float] = Input(  # noqa: UP045
             default=None,
             ge=0.0,
@@ -109,12 +117,30 @@ class Predictor(BasePredictor):
             ge=0,
             description="Sample from this many of the most likely tokens; 0 is all. Empty: what the model sets, or 0.",
         ),
+        min_p: Optional[float] = Input(  # noqa: UP045
+            default=None,
+            ge=0.0,
+            le=1.0,
+            description="Sample from tokens with this share of the likeliest one's probability. Empty: the model's.",
+        ),
+        repetition_penalty: Optional[float] = Input(  # noqa: UP045
+            default=None,
+            ge=0.01,
+            le=10.0,
+            description="Above 1, tokens of prompt and answer become less likely. Empty: what the model sets, or 1.",
+        ),
+        presence_penalty: float = Input(
+            default=0.0, ge=-5.0, le=5.0, description="Above 0, tokens of the answer so far become less likely."
+        ),
+        frequency_penalty: float = Input(
+            default=0.0, ge=-5.0, le=5.0, description="The same, for each time that the answer holds the token."
+        ),
         seed: Optional[int] = Input(  # noqa: UP045
             default=None, description="The same seed gives the same text. Empty: a random seed."
         ),
         stop_sequences: str = Input(
             default="",
-            description="Stop before this text. For several, give a JSON list of strings.",
+            description='Stop before any of these texts: a JSON list like [", ", "END"], or texts separated by commas.',
         ),
         logit_bias: str = Input(
             default="",
@@ -163,7 +189,10 @@ class Predictor(BasePredictor):
         ),
         allow_special_tokens: bool = Input(
             default=False,
-            description="Special tokens in prompt and system_prompt, such as <|im_end|>, are special, not plain text.",
+            description="Special tokens in prompts and messages, such as <|im_end|>, are special, not plain text.",
+        ),
+        max_new_tokens: Optional[int] = Input(  # noqa: UP045
+            default=None, ge=1, deprecated=True, description="The same as max_tokens, which other models call so."
         ),
         ops_batch_json: Optional[str] = Input(  # noqa: UP045
             default=None,
@@ -178,46 +207,66 @@ class Predictor(BasePredictor):
         started = time.monotonic()
         context = contextvars.copy_context()
         self.places.begin(context)
-        if (prompt is None) == (ops_batch_json is None):
-            raise RequestError(f"Give prompt or ops_batch_json{', not both' if prompt is not None else ''}.")
+        given = {"prompt": prompt, "messages": messages, "ops_batch_json": ops_batch_json}
+        both = [name for name, value in given.items() if value is not None]
+        if len(both) != 1:
+            raise RequestError(
+                f"{' and '.join(both)}: give one of them." if both else "Give prompt, messages or ops_batch_json."
+            )
+        if max_new_tokens is not None:
+            if max_tokens not in (512, max_new_tokens):
+                raise RequestError("max_tokens and max_new_tokens differ; give max_tokens alone.")
+            max_tokens = max_new_tokens
         operations: Sequence[Operation | Failure]
         completions: Completions | None = None
         engine, head = self.engine, self.engine.limits.head
         async with engine.preparing(started):
             if ops_batch_json is not None:
-                parse = partial(protocol.parse_batch, ops_batch_json, engine.longest_input)
-                operations = (
-                    parse() if len(ops_batch_json) <= protocol.MANY_BYTES else await engine.tokenizers.run(parse)
+                operations = await engine.tokenizers.parse(
+                    len(ops_batch_json), protocol.parse_batch, ops_batch_json, engine.longest_input
                 )
             else:
+                if messages is not None:
+                    ids = await engine.tokenizers.converse(
+                        messages, system_prompt, prompt_template, allow_special_tokens
+                    )
+                else:
+                    ids = await engine.tokenizers.render(
+                        prompt or "", system_prompt, prompt_template, allow_special_tokens
+                    )
                 # Choices are compared and masks filled as they are; only `generate` has defaults.
                 own = Defaults() if head or choices else engine.defaults
-                bias = {**own.logit_bias, **(protocol.parse_logit_bias(logit_bias) or {})}
-                generate = protocol.generate(  # the runtime lets 3.0 pass for an integer
-                    Encode if head else Generate,
-                    stream_id=0,
-                    prompt=await engine.tokenizers.render(
-                        prompt or "", system_prompt, prompt_template, allow_special_tokens
-                    ),
-                    max_tokens=int(max_tokens),
-                    min_tokens=min(own.min_tokens, int(max_tokens)),
-                    temperature=own.temperature if temperature is None else temperature,
-                    top_p=own.top_p if top_p is None else max(top_p, 1e-9),  # 0 keeps the most likely token alone
-                    top_k=own.top_k if top_k is None else int(top_k),
-                    min_p=own.min_p,
-                    repetition_penalty=own.repetition_penalty,
-                    seed=None if seed is None else int(seed),
-                    stop=text.parse_stop_sequences(stop_sequences),
-                    logit_bias=bias or None,
-                    choices=protocol.parse_choices(choices),
-                    regex=regex or None,
-                    json_schema=protocol.parse_json_schema(json_schema),
-                    grammar=grammar or None,
-                    top_logprobs=int(top_logprobs),
-                    text=True,
-                    adapter=adapter,
-                    cache_salt=cache_salt,
-                )
+
+                def read() -> Generate:
+                    bias = {**own.logit_bias, **(protocol.parse_logit_bias(logit_bias) or {})}
+                    return protocol.generate(  # the runtime lets 3.0 pass for an integer
+                        Encode if head else Generate,
+                        stream_id=0,
+                        prompt=ids,
+                        max_tokens=int(max_tokens),
+                        min_tokens=min(own.min_tokens if min_tokens is None else int(min_tokens), int(max_tokens)),
+                        temperature=own.temperature if temperature is None else temperature,
+                        top_p=own.top_p if top_p is None else max(top_p, 1e-9),  # 0 keeps the most likely token alone
+                        top_k=own.top_k if top_k is None else int(top_k),
+                        min_p=own.min_p if min_p is None else min_p,
+                        repetition_penalty=own.repetition_penalty if repetition_penalty is None else repetition_penalty,
+                        presence_penalty=presence_penalty or None,
+                        frequency_penalty=frequency_penalty or None,
+                        seed=None if seed is None else int(seed),
+                        stop=text.parse_stop_sequences(stop_sequences),
+                        logit_bias=bias or None,
+                        choices=protocol.parse_choices(choices),
+                        regex=regex or None,
+                        json_schema=protocol.parse_json_schema(json_schema),
+                        grammar=grammar or None,
+                        top_logprobs=int(top_logprobs),
+                        text=True,
+                        adapter=adapter,
+                        cache_salt=cache_salt,
+                    )
+
+                length = sum(map(len, (logit_bias, choices, json_schema, stop_sequences)))
+                generate = await engine.tokenizers.parse(length, read)
                 labels = head.labels if head else ()
                 encoded = engine.limits.source is not None
                 completions = Completions(
@@ -250,7 +299,10 @@ class Predictor(BasePredictor):
             counters = prediction.counters
             if completions:
                 check = self.engine.compiler.check
-                yield from _pieces(completions.end(counters.reused_tokens, counters.computed_tokens, check))
+                end = completions.end(counters.reused_tokens, counters.computed_tokens, check)
+                if prediction.cancelled:  # while the texts were checked
+                    raise asyncio.CancelledError
+                yield from _pieces(end)
         context.run(self._record, prediction, completions, first_token or 0.0, time.monotonic() - started)
 
     def _record(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmtp import protocol
 from lmtp.engine.sampling import random_of
+from lmtp.engine.source import MAX_SOURCE
 from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
 from lmtp.text import Tokenizers
 
@@ -75,6 +76,8 @@ class Completions:
         options = list(dict.fromkeys(generate.choices or []))
         whole = len(options) <= MAX_COMPARED and not generate.logit_bias and not generate.stop
         self._options = options if whole else []
+        if (length := sum(map(len, self._options))) > MAX_SOURCE["choices"]:
+            raise RequestError(f"choices has {length} characters; {MAX_SOURCE['choices']} is the most.")
         if self._encodes:
             self._check_encoding(prompt_logprobs)
         self._scored: dict[protocol.StreamId, list[Token]] = {}
@@ -110,10 +113,11 @@ class Completions:
     async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
         """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
         prompt = 0 if self._begins else len(self._generate.prompt)
+        names = {text: f"choices[{i}]" for i, text in reversed(list(enumerate(self._generate.choices or [])))}
         for place, operation in enumerate(self.operations):
             if not isinstance(operation, Score) or not isinstance(operation.scored, str):
                 continue
-            field = f"choices[{(self._generate.choices or []).index(operation.scored)}]"
+            field = names.get(operation.scored, "choices")
             ids = await tokenizers.encode(field, operation.scored, self._begins, add_special_tokens=not self._begins)
             if not ids:
                 raise RequestError(f"{field} is no token of this model: {protocol.quoted(operation.scored)}.")

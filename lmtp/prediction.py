@@ -48,8 +48,9 @@ class Turns:
     """When it last had no unread replies, or some were taken."""
     taken: int = 0
     """How many bytes were taken by then."""
-    admitted: int = -1
-    """The step before which one of its streams was last admitted; -1: none yet."""
+    queued: int = -1
+    """The step after which it last went to the end of the queue: when it was new, or one of its streams was admitted or
+    gave way; -1: not yet."""
     prefilled: int = -1
     """The step that last computed some of its prompts."""
     decoded: int = -1
@@ -79,6 +80,8 @@ class Prediction:
         """Marks prefixes that are shared within this prediction alone."""
         self.outbox: list[Reply] = []
         """Replies that `deliver` will hand over. Only the engine's thread touches it."""
+        self.cancelled = False
+        """Whether it was cancelled, even if every reply had been handed over."""
         self.taken = 0
         """Bytes, as estimated, of the replies that were taken. Only who iterates changes it."""
         self._delivered = 0
@@ -93,6 +96,7 @@ class Prediction:
 
     def cancel(self) -> None:
         """End it, on any thread. Its iterator raises asyncio.CancelledError."""
+        self.cancelled = True
         self._arrived.put(asyncio.CancelledError())  # before the end, or the iteration could end as if it had succeeded
         self._end(self)
 

@@ -43,8 +43,16 @@ MAX_BIASES = 2**21
 """Entries of ``logit_bias`` in one prediction: 40 times a vocabulary of 50,000. As Python objects they take
 100 times the memory of a ``mask``."""
 
-MAX_JSON = {"json_schema": 2**22, "data": 2**20}
-"""Bytes of a field that holds any JSON."""
+MAX_JSON = {
+    "choices": 2**23,
+    "data": 2**20,
+    "grammar": 2**19,
+    "json_schema": 2**22,
+    "mask": 2**22,
+    "regex": 2**22,
+    "stop": 2**19,
+}
+"""Bytes of JSON of a field, before it is parsed. The limits on what it means are lower: see engine/source.py."""
 
 MAX_SPLIT = 2**24
 """Characters of a batch whose operations are told apart although it is not JSON."""
@@ -88,9 +96,10 @@ def printable(text: str) -> str:
 
 
 def quoted(text: object) -> str:
-    """A caller's text for an error message, cut to MAX_QUOTED characters."""
-    if isinstance(text, str) and len(text) > MAX_QUOTED:
-        return f"{text[:MAX_QUOTED]!r}… ({len(text)} characters)"
+    """A caller's text or number for an error message, cut to MAX_QUOTED characters."""
+    written = text if isinstance(text, str) else str(text)
+    if len(written) > MAX_QUOTED:
+        return f"{written[:MAX_QUOTED]!r}… ({len(written)} characters)"
     return repr(text)
 
 
@@ -156,11 +165,12 @@ class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Describe the served model."""
+    """Describe the served model; with ``tokens`` also spell every token of its vocabulary."""
 
     stream_id: StreamId
     model: str | None = None
-    data: Any = None
+    data: msgspec.Raw = msgspec.Raw(b"null")  # ignored
+    tokens: bool = False
 
 
 Operation = Generate | Score | ModelInfo
@@ -279,27 +289,41 @@ def _split(text: str, error: Exception) -> list[str]:
     entries: list[str] = []
     for token in _TOKEN.finditer(text):
         opens, closes = token[0] in "[{", token[0] in "]}"
-        if depth <= 1 and text[end : token.start()].strip(_SPACE) != ("," if entries and not closes else ""):
+        if depth == 0 and (token[0] != "[" or text[end : token.start()].strip(_SPACE)):
             break
-        if depth == 0 and token[0] != "[":
-            break
-        if depth == 1 and not closes:
+        if depth == 1:
+            scalars = _scalars(text[end : token.start()], bool(entries), not closes)
+            if scalars is None:
+                break
+            entries += scalars
             start = token.start()
         depth += opens - closes
-        if depth == 1 and token.start() > 0 and (closes or not opens):
+        if depth == 1 and end and (closes or not opens):
             entries.append(text[start : token.end()])
-            if len(entries) > BATCH_LIMIT:
-                break
-        if depth <= 1:
+        if len(entries) > BATCH_LIMIT or depth == 0:
             end = token.end()
-        if depth == 0:
             break
+        if depth == 1:
+            end = token.end()
     if len(entries) > BATCH_LIMIT:
         raise RequestError(f"ops_batch_json holds more than {BATCH_LIMIT} operations; send several batches.")
     if depth or text[end:].strip(_SPACE) or not text[:end].endswith("]"):
         malformed = isinstance(error, msgspec.DecodeError)
         raise RequestError(f"ops_batch_json is not JSON: {error}." if malformed else _NO_ARRAY)
     return entries
+
+
+def _scalars(between: str, after: bool, before: bool) -> list[str] | None:
+    """The numbers, names and whatever else lies between two operations, or beside one; None if a comma is missing or
+    one too many. ``after``, ``before``: whether an operation is in front of it, or follows."""
+    parts = [part.strip(_SPACE) for part in between.split(",", BATCH_LIMIT + 2)]
+    if parts == [""] and not after and not before:
+        return []
+    if after and parts.pop(0):
+        return None
+    if before and (not parts or parts.pop()):
+        return None
+    return parts if all(parts) else None
 
 
 _STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,19}|"(?:[^"\\]|\\.){0,1536}+")')
@@ -310,10 +334,16 @@ class _Long(Struct):
     """The fields that can be long, unparsed."""
 
     prompt: msgspec.Raw = msgspec.Raw()
+    target: msgspec.Raw = msgspec.Raw()
     scored: msgspec.Raw = msgspec.Raw()
     logit_bias: msgspec.Raw = msgspec.Raw()
-    json_schema: msgspec.Raw = msgspec.Raw()
+    choices: msgspec.Raw = msgspec.Raw()
     data: msgspec.Raw = msgspec.Raw()
+    grammar: msgspec.Raw = msgspec.Raw()
+    json_schema: msgspec.Raw = msgspec.Raw()
+    mask: msgspec.Raw = msgspec.Raw()
+    regex: msgspec.Raw = msgspec.Raw()
+    stop: msgspec.Raw = msgspec.Raw()
 
 
 def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_biases: int) -> Operation | Failure:
@@ -330,6 +360,7 @@ def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_bia
         reason = f"operation {index}: {_unreadable(error, _written(entry))}."
         return Failure(stream_id=_written_id(entry), error=reason, kind="TOKEN")
     kind: Literal["TOKEN", "MSG"] = "TOKEN" if name in ("GENERATE", "SCORE") else "MSG"
+    which = name if stream_id is not None else f"operation {index}: {name}"
     operation = OPERATIONS.get(name)
     if operation is None:
         known = ", ".join(OPERATIONS)
@@ -340,25 +371,29 @@ def _parse_operation(index: int, entry: msgspec.Raw | str, max_ids: int, max_bia
         _check_lengths(payload, max_ids, max_biases)
         return msgspec.json.decode(payload, type=operation)
     except RequestError as error:
-        return Failure(stream_id=stream_id, error=f"{name} {error}", kind=kind)
+        return Failure(stream_id=stream_id, error=f"{which} {error}", kind=kind)
     except msgspec.ValidationError as error:
-        return Failure(stream_id=stream_id, error=f"{name} {_describe(error, operation)}", kind=kind)
+        return Failure(stream_id=stream_id, error=f"{which} {_describe(error, operation)}", kind=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        return Failure(stream_id=stream_id, error=f"{name}: {_unreadable(error, '')}.", kind=kind)
+        return Failure(stream_id=stream_id, error=f"{which}: {_unreadable(error, _written(payload))}.", kind=kind)
 
 
 def _check_lengths(payload: msgspec.Raw, max_ids: int, max_biases: int) -> None:
     """Raise RequestError for more than can be used, before millions of objects are made of it."""
     long = msgspec.json.decode(payload, type=_Long)
-    for field in ("prompt", "scored"):
+    for field in ("prompt", "target", "scored"):
         written = bytes(getattr(long, field))
         if written.startswith(b"[") and (count := written.count(b",") + 1) > max_ids:
             raise RequestError(f"{field}: {count} token ids; the model's context is {max_ids}.")
-    for field, most in MAX_JSON.items():
-        if (size := memoryview(getattr(long, field)).nbytes) > most:
-            raise RequestError(f"{field}: {size} bytes of JSON; {most} is the limit.")
+    for field in MAX_JSON:
+        _check_json(field, memoryview(getattr(long, field)).nbytes)
     if bytes(long.logit_bias).count(b":") > max_biases:
         raise RequestError(f"logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it.")
+
+
+def _check_json(field: str, size: int) -> None:
+    if size > MAX_JSON[field]:
+        raise RequestError(f"{field}: {size} bytes of JSON; {MAX_JSON[field]} is the limit.")
 
 
 def _written(entry: msgspec.Raw | str) -> str:
@@ -385,7 +420,8 @@ def _unreadable(error: Exception, text: str) -> str:
     """What is wrong with JSON text that the parser gives up."""
     if isinstance(error, RecursionError):
         return f"nested too deep; the limit is about {sys.getrecursionlimit()} levels"
-    if isinstance(error, UnicodeError) or any(word in str(error) for word in ("surrogate", "escape", "truncated")):
+    cut = "truncated" in str(error) and "\\u" in text  # a surrogate at the end of a string
+    if isinstance(error, UnicodeError) or cut or any(word in str(error) for word in ("surrogate", "escape")):
         return "a string holds a lone surrogate, which is no character"
     numbers = "; JSON has no NaN and no Infinity" if "NaN" in text or "Infinity" in text else ""
     return f"{printable(str(error))}{numbers}"
@@ -448,16 +484,20 @@ def _reject_repeated_ids(operations: list[Operation | Failure]) -> list[Operatio
 
 def parse_logit_bias(text: str) -> dict[int, float] | None:
     """Parse a ``logit_bias`` given as JSON; None if the text is empty. Raises RequestError."""
+    if (count := text.count(":")) > MAX_BIASES:
+        raise RequestError(f"logit_bias has {count} entries; {MAX_BIASES} is the limit.")
     return _parse(text, dict[TokenId, float], 'logit_bias must be a JSON object like {"42": -100}')
 
 
 def parse_choices(text: str) -> list[str] | None:
     """Parse ``choices`` given as JSON; None if the text is empty. Raises RequestError."""
+    _check_json("choices", len(text))
     return _parse(text, list[str], 'choices must be a JSON list of strings like ["yes", "no"]')
 
 
 def parse_json_schema(text: str) -> dict[str, Any] | bool | None:
     """Parse a ``json_schema`` given as JSON; None if the text is empty. Raises RequestError."""
+    _check_json("json_schema", len(text))
     schema: dict[str, Any] | bool | None = _parse(
         text, dict[str, Any] | bool, "json_schema must be a JSON object, or true for any JSON"
     )

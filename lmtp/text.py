@@ -13,17 +13,18 @@ import re
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
+from tokenizers import Encoding
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp import protocol
-from lmtp.protocol import RequestError
+from lmtp.protocol import MANY_BYTES, RequestError
 
 CONTEXT_TOKENS = 8
 """How many of the prompt's last tokens the decoder reads first. They decide about a leading space and complete
@@ -32,14 +33,50 @@ characters whose bytes are spread over tokens."""
 BYTES_PER_TOKEN = 16
 """A longer text, for each token of the context, is refused before it is tokenized."""
 
+SHORT = 2**12
+"""Characters of a text that does not wait for longer ones."""
+
+AGE = 2**10
+"""Characters for which a text lets one later text go first."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Tokenizers:
-    """The tokenizer, on threads of its own: a long text takes seconds, and no other prediction may wait for it.
+class Lane:
+    """Threads that run calls in order of arrival, but for their lengths: a call lets one later call go first for each
+    ``AGE`` characters that it reads."""
 
-    A tokenizer is not thread-safe, so every thread but the first has a copy, made when it is first needed.
+    def __init__(self, name: str, threads: int) -> None:
+        self._arrivals = itertools.count()
+        self._calls = queue.PriorityQueue[tuple[int, int, Callable[[], None]]]()
+        for _ in range(threads):
+            threading.Thread(target=self._serve, name=name, daemon=True).start()
+
+    async def run(self, length: int, call: Callable[[], T]) -> T:
+        """Wait for what the call returns. ``length``: characters of what it reads."""
+        future: Future[T] = Future()
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        arrival = next(self._arrivals)
+        self._calls.put((arrival + length // AGE, arrival, answer))
+        return await asyncio.wrap_future(future)
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()[2]()
+
+
+class Tokenizers:
+    """The tokenizer, on threads of its own: a long text takes a second, and no other prediction may wait for it.
+
+    One thread is for short texts alone. A tokenizer is not thread-safe, so every thread but the first has a copy.
     """
 
     def __init__(
@@ -53,13 +90,19 @@ class Tokenizers:
         self._unused = queue.SimpleQueue[PreTrainedTokenizerBase]()
         self._unused.put(tokenizer)
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(threads, "tokenize", self._begin)
+        self._long = Lane("tokenize", max(threads - 1, 1))
+        self._short = Lane("tokenize-short", 1) if threads > 1 else self._long
 
-    def _begin(self) -> None:
-        try:
-            self._local.tokenizer = self._unused.get_nowait()
-        except queue.Empty:
-            self._local.tokenizer = copy.deepcopy(self._original)
+    @property
+    def _own(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of this thread."""
+        if not hasattr(self._local, "tokenizer"):
+            try:
+                self._local.tokenizer = self._unused.get_nowait()
+            except queue.Empty:
+                self._local.tokenizer = copy.deepcopy(self._original)
+        own: PreTrainedTokenizerBase = self._local.tokenizer
+        return own
 
     async def render(
         self, prompt: str, system_prompt: str = "", template: str = "", allow_special_tokens: bool = False
@@ -67,7 +110,23 @@ class Tokenizers:
         """`render_prompt` for a prompt of any size. Raises RequestError."""
         prompts, system_prompts = template.count("{prompt}"), template.count("{system_prompt}")
         self.check("prompt", template, *[prompt] * max(prompts, 1), *[system_prompt] * max(system_prompts, 1))
-        return await self._run(render_prompt, prompt, system_prompt, template, allow_special_tokens, self._mask)
+        length = max(prompts, 1) * len(prompt) + max(system_prompts, 1) * len(system_prompt) + len(template)
+        return await self._run(length, render_prompt, prompt, system_prompt, template, allow_special_tokens, self._mask)
+
+    async def converse(
+        self, messages: str, system_prompt: str = "", template: str = "", allow_special_tokens: bool = False
+    ) -> list[int]:
+        """`render_messages` for the JSON of messages of any size. Raises RequestError."""
+        if system_prompt or template:
+            raise RequestError(
+                "messages: system_prompt and prompt_template go with prompt; make the system prompt the first message."
+            )
+        most = self._max_bytes * 6  # what JSON makes of a character at most
+        if most and len(messages) > most:
+            raise RequestError(f"messages is {len(messages)} bytes of JSON; {most} is the limit of this model.")
+        conversation = await self.parse(len(messages), parse_messages, messages)
+        self.check("messages", *(text for message in conversation for text in message.values()))
+        return await self._run(len(messages), render_messages, conversation, allow_special_tokens, self._mask)
 
     async def encode(
         self,
@@ -80,13 +139,13 @@ class Tokenizers:
         """`encode` for a text of any size. Raises RequestError, naming the field."""
         self.check(field, text)
         mask = self._mask if begins_sequence else None
-        return await self._run(encode, text, begins_sequence, allow_special_tokens, mask, add_special_tokens)
+        return await self._run(len(text), encode, text, begins_sequence, allow_special_tokens, mask, add_special_tokens)
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function that takes long, on one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, functools.partial(function, *args, **kwargs)
-        )
+    async def parse(self, length: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that reads ``length`` characters, here or on one of the threads."""
+        if length <= MANY_BYTES:
+            return function(*args, **kwargs)
+        return await self._long.run(length, functools.partial(function, *args, **kwargs))
 
     def check(self, field: str, *texts: str) -> None:
         """Raise RequestError if the texts together are too long to tokenize, or no text."""
@@ -100,12 +159,16 @@ class Tokenizers:
             raise RequestError(f"{field} is {size} bytes of text; {most} is the limit of this model.")
 
     async def _run(
-        self, function: Callable[Concatenate[PreTrainedTokenizerBase, P], list[int]], *args: P.args, **kwargs: P.kwargs
+        self,
+        length: int,
+        function: Callable[Concatenate[PreTrainedTokenizerBase, P], list[int]],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> list[int]:
         def call() -> list[int]:
-            return function(self._local.tokenizer, *args, **kwargs)
+            return function(self._own, *args, **kwargs)
 
-        return await self.run(call)
+        return await (self._short if length <= SHORT else self._long).run(length, call)
 
 
 def render_prompt(
@@ -135,13 +198,71 @@ def render_prompt(
         return _encode(tokenizer, prompt.join(part.replace("{system_prompt}", system_prompt) for part in parts), cut)
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages.append({"role": "user", "content": prompt})
-        try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program and can raise anything
-            raise RequestError(f"the model's chat template refused the prompt: {error}") from error
-        return _encode(tokenizer, str(rendered), cut, begins_sequence=False)
+        return _apply_chat_template(tokenizer, [*messages, {"role": "user", "content": prompt}], cut, "prompt")
     return _encode(tokenizer, f"{system_prompt}\n\n{prompt}" if system_prompt else prompt, cut)
+
+
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    content: str | list[_Part]
+    name: str | None = None
+
+
+_MESSAGES = Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=10_000)]
+
+
+def parse_messages(value: str) -> list[dict[str, str]]:
+    """Parse a conversation given as a JSON list of objects with role and content, as OpenAI's clients write it. The
+    content is text, or a list of parts that are text. Raises RequestError."""
+    try:
+        messages = msgspec.json.decode(value, type=_MESSAGES)
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        reason = str(error).replace("`", "")
+        expected = 'messages must be a JSON list like [{"role": "user", "content": "Hello"}]'
+        raise RequestError(f"{expected}: {reason}.") from None
+    conversation = []
+    for message in messages:
+        parts = message.content if isinstance(message.content, list) else [message]
+        content = "".join(part.text if isinstance(part, _Part) else str(part.content) for part in parts)
+        name = {"name": message.name} if message.name else {}
+        conversation.append({"role": message.role, "content": content, **name})
+    return conversation
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    allow_special_tokens: bool = False,
+    mask: str | None = None,
+) -> list[int]:
+    """Render and tokenize a conversation with the chat template, up to where the answer begins.
+
+    Special tokens in the messages are text unless allowed, except for ``mask``. Raises RequestError for a model without
+    a chat template, and for what its template refuses.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("messages: this model has no chat template; give prompt.")
+    cut = _unused(*(text for message in messages for text in message.values()))
+    if not allow_special_tokens:
+        messages = [
+            {field: _cut(tokenizer, text, cut, mask) for field, text in message.items()} for message in messages
+        ]
+    return _apply_chat_template(tokenizer, messages, cut, "messages")
+
+
+def _apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], cut: str, field: str
+) -> list[int]:
+    try:
+        rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program and can raise anything
+        raise RequestError(f"the model's chat template refused the {field}: {error}") from error
+    return _encode(tokenizer, str(rendered), cut, begins_sequence=False)
 
 
 def encode(
@@ -162,7 +283,7 @@ def encode(
         text = _cut(tokenizer, text, cut, mask)
     if begins_sequence:
         return _encode(tokenizer, text, cut, add_special_tokens)
-    return list(itertools.chain.from_iterable(_continue(tokenizer, part) for part in text.split(cut)))
+    return list(itertools.chain.from_iterable(_continue(tokenizer, text.split(cut))))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str, begins_sequence: bool = True) -> list[int]:
@@ -174,17 +295,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str, begins_sequ
         return ids
     plain = tokenizer.encode(first, add_special_tokens=False)
     begin = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), 0)
-    following = itertools.chain.from_iterable(_continue(tokenizer, part) for part in others)
+    following = itertools.chain.from_iterable(_continue(tokenizer, others))
     return [*ids[: begin + len(plain)], *following, *ids[begin + len(plain) :]]
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _continue(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterable[list[int]]:
     """Tokenize what goes on in the middle of a text: many tokenizers put a space in front of the first word."""
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        encoding = tokenizer.backend_tokenizer.encode(f"\n{text}", add_special_tokens=False)
-        after = [i for i, (start, end) in enumerate(encoding.offsets) if start >= 1 and end > start]
-        if after and all(end <= 1 for _, end in encoding.offsets[: after[0]]):
-            return list(encoding.ids[after[0] :])
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    once = list(dict.fromkeys(texts))
+    encodings = tokenizer.backend_tokenizer.encode_batch([f"\n{text}" for text in once], add_special_tokens=False)
+    ids = dict(zip(once, map(functools.partial(_after_line_end, tokenizer), once, encodings), strict=True))
+    return [ids[text] for text in texts]
+
+
+def _after_line_end(tokenizer: PreTrainedTokenizerFast, text: str, encoding: Encoding) -> list[int]:
+    """The ids of a text, of its encoding after a line end; tokenized by itself if the line end is not a token."""
+    after = [i for i, (start, end) in enumerate(encoding.offsets) if start >= 1 and end > start]
+    if after and all(end <= 1 for _, end in encoding.offsets[: after[0]]):
+        return list(encoding.ids[after[0] :])
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -286,19 +415,23 @@ class TextDecoder:
         self._stop = stop
         self._held = ""
 
-    def add(self, token: int) -> Piece:
-        """Decode one token and return the text that it completed."""
+    def add(self, token: int, may_stop: bool = True) -> Piece:
+        """Decode one token and return the text that it completed.
+
+        Unless it ``may_stop``, a stop sequence that is complete by now is text like any other.
+        """
         text = self._decoder.step(self._tokenizer, token)
         if text is None:
             self._undecoded.append(token)
             return Piece("", stopped=False)
         self._undecoded.clear()
         self._held += text
-        ends = [end for stop in self._stop if (end := self._held.find(stop)) >= 0]
-        if ends:
-            self._held = self._held[: min(ends)]
+        found = [stop for stop in self._stop if stop in self._held]
+        if found and may_stop:
+            self._held = self._held[: min(map(self._held.find, found))]
             return Piece(self._take(len(self._held)), stopped=True)
-        return Piece(self._take(len(self._held) - self._possible_stop()), stopped=False)
+        passed = self._take(max((self._held.rfind(stop) + len(stop) for stop in found), default=0))
+        return Piece(passed + self._take(len(self._held) - self._possible_stop()), stopped=False)
 
     def flush(self) -> str:
         """Return the text still held back. Call it after the last token."""
@@ -323,11 +456,12 @@ class TextDecoder:
 
 
 def parse_stop_sequences(value: str) -> list[str] | None:
-    """Parse stop sequences given as one text or as a JSON list of strings. Raises RequestError."""
+    """Parse stop sequences given as a JSON list of strings, or separated by commas. Raises RequestError."""
     try:
-        if not value.startswith("["):
-            return msgspec.convert([value], protocol.Stops) if value else None
-        return msgspec.json.decode(value, type=protocol.Stops) or None
+        if value.startswith("["):
+            return msgspec.json.decode(value, type=protocol.Stops) or None
+        return msgspec.convert([part for part in value.split(",") if part], protocol.Stops) or None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         reason = str(error).replace("`", "")
-        raise RequestError(f'stop_sequences must be one text or a JSON list like ["\\n", "END"]: {reason}.') from None
+        expected = 'stop_sequences must be a JSON list like ["\\n", "END"] or texts separated by commas'
+        raise RequestError(f"{expected}: {reason}.") from None

@@ -114,6 +114,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0, "text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0},
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
     "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
+    "esmc": {"num_key_value_heads": 4},
     "minimax": {"block_size": 8},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16), "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
@@ -147,6 +148,8 @@ def build(model_type: str, auto: Any = AutoModelForCausalLM, decoder: bool = Tru
     class of Transformers."""
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config_of(model_type, decoder)).eval()
+    if not decoder and not hasattr(model.config, "decoder_start_token_id"):
+        model.config.decoder_start_token_id = 1  # T5's classifiers need one
     # Without what a configuration forces on generate, such as an end at max_length.
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None if decoder else 1

@@ -1,6 +1,8 @@
 """Which runner serves an architecture, and whether it serves it as Transformers does: a tiny random model is compared
 with Transformers' own `generate` and one plain forward pass."""
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
-from lmtp.protocol import Generate, Score
+from lmtp.protocol import Encode, Generate, Score
 from lmtp.runners.model import UnsupportedModel, accepts_positions, limits_of
 from tests import models
+from tests.encoders import tokenizer_of
 from tests.tiny import answers, start
 
 EXACT = "exact"
@@ -26,6 +29,8 @@ TOKENS = 30
 
 CAUSAL = "AutoModelForCausalLM"
 ENCODER_DECODER = "AutoModelForSeq2SeqLM"
+MASKED = "AutoModelForMaskedLM"
+CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,13 @@ def probe(model_type: str, architecture: str, auto: str = CAUSAL) -> Row:
     except Exception as error:
         return Row(*named, UNBUILT, reason=said(error))
     try:
-        engine = start(model)
+        engine = start(model, tokenizer_of("bert") if auto in (MASKED, CLASSIFIER) else None)
     except UnsupportedModel as error:
         return Row(*named, REFUSED, reason=str(error))
     except Exception as error:
         return Row(*named, WRONG, reason=f"setup: {said(error)}")
     try:
-        found = differences(model, engine)
+        found = differences(model, engine) if not engine.limits.head else other_answers(model, engine)
     except Exception as error:
         found = [said(error)]
     finally:
@@ -89,6 +94,43 @@ def differences(model: PreTrainedModel, engine: Engine) -> list[str]:
     if not distance < 1e-3:
         found.append(f"log-probabilities are {distance:.2g} from those of a forward pass")
     return found
+
+
+@torch.inference_mode()
+def other_answers(model: PreTrainedModel, engine: Engine) -> list[str]:
+    """The same of an encoder: its log-probabilities of tokens or labels, side by side and alone, against those of a
+    plain forward pass over each text."""
+    mask: int = engine.tokenizer.mask_token_id
+    labels = engine.limits.head.labels if engine.limits.head else ()
+    prompts = [[token + (token == mask) for token in prompt] for prompt in random_prompts(9, 17, 41, 41)]
+    texts = [[*prompt[:2], mask, *prompt[3:], models.END] for prompt in prompts]
+    operations = [Encode(stream_id=i, prompt=text, top_logprobs=5) for i, text in enumerate(texts)]
+    together, alone = answers(engine, *operations), [answers(engine, operation) for operation in operations]
+    found = []
+    for i, text in enumerate(texts):
+        ids = torch.tensor([text])
+        given = {"attention_mask": torch.ones_like(ids)} if accepts_mask(model) else {}
+        logits = fresh(model)(input_ids=ids, **given).logits[0].float()
+        own = torch.log_softmax(logits if labels else logits[2], -1)
+        for which, got in (("beside others", together.tokens(i)), ("alone", alone[i].tokens(i))):
+            top = got[0].top_logprobs
+            distance = max(abs(own[token].item() - value) for token, value in top.items()) if top else math.inf
+            if not distance < 1e-3:
+                found.append(f"{which} the log-probabilities of text {i} are {distance:.2g} from a forward pass")
+    return found[:1]
+
+
+def accepts_mask(model: PreTrainedModel) -> bool:
+    """Whether the model takes an attention mask."""
+    return "attention_mask" in inspect.signature(model.forward).parameters
+
+
+def fresh(model: PreTrainedModel) -> Any:
+    """The model as it was loaded: BigBird remembers that it once read a short text."""
+    base: Any = model.base_model
+    if model.config.model_type == "big_bird":
+        base.set_attention_type(model.config.attention_type)
+    return model
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """docs/models.md: written from what the probe found, and read back for tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import transformers
 
@@ -32,16 +32,22 @@ is refused with the reason.
 
 The prompts of encoder-decoder models are their sources, which are encoded at once; log-probabilities are those of targets.
 
+Masked language models and sequence classifiers read texts whole. *Exact* means log-probabilities equal to one forward pass
+over each text within 0.001, beside others and alone. Texts share a pass **padded**, **by length** with those of equal
+length, or run **one by one**; a note says why not padded. Decoders with a classifier's head are among the classifiers.
+
 BERT and its like are served as decoders only if their configuration says `is_decoder`: the rows are for such models.
 """
 
 RUNNERS = {"slots": "slots", "the model's own caches": "own caches", "the model's own state": "own state", "no cache": "no cache"}  # fmt: skip
 
+WAYS = {"all texts of a step in one padded pass": "padded", "texts of equal length in one pass": "by length", "one text at a time": "one by one"}  # fmt: skip
 
-def page(causal: Sequence[Row], encoder_decoder: Sequence[Row]) -> str:
-    """The whole page."""
+
+def page(found: Mapping[str, Sequence[Row]]) -> str:
+    """The whole page: the rows of each kind of model, by title."""
     parts = [INTRODUCTION.format(version=transformers.__version__)]
-    for title, rows in (("Causal models", causal), ("Encoder-decoder models", encoder_decoder)):
+    for title, rows in found.items():
         exact = sum(row.verdict == EXACT for row in rows)
         head = [f"## {title}", "", f"{exact} of {len(rows)} are exact.", "", "| type | class | served | note |"]
         parts.append("\n".join([*head, "| --- | --- | --- | --- |", *map(line, rows)]) + "\n")
@@ -57,7 +63,8 @@ def served(row: Row) -> str:
     """The runner's short name where it is exact."""
     if row.verdict != EXACT:
         return row.verdict
-    return f"exact, {RUNNERS[row.runner.split(',')[0]]}"
+    way = row.runner.removeprefix("encoder, ")
+    return f"exact, {WAYS.get(way) or RUNNERS[way.split(',')[0]]}"
 
 
 def note(row: Row) -> str:
@@ -68,6 +75,6 @@ def note(row: Row) -> str:
 
 
 def committed() -> dict[tuple[str, str], str]:
-    """What the committed page says is served, by type and class."""
+    """What the committed page says is served, by type and class: of several rows the first."""
     cells = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    return {(kind.removeprefix("| ").strip("`"), name.strip("`")): served for kind, name, served, *_ in cells}
+    return {(kind.removeprefix("| ").strip("`"), name.strip("`")): served for kind, name, served, *_ in reversed(cells)}

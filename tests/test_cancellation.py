@@ -117,3 +117,25 @@ def test_output_that_nobody_reads_ends_the_prediction() -> None:
     answers(engine, ModelInfo(stream_id=0))  # the engine has taken the end once it answers this
     assert engine.runner.active == []
     engine.stop()
+
+
+def test_a_cancel_while_finished_texts_are_checked_is_not_lost() -> None:
+    engine = start(build("llama"))
+    prediction = begin(engine, Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=2))
+
+    class Checked:
+        """Completions whose check is interrupted by the cancel."""
+
+        def add(self, replies: object) -> str:
+            return ""
+
+        def end(self, *_: object) -> str:
+            prediction.cancel()
+            return "the answer"
+
+    completions: Any = Checked()
+    predictor = Predictor()
+    predictor.engine = engine
+    with pytest.raises(asyncio.CancelledError):
+        list(predictor._chunks(prediction, completions, 0.0, copy_context()))
+    engine.stop()

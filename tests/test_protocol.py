@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import msgspec
 import pytest
 
 from lmtp import protocol
@@ -19,6 +20,8 @@ from lmtp.protocol import (
     finite,
     generate,
     parse_batch,
+    parse_choices,
+    parse_json_schema,
     parse_logit_bias,
 )
 
@@ -38,7 +41,7 @@ def test_a_batch_from_lmql_is_parsed_with_its_defaults() -> None:
     assert batch == [
         Generate(stream_id=1, prompt=[1, 2], model="m", logit_bias={7: 100.0}, length_penalty=1.0),
         Score(stream_id=2, prompt=[], scored=[5], model="m"),
-        ModelInfo(stream_id="three", model="m", data={"model": "m"}),
+        ModelInfo(stream_id="three", model="m", data=msgspec.Raw(b'{"model": "m"}')),
     ]
     generate = batch[0]
     assert isinstance(generate, Generate)
@@ -260,7 +263,11 @@ def test_more_token_ids_than_the_context_are_not_even_parsed() -> None:
         return f'["{name}", {{"stream_id": 1, {fields}}}]'
 
     ids = '["no id"' + ", 7" * 8 + "]"  # parsed, it would be another error
-    for name, fields in (("GENERATE", f'"prompt": {ids}'), ("SCORE", f'"prompt": [1], "scored": {ids}')):
+    for name, fields in (
+        ("GENERATE", f'"prompt": {ids}'),
+        ("GENERATE", f'"prompt": [1], "target": {ids}'),
+        ("SCORE", f'"prompt": [1], "scored": {ids}'),
+    ):
         (failure,) = parse_batch(f"[{op(name, fields)}]", max_ids=8)
         assert isinstance(failure, Failure)
         assert failure.error.endswith(": 9 token ids; the model's context is 8.")
@@ -278,6 +285,51 @@ def test_fields_of_any_json_have_limits_of_their_own(monkeypatch: pytest.MonkeyP
             in only(f'[[{fields}"stream_id": 1, "{field}": {long}}}]]').error
         )
         assert not isinstance(parse_batch(f'[[{fields}"stream_id": 1, "{field}": {short}}}]]')[0], Failure)
+
+
+@pytest.mark.parametrize("field", ["choices", "regex", "grammar", "mask", "stop"])
+def test_fields_that_would_be_long_are_not_even_parsed(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(protocol.MAX_JSON, field, 12)
+    failure = only(f'[["GENERATE", {{"stream_id": 1, "prompt": [1], "{field}": [7, 7, 7, 7, 7]}}]]')
+    assert failure.error == f"GENERATE {field}: 15 bytes of JSON; 12 is the limit."
+
+
+def test_inputs_that_are_json_have_the_limits_of_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_JSON", {"choices": 12, "json_schema": 12})
+    monkeypatch.setattr(protocol, "MAX_BIASES", 2)
+    for parse, text in ((parse_choices, '["no", "yes"'), (parse_json_schema, '{"type": "no"')):
+        with pytest.raises(RequestError, match=r"bytes of JSON; 12 is the limit" if len(text) > 12 else "must be"):
+            parse(text)
+    with pytest.raises(RequestError, match="logit_bias has 3 entries; 2 is the limit"):
+        parse_logit_bias('{"1": 1, "2": 1, "3": ')
+
+
+def test_every_operation_beside_one_that_cannot_be_read_is_answered_by_itself() -> None:
+    good = '["MODEL_INFO", {"stream_id": 1}]'
+    bad = '["GENERATE", {"stream_id": 2, "prompt": "\\ud800"}]'
+    for before, after in (("3, ", ""), ("", ", 3.5"), ("null, tru, ", ""), ("", ', "text"'), ("1,2 ,", " , x")):
+        answers = parse_batch(f"[{before}{bad}, {good}{after}]")
+        assert ModelInfo(stream_id=1) in answers
+        others = [answer for answer in answers if isinstance(answer, Failure)]
+        assert len(others) == len(answers) - 1 == 1 + before.count(",") + after.count(",")
+        assert [answer.stream_id for answer in others if "surrogate" in answer.error] == [2]
+    for broken in (
+        f"[{bad} {good}]",
+        f"[{bad},, {good}]",
+        f"[{bad}, {good},]",
+        f"[,{bad}]",
+        f"[1 2, {bad}",
+        f"{bad}, 3",
+    ):
+        with pytest.raises(RequestError, match="JSON"):
+            parse_batch(broken)
+
+
+def test_an_operation_whose_id_is_refused_is_named_by_its_place() -> None:
+    for written in ('"' + "a" * 300 + '"', "[1]", str(2**70)):
+        failures = parse_batch(f'[["MODEL_INFO", {{"stream_id": 1}}], ["SCORE", {{"stream_id": {written}}}]]')
+        assert isinstance(failures[1], Failure)
+        assert failures[1].error.startswith("operation 1: SCORE stream_id: ")
 
 
 def test_an_operation_has_a_limit_in_size_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """Templates, decoding and stop sequences with the demo model's tokenizer."""
 
 import asyncio
+import copy
 import json
 import random
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,19 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmtp import text as text_module
 from lmtp.protocol import RequestError
-from lmtp.text import TextDecoder, Tokenizers, encode, parse_stop_sequences, render_prompt
+from lmtp.text import (
+    AGE,
+    Lane,
+    TextDecoder,
+    Tokenizers,
+    encode,
+    parse_messages,
+    parse_stop_sequences,
+    render_messages,
+    render_prompt,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +96,22 @@ def test_the_start_of_a_stop_sequence_is_held_back_and_released(tokenizer: PreTr
     assert "".join(decoder.add(token).text for token in encode(tokenizer, "two")) == "\n\ntwo"
 
 
+def test_a_stop_sequence_that_comes_too_early_is_text_like_any_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encode(tokenizer, "a END b END c END d")
+    second = len(encode(tokenizer, "a END b END"))
+    for least in range(1, len(tokens)):
+        decoder = TextDecoder(tokenizer, [], ["END"])
+        shown, stopped = "", False
+        for count, token in enumerate(tokens, 1):
+            piece = decoder.add(token, may_stop=count >= least)
+            shown, stopped = shown + piece.text, piece.stopped
+            if stopped:
+                break
+        assert stopped
+        expected = "a " if least <= 2 else "a END b " if least <= second else "a END b END c "
+        assert shown == expected
+
+
 def test_special_tokens_add_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
     decoder = TextDecoder(tokenizer, [], [])
     assert tokenizer.eos_token_id is not None
@@ -108,12 +138,69 @@ def test_an_empty_prompt_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
         render_prompt(tokenizer, "")
 
 
-def test_stop_sequences_are_one_text_or_a_json_list() -> None:
+def test_stop_sequences_are_a_json_list_or_texts_separated_by_commas() -> None:
     assert parse_stop_sequences("") is None
     assert parse_stop_sequences("\n") == ["\n"]
-    assert parse_stop_sequences('["a", "b"]') == ["a", "b"]
-    with pytest.raises(RequestError, match="stop_sequences must be one text or a JSON list"):
+    assert parse_stop_sequences("<end>,<stop>,") == ["<end>", "<stop>"]
+    assert parse_stop_sequences('["a", "b, c"]') == ["a", "b, c"]
+    with pytest.raises(RequestError, match="stop_sequences must be a JSON list"):
         parse_stop_sequences("[1]")
+    with pytest.raises(RequestError, match=r"stop_sequences must be a JSON list .* separated by commas"):
+        parse_stop_sequences("a," * 65)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "<|im_end|> and {you}?"},
+]
+
+
+def test_a_conversation_is_rendered_as_the_chat_template_says(tokenizer: PreTrainedTokenizerBase) -> None:
+    expected = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
+    messages = parse_messages(json.dumps(CONVERSATION))
+    ids = render_messages(tokenizer, messages)
+    assert tokenizer.decode(ids) == expected
+    end: Any = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 4, "the user's is text"
+    allowed = render_messages(tokenizer, messages, allow_special_tokens=True)
+    assert allowed == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_the_content_of_a_message_may_come_in_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = [{"role": "user", "content": parts, "name": "Ada"}]
+    assert parse_messages(json.dumps(given)) == [{"role": "user", "content": "ab", "name": "Ada"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("hello", "messages must be a JSON list like"),
+        ("[]", "length >= 1"),
+        ('[{"role": "user"}]', "missing required field content"),
+        ('[{"role": "user", "content": [{"type": "image_url"}]}]', "Invalid enum value 'image_url'"),
+        ('[{"role": "user", "content": "a", "tool_calls": []}]', "unknown field tool_calls"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused(given: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        parse_messages(given)
+
+
+async def test_messages_need_a_chat_template_and_no_other(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizers = Tokenizers(tokenizer, threads=1, max_bytes=100)
+    given = '[{"role": "user", "content": "Hello"}]'
+    assert await tokenizers.converse(given) == render_prompt(tokenizer, "Hello")
+    with pytest.raises(RequestError, match="make the system prompt the first message"):
+        await tokenizers.converse(given, "Be kind.")
+    with pytest.raises(RequestError, match="messages is 150 bytes of text; 100 is the limit"):
+        await tokenizers.converse(json.dumps([{"role": "user", "content": "x" * 146}]))
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(RequestError, match="no chat template; give prompt"):
+        await Tokenizers(plain, threads=1, max_bytes=100).converse(given)
 
 
 def byte_level() -> Tokenizer:
@@ -279,3 +366,57 @@ async def test_a_long_text_does_not_keep_a_short_one_waiting(tokenizer: PreTrain
     assert await tokenizers.encode("prompt", "Hello there") == encode(tokenizer, "Hello there")
     assert not long.done()
     assert len(await long) > 100_000
+
+
+async def test_calls_run_in_order_of_arrival_but_for_their_lengths() -> None:
+    lane = Lane("test", 1)
+    begin = threading.Event()
+    order: list[str] = []
+    blocking = asyncio.create_task(lane.run(0, lambda: begin.wait() and None))
+    calls = [("long", 100 * AGE), ("short", 10), ("longer", 101 * AGE), ("next", 10), ("middle", 2 * AGE)]
+    tasks = [asyncio.create_task(lane.run(length, partial(order.append, name))) for name, length in calls]
+    await asyncio.sleep(0)
+    cancelled = asyncio.create_task(lane.run(0, partial(order.append, "cancelled")))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    begin.set()
+    await asyncio.gather(blocking, *tasks)
+    assert order == ["short", "next", "middle", "long", "longer"]
+
+
+async def test_a_long_text_is_passed_by_a_bounded_number_of_short_ones() -> None:
+    lane = Lane("test", 1)
+    begin = threading.Event()
+    order: list[int] = []
+    blocking = asyncio.create_task(lane.run(0, lambda: begin.wait() and None))
+    tasks = [asyncio.create_task(lane.run(3 * AGE if i == 0 else 1, partial(order.append, i))) for i in range(9)]
+    await asyncio.sleep(0)
+    begin.set()
+    await asyncio.gather(blocking, *tasks)
+    assert order == [1, 2, 0, 3, 4, 5, 6, 7, 8] or order == [1, 2, 3, 0, 4, 5, 6, 7, 8]
+
+
+async def test_a_short_text_has_a_thread_that_no_long_one_takes(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizers = Tokenizers(tokenizer, threads=3, max_bytes=0)
+    begin = threading.Event()
+    blocking = [asyncio.create_task(tokenizers.parse(2**20, begin.wait)) for _ in range(4)]
+    assert await tokenizers.encode("prompt", "Hello there") == encode(tokenizer, "Hello there")
+    begin.set()
+    await asyncio.gather(*blocking)
+
+
+def test_spellings_of_special_tokens_are_tokenized_together(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    after = text_module._after_line_end
+
+    def counted(*given: Any) -> list[int]:
+        calls.append(1)
+        return after(*given)
+
+    monkeypatch.setattr(text_module, "_after_line_end", counted)
+    ids = encode(tokenizer, "<|im_end|>" * 500)
+    assert tokenizer.decode(ids) == "<|im_end|>" * 500
+    assert len(calls) <= 2

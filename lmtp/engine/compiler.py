@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmtp.engine.constraint_cache import ConstraintCache, size_of
 from lmtp.engine.grammar import Compiled, Grammar
+from lmtp.engine.lanes import Lanes
 from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of
-from lmtp.engine.vetting import NICE, QUICK_SECONDS, Vetter
+from lmtp.engine.vetting import Vetter
 from lmtp.protocol import Generate, RequestError
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,6 @@ CHECK_SECONDS = 1.0
 QUEUE_SECONDS = 30
 """How long a constraint waits until it is compiled."""
 
-MAX_QUICK = 4
-"""Constraints that have their first, short attempt at once."""
-
-MAX_SLOW = 2
-"""Constraints that take longer and are compiled at once."""
-
 MAX_COMPILING = 2
 """Constraints of one prediction that are compiled at once."""
 
@@ -54,94 +49,17 @@ CACHE_BYTES = 2**28
 LIVE_BYTES = 2**30
 """Memory for compiled constraints that streams use."""
 
-OVERHEAD = 2**14
-"""Bytes of a compiled constraint beside what its compilation took."""
-
 
 class Later(RequestError):
     """A refusal that is not forever."""
 
 
-class Cache:
-    """Compiled constraints and refusals, up to a number of bytes; the least recently used go first.
+@dataclass(eq=False)
+class _Asked:
+    """A constraint that somebody asks for."""
 
-    New ones share a quarter of it. On its second use one moves to the rest, so that many new ones, which evict each
-    other, leave it alone.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._new = _Recent(size // 4)
-        self._used = _Recent(size - size // 4)
-
-    def get(self, key: bytes) -> Compiled | str | None:
-        """What is kept under a key."""
-        found = self._used.pop(key) or self._new.pop(key)
-        if found is None or (isinstance(found, Compiled) and found.broken):
-            return None
-        for key_, evicted in self._used.add(key, found):
-            self._new.add(key_, evicted)
-        return found
-
-    def add(self, key: bytes, value: Compiled | str) -> None:
-        """Keep a new one."""
-        self._new.add(key, value)
-
-
-class _Recent(OrderedDict[bytes, Compiled | str]):
-    """A part of the cache."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self._free = size
-
-    def pop(self, key: bytes, default: None = None) -> Compiled | str | None:  # type: ignore[override]
-        value = super().pop(key, default)
-        if value is not None:
-            self._free += _size(value)
-        return value
-
-    def add(self, key: bytes, value: Compiled | str) -> list[tuple[bytes, Compiled | str]]:
-        """Add one as the most recently used; returns what had to go."""
-        self[key] = value
-        self._free -= _size(value)
-        evicted = []
-        while self._free < 0:
-            oldest = next(iter(self))
-            evicted.append((oldest, self[oldest]))
-            self.pop(oldest)
-        return evicted
-
-
-def _size(value: Compiled | str) -> int:
-    return OVERHEAD + (value.size if isinstance(value, Compiled) else len(value))
-
-
-class Lanes:
-    """Runs work that may take long without holding up work that does not.
-
-    All work gets a short attempt first. What needs longer is begun anew, beside few others that do.
-    """
-
-    def __init__(self) -> None:
-        self._quick = ThreadPoolExecutor(MAX_QUICK, "quick")
-        self._slow = ThreadPoolExecutor(MAX_SLOW, "slow", initializer=_yield_to_the_engine)
-
-    def run(self, work: Callable[[float], T], seconds: float) -> Future[T]:
-        """Call ``work`` with the seconds that it may take. It raises TimeoutError if they are too few."""
-        result: Future[T] = Future()
-        self._quick.submit(self._attempt, work, min(QUICK_SECONDS, seconds), seconds, result)
-        return result
-
-    def _attempt(self, work: Callable[[float], T], limit: float, most: float, result: Future[T]) -> None:
-        try:
-            value = work(limit)
-        except BaseException as error:
-            if isinstance(error, TimeoutError) and limit < most:
-                self._slow.submit(self._attempt, work, most, most, result)
-            else:
-                result.set_exception(error)
-        else:
-            result.set_result(value)
+    compiled: Future[Compiled]
+    askers: int = 0
 
 
 class Compiler:
@@ -164,8 +82,8 @@ class Compiler:
         self._lanes = Lanes()
         self._opening = threading.Lock()
         self._opened: tuple[LLTokenizer, Vetter] | None = None
-        self._compiling: dict[bytes, Future[Compiled]] = {}
-        self._cache = Cache(CACHE_BYTES)
+        self._compiling: dict[bytes, _Asked] = {}
+        self._cache = ConstraintCache(CACHE_BYTES)
         self._in_use = 0
         self._lock = threading.RLock()  # a batch may be released by whoever holds it
 
@@ -173,20 +91,22 @@ class Compiler:
         """For the constraints of one prediction."""
         return Batch(self)
 
-    async def compile(self, source: Source) -> Compiled:
+    async def compile(self, source: Source, batch: Batch) -> Compiled:
         """Compile a constraint. Raises RequestError for one that cannot be used or whose turn does not come."""
-        compiling = asyncio.wrap_future(self._compile(source))
-        try:
-            return await asyncio.wait_for(asyncio.shield(compiling), QUEUE_SECONDS)
-        except TimeoutError:
-            raise RequestError(f"{source.field}: too many constraints are being compiled; ask again later.") from None
+        with self._asking(source, batch) as compiled:
+            try:
+                return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(compiled)), QUEUE_SECONDS)
+            except TimeoutError:
+                raise RequestError(
+                    f"{source.field}: too many constraints are being compiled; ask again later."
+                ) from None
 
     def hold(self, batch: Batch, compiled: Compiled) -> bool:
         """Count a constraint as used by a batch until that is gone. False if the batch would use too much memory.
 
         It may use a quarter of what others leave, so that something is left for whoever comes next.
         """
-        size = _size(compiled)
+        size = size_of(compiled)
         with self._lock:
             if batch.size + size > (LIVE_BYTES - (self._in_use - batch.size)) // 4:
                 return False
@@ -202,16 +122,35 @@ class Compiler:
         """
         source = source_of(operation, self.space)
         assert source is not None
+        owner = object()  # it takes its own turn
         try:
             if source.field != "json_schema":
-                compiled = self._compile(source).result(QUEUE_SECONDS)
+                with self._asking(source, owner) as compiling:
+                    compiled = compiling.result(QUEUE_SECONDS)
                 return [_follows(compiled, self._open()[0], text) for text in texts]
-            checking = self._lanes.run(lambda limit: self._open()[1].check(source.text, texts, limit), CHECK_SECONDS)
-            return checking.result(QUEUE_SECONDS)
+            checking = self._lanes.run(owner, partial(self._check, source.text, texts), CHECK_SECONDS)
+            try:
+                return checking.result(QUEUE_SECONDS)
+            finally:
+                checking.cancel()
         except Exception as error:  # whatever happens to the check, the texts are finished
             if isinstance(error, RuntimeError):
                 log.error("finished texts were not checked: %r", error)
             return [None] * len(texts)
+
+    def spellings(self) -> list[str | list[int]]:
+        """What each id of the vocabulary spells: text, or bytes that are no whole characters. Takes seconds."""
+        tokenizer, _ = self._open()
+        assert self._model_tokenizer is not None
+        special = {i: token.content for i, token in self._model_tokenizer.added_tokens_decoder.items() if token.special}
+        found: list[str | list[int]] = []
+        for token in range(self._vocabulary):
+            spelt = tokenizer.decode_bytes([token])
+            try:
+                found.append(special.get(token) or spelt.decode())
+            except UnicodeDecodeError:
+                found.append(list(spelt))
+        return found
 
     def _open(self) -> tuple[LLTokenizer, Vetter]:
         """What is needed to compile, made in a second or two. Should it fail, the next constraint tries again."""
@@ -233,17 +172,28 @@ class Compiler:
                 self._opened = tokenizer, vetter
             return self._opened
 
-    def _compile(self, source: Source) -> Future[Compiled]:
+    @contextlib.contextmanager
+    def _asking(self, source: Source, owner: object) -> Iterator[Future[Compiled]]:
+        """The constraint, which is compiled when its owner's turn comes, unless nobody asks for it any more by then."""
         key = hashlib.sha256("\0".join(source).encode()).digest()
         with self._lock:
-            if key in self._compiling:
-                return self._compiling[key]
-            if (found := self._cache.get(key)) is not None:
-                return _done(found)
-            compiling = self._lanes.run(partial(self._attempt, source), COMPILE_SECONDS[source.field])
-            self._compiling[key] = compiling
-        compiling.add_done_callback(partial(self._keep, key))
-        return compiling
+            asked = self._compiling.get(key) or self._ask(key, source, owner)
+            asked.askers += 1
+        try:
+            yield asked.compiled
+        finally:
+            with self._lock:
+                asked.askers -= 1
+                if asked.askers == 0:
+                    asked.compiled.cancel()
+
+    def _ask(self, key: bytes, source: Source, owner: object) -> _Asked:
+        if (found := self._cache.get(key)) is not None:
+            return _Asked(_done(found))
+        asked = _Asked(self._lanes.run(owner, partial(self._attempt, source), COMPILE_SECONDS[source.field]))
+        self._compiling[key] = asked
+        asked.compiled.add_done_callback(partial(self._keep, key))
+        return asked
 
     def _attempt(self, source: Source, seconds: float) -> Compiled:
         tokenizer, vetter = self._open()
@@ -260,10 +210,15 @@ class Compiler:
             raise Later(f"{source.field}: cannot be compiled now: {error}; ask again later.") from error
         return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size)
 
+    def _check(self, schema: str, texts: Sequence[str], seconds: float) -> list[bool | None]:
+        return self._open()[1].check(schema, texts, seconds)
+
     def _keep(self, key: bytes, compiled: Future[Compiled]) -> None:
-        error = compiled.exception()
         with self._lock:
             del self._compiling[key]
+            if compiled.cancelled():
+                return
+            error = compiled.exception()
             if error is None:
                 self._cache.add(key, compiled.result())
             elif isinstance(error, RequestError) and not isinstance(error, Later):
@@ -293,7 +248,7 @@ class Batch:
         if source is None:
             return None
         async with self._turns:
-            compiled = await self._compiler.compile(source)
+            compiled = await self._compiler.compile(source, self)
         if compiled not in self._held:
             if not self._compiler.hold(self, compiled):
                 raise RequestError(
@@ -335,8 +290,3 @@ def _with_deep_stack(work: Callable[[], T]) -> T:
 
 
 _STACK_SIZE = threading.Lock()
-
-
-def _yield_to_the_engine() -> None:
-    """Lower the priority of this thread and of those that it starts."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lmtp.engine.masks import Bias
-from lmtp.engine.sampling import NOT_NUMBERS, Choice, Row, Target, random_of
+from lmtp.engine.penalties import Seen, is_penalized
+from lmtp.engine.sampling import NOT_NUMBERS, Choice, Draw, Row, Target, uniforms_of
 from lmtp.engine.stream import OperationStream, checked_ids
 from lmtp.prediction import Prediction
 from lmtp.protocol import Encode, Generate, RequestError, Score, Token, finite
@@ -78,17 +79,11 @@ class Encoding(OperationStream):
         raise NotImplementedError
 
 
-class Drawing:
-    """The rows of a stream that are chosen, one after the other; see sampling.Draw."""
-
-    forbidden_now: Sequence[int] = ()
-
-    def __init__(self, operation: Encode, bias: Bias | None, tokens: list[int]) -> None:
-        self.operation = operation
-        self.bias = bias
-        self.tokens = tokens
-        self.prompt_length = len(tokens)
-        self.draw = random_of(operation.seed).random
+def _drawn(operation: Encode, bias: Bias | None, tokens: list[int], places: int) -> list[Row]:
+    """The rows of tokens that are chosen, each by itself."""
+    counts = Seen(operation, tokens).counts(tokens) if is_penalized(operation) else None
+    uniforms = uniforms_of(operation.seed)
+    return [Draw(operation, bias, counts=counts, uniforms=uniforms(place)) for place in range(places)]
 
 
 class Filling(Encoding):
@@ -127,10 +122,9 @@ class Classification(Encoding):
     """A classifier's answer: one label, and the log-probabilities of all."""
 
     def __init__(
-        self, prediction: Prediction, operation: Encode, tokens: list[int], head: Head, drawing: Drawing
+        self, prediction: Prediction, operation: Encode, tokens: list[int], head: Head, bias: Bias | None
     ) -> None:
-        """``drawing`` chooses one of the labels if they exclude each other."""
-        rows: list[Row] = [drawing]
+        rows = _drawn(replace(operation, top_logprobs=len(head.labels)), bias, tokens, 1)
         if head.independent:  # each label has a row of its own, with the classes false and true
             rows = [Target(token=1, top_logprobs=0) for _ in head.labels]
         super().__init__(prediction, operation, tokens, [len(tokens) - 1] * len(rows), rows)
@@ -200,14 +194,13 @@ def open_encoding(
         raise RequestError(f"prompt is {len(tokens)} tokens; the model's context is {limits.context}.")
     if head.labels:
         assert isinstance(operation, Encode)
-        drawing = Drawing(replace(operation, top_logprobs=len(head.labels)), bias, tokens)
-        return Classification(prediction, operation, tokens, head, drawing)
+        return Classification(prediction, operation, tokens, head, bias)
     masks = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
     if not masks:
         raise RequestError(f"prompt has no {tokenizer.mask_token}; put it where a token is to be filled in.")
     rows: Sequence[Row]
     if isinstance(operation, Encode):
-        rows = [Drawing(operation, bias, tokens)] * len(masks)
+        rows = _drawn(operation, bias, tokens, len(masks))
     else:
         scored = checked_ids(operation.scored, "scored", limits)
         if len(scored) != len(masks):

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,10 +20,10 @@ from msgspec.structs import replace
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp.engine import sampling
+from lmtp.engine import heap, sampling
 from lmtp.engine.compiler import Batch, Compiler
 from lmtp.engine.encoding import describe, open_encoding, prepare_tokenizer, refuse
-from lmtp.engine.grammar import Grammar, MaskFiller
+from lmtp.engine.grammar import Drafted, Grammar, MaskFiller
 from lmtp.engine.masks import Allowed, Bias, packed_bias
 from lmtp.engine.scheduler import Scheduler
 from lmtp.engine.stream import Generation, OperationStream, open_stream
@@ -67,14 +66,15 @@ EXTENSIONS = {
         *_BOTH,
     ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
+    "MODEL_INFO": ["tokens"],
 }
 
 IDLE_SECONDS = 1.0
-"""How often to look after predictions whose streams are all paused."""
+"""How often to look after predictions whose streams are all paused; without any, after memory that is free."""
 
 
-MANY_BIASES = 1000
-"""More entries of ``logit_bias`` than this are read on a thread of the tokenizers'."""
+BIAS_CHARACTERS = 64
+"""Reading an entry of ``logit_bias`` takes as long as parsing about so many characters."""
 
 
 class LoadedModel(NamedTuple):
@@ -142,6 +142,8 @@ class Engine:
         """The streams of each prediction that still await their terminal reply."""
         self._touched: set[Prediction] = set()
         """Predictions with replies to hand over."""
+        self._spellings: list[str | list[int]] | None = None
+        """What MODEL_INFO answers for ``tokens``, once it was asked."""
         self.problem = ""
         """Why the thread has ended by itself; empty while it runs."""
         opened: Future[LoadedModel] = Future()
@@ -201,6 +203,8 @@ class Engine:
     async def _read(self, operation: Operation | Failure) -> Prepared:
         """Put token ids in place of texts, and a bias in place of ``logit_bias`` and ``mask``."""
         try:
+            if isinstance(operation, ModelInfo) and operation.tokens and self._spellings is None:
+                self._spellings = await asyncio.to_thread(self.compiler.spellings)
             if not isinstance(operation, Generate | Score):
                 return Prepared(operation)
             operation = replace(operation, adapter=self._adapter(operation.adapter))
@@ -223,9 +227,8 @@ class Engine:
             if isinstance(operation.target, str):
                 ids = await self.tokenizers.encode("target", operation.target, begins, allow, special)
                 operation = replace(operation, target=ids)
-            many = len(operation.logit_bias or ()) > MANY_BIASES
-            pack = partial(packed_bias, operation, self.limits)
-            bias = await self.tokenizers.run(pack) if many else pack()
+            length = BIAS_CHARACTERS * len(operation.logit_bias or ())
+            bias = await self.tokenizers.parse(length, packed_bias, operation, self.limits)
             # As Python objects they take many times the memory.
             return Prepared(replace(operation, logit_bias=None, mask=None), bias)
         except Exception as error:
@@ -321,8 +324,10 @@ class Engine:
             if not self._running:
                 sampling.stacked_biases.cache_clear()
             try:
-                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS if self._running else None))
+                count = self._carry_out(self._commands.get(block=idle, timeout=IDLE_SECONDS))
             except queue.Empty:
+                if not self._running:
+                    heap.give_back()
                 return True
             if count is None:
                 return False
@@ -392,15 +397,15 @@ class Engine:
         """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices."""
         wanted = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
         rows = list(itertools.chain(*wanted))
-        constrained = {i: row.grammar for i, row in enumerate(rows) if isinstance(row, Generation) and row.grammar}
+        constrained, grammars = _constrained(step, wanted)
         run = self.runner.prepare(step)
         self._hand_over()
-        filling = self._mask_filler.start(list(constrained.values())) if constrained else None
+        filling = self._mask_filler.start(grammars) if grammars else None
         try:
             logits = run()
         finally:
             bits = filling.result() if filling else None
-        allowed = Allowed(list(constrained), bits) if bits is not None else None
+        allowed = Allowed(constrained, bits) if bits is not None else None
         choices = iter(_sample(logits, rows, allowed) if rows else [])
         return [list(itertools.islice(choices, len(of_stream))) for of_stream in wanted]
 
@@ -415,7 +420,7 @@ class Engine:
             stream.advance(count)
             known = stream.computed
             (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
-            received.append((stream, _receive(stream, its_choices) if its_choices else []))
+            received.append((stream, _receive(stream, its_choices) if its_choices or stream.problem else []))
             self._count(
                 stream.prediction,
                 reused_tokens=found + (before if before == stream.reused else 0),
@@ -447,7 +452,8 @@ class Engine:
             prediction.outbox.append(operation)
             return
         if isinstance(operation, ModelInfo):
-            prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
+            info = self.model_info() | ({"tokens": self._spellings} if operation.tokens else {})
+            prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=info))
             return
         stream: OperationStream
         if self.limits.head:
@@ -527,7 +533,24 @@ class Engine:
         self._touched.clear()
 
 
+def _constrained(
+    step: Step[OperationStream], wanted: Sequence[Sequence[sampling.Row]]
+) -> tuple[list[int], list[Drafted]]:
+    """The rows that grammars constrain, and the grammars with the drafts that these rows follow."""
+    constrained: list[int] = []
+    grammars: list[Drafted] = []
+    end = 0
+    for stream, rows in zip(step.streams, wanted, strict=True):
+        begin, end = end, end + len(rows)
+        if rows and isinstance(stream, Generation) and stream.grammar:
+            constrained += range(begin, end)
+            grammars.append(Drafted(stream.grammar, stream.draft[: len(rows) - 1]))
+    return constrained, grammars
+
+
 def _receive(stream: OperationStream, choices: Sequence[sampling.Choice]) -> list[Token] | RequestError:
+    if stream.problem:
+        return RequestError(f"the model failed: {stream.problem}")
     try:
         return stream.receive(choices)
     except RequestError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +66,13 @@ class Grammar:
             raise RequestError(f"the constraint cannot be followed here: {one_line(self.matcher.get_error())}.")
 
 
+class Drafted(NamedTuple):
+    """A grammar, and tokens that a draft guesses to follow."""
+
+    grammar: Grammar
+    draft: Sequence[int]
+
+
 class MaskFiller:
     """Computes what the grammars of a step allow, in parallel and while the model runs."""
 
@@ -72,14 +81,24 @@ class MaskFiller:
         self._executor: LLExecutor | None = None
         self._thread = ThreadPoolExecutor(1, "masks")
 
-    def start(self, grammars: Sequence[Grammar]) -> Future[Tensor]:
-        """Begin. The result is uint8 ``[grammars, bytes]``; until it is there, the grammars must be left alone."""
+    def start(self, grammars: Sequence[Drafted]) -> Future[Tensor]:
+        """Begin. The result is uint8 ``[rows, bytes]``; until it is there, the grammars must be left alone.
+
+        A grammar has one row, and one more after each token of its draft. Nothing is allowed after a token that
+        breaks the grammar.
+        """
         return self._thread.submit(self._fill, grammars)
 
-    def _fill(self, grammars: Sequence[Grammar]) -> Tensor:
+    def _fill(self, grammars: Sequence[Drafted]) -> Tensor:
         if self._executor is None:
             self._executor = LLExecutor()
-        bits = np.zeros((len(grammars), self._words), dtype=np.int32)
-        matchers = [(grammar.matcher, row) for row, grammar in enumerate(grammars)]
-        self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, self._words * 4, len(grammars))
+        first = [0, *itertools.accumulate(1 + len(each.draft) for each in grammars)]
+        rows = first.pop()
+        bits = np.zeros((rows, self._words), dtype=np.int32)
+        into = (bits.ctypes.data, self._words * 4, rows)
+        places = list(zip(first, grammars, strict=True))
+        if drafted := [(each.grammar.matcher, row, list(each.draft)) for row, each in places if each.draft]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *into)
+        if others := [(each.grammar.matcher, row) for row, each in places if not each.draft]:
+            self._executor.unsafe_compute_mask_ptr(others, *into)
         return torch.from_numpy(bits.view(np.uint8))

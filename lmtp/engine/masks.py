@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,8 @@ class Bias:
     """The ids with a number other than 0."""
     numbers: Tensor
     """Their numbers."""
+    forbids_some: bool
+    """Whether any token is impossible."""
 
     @staticmethod
     def of(dense: Tensor) -> Bias:
@@ -46,7 +48,9 @@ class Bias:
         possible = ~np.isneginf(values)
         ids = np.flatnonzero(possible & (values != 0))
         bits = np.packbits(possible, bitorder="little")
-        return Bias(torch.from_numpy(bits), torch.from_numpy(ids), torch.from_numpy(values[ids]))
+        return Bias(
+            torch.from_numpy(bits), torch.from_numpy(ids), torch.from_numpy(values[ids]), not bool(possible.all())
+        )
 
     def forbids(self, token: int) -> bool:
         """Whether the token is impossible."""
@@ -56,10 +60,22 @@ class Bias:
 def stack(biases: Sequence[Bias], vocabulary: int, device: torch.device) -> Tensor:
     """The biases as float32 ``[rows, vocabulary]``."""
     stacked = _unpack(torch.stack([bias.bits for bias in biases]), vocabulary, device)
-    rows = [torch.full_like(bias.ids, row) for row, bias in enumerate(biases)]
-    ids, numbers = (torch.cat(parts).to(device) for parts in zip(*((b.ids, b.numbers) for b in biases), strict=True))
-    stacked[torch.cat(rows).to(device), ids] = numbers
-    return stacked
+    return add_numbers(stacked, range(len(biases)), biases)
+
+
+def add_numbers(logits: Tensor, rows: Iterable[int], biases: Sequence[Bias]) -> Tensor:
+    """Add the biases' finite numbers to these rows of the contiguous ``logits``, in place."""
+    places = torch.cat([bias.ids + row * logits.shape[-1] for row, bias in zip(rows, biases, strict=True)])
+    if len(places):
+        numbers = upload(torch.cat([bias.numbers for bias in biases]), logits.device)
+        logits.view(-1).index_add_(0, upload(places, logits.device), numbers)
+    return logits
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. The host does not wait for a GPU: the copy is from pinned memory, which
+    PyTorch keeps until it is done."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def packed_bias(operation: Generate, limits: Limits) -> Bias | None:
@@ -136,18 +152,18 @@ class Allowed:
         places = [place for place, row in enumerate(self.rows) if part.start <= row < part.stop]
         return Allowed([self.rows[place] - part.start for place in places], self.bits[places]) if places else None
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """The float32 logits ``[all rows, vocabulary]``, with negative infinity where a token is not allowed. Where it
-        applies to some rows, these change in place."""
+    def apply(self, logits: Tensor) -> None:
+        """Put negative infinity where a token is not allowed into the float32 logits ``[all rows, vocabulary]``."""
         bias = _unpack(self.bits, logits.shape[-1], logits.device)
         if len(self.rows) == len(logits):
-            return logits + bias
-        return logits.index_add_(0, torch.tensor(self.rows, device=logits.device), bias)
+            logits += bias
+        else:
+            logits.index_add_(0, upload(torch.tensor(self.rows), logits.device), bias)
 
 
 def _unpack(bits: Tensor, vocabulary: int, device: torch.device) -> Tensor:
     """Bitsets ``[rows, bytes]`` as biases ``[rows, vocabulary]``."""
-    bits = bits.to(device, non_blocking=True)
+    bits = upload(bits, device)
     return functional.embedding(bits.int(), _byte_biases(device)).flatten(1)[:, :vocabulary]
 
 
@@ -155,7 +171,7 @@ def _byte_biases(device: torch.device) -> Tensor:
     """``[256, 8]``: for every byte of a bitset, the bias of its eight tokens."""
     if device not in _BYTE_BIASES:
         bits = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"))
-        _BYTE_BIASES[device] = torch.where(bits.bool(), 0.0, -math.inf).to(device)
+        _BYTE_BIASES[device] = upload(torch.where(bits.bool(), 0.0, -math.inf), device)
     return _BYTE_BIASES[device]
 
 

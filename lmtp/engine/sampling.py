@@ -2,25 +2,30 @@
 
 A row either chooses its token or, for scoring, names it. Log-probabilities are natural logarithms of the softmax over
 the biased logits in float32, before temperature, penalties and filters, so they mean the same for every sampling
-setting. Only these few numbers leave the device.
+setting. Only these few numbers leave the device, all in one copy, which is the only thing that the host waits for.
 
-A draw is an inverse-CDF lookup with one uniform number from the stream's own generator, over the tokens in id order:
-it depends on nothing else in the batch.
+A draw is an inverse-CDF lookup with uniform numbers that belong to the stream's seed and the token's position, over
+the tokens in id order: it depends on nothing else in the batch, nor on how many positions of the stream are in it.
 """
 
 import functools
+import hashlib
 import math
+import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lmtp.engine.masks import Allowed, Bias, stack
-from lmtp.protocol import Generate, finite
+from lmtp.engine.masks import Allowed, Bias, add_numbers, stack, upload
+from lmtp.engine.penalties import Counts, is_penalized, penalize
+from lmtp.protocol import Generate
 
 GREEDY_BELOW = 1e-5
 """A temperature under this is greedy: dividing by it would overflow float32."""
@@ -33,11 +38,24 @@ LOG2_E = math.log2(math.e)
 BLOCK = 256
 """Vocabulary ids that are searched together; see `_blocks`."""
 
+FEW = 16
+"""Rows with at most this many likely tokens to report are searched together, so that one with many costs the others
+nothing."""
+
+HEAD = 1024
+"""A top-k of at most this is found without sorting the vocabulary."""
+
 MAX_CACHED = 2**24
 """Numbers of biases that are kept unpacked from step to step: 64 MB."""
 
 LEAST_WEIGHT = 2.0**-100
 """The least weight assumed for a drawn token, so that no weight divided by it is infinite."""
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Reported for an impossible token, since JSON has no infinity."""
+
+Uniforms = tuple[float, float]
+"""Two numbers in [0, 1) for one token."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,31 @@ class Choice:
     """Why no token could be chosen; the other fields then mean nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """A row whose token is given: the token that SCORE asks for, and how many likely tokens to report with it."""
 
     token: int
     top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A row whose token is chosen."""
+
+    operation: Generate
+    """The settings."""
+    bias: Bias | None = None
+    """What is added to its logits; see masks.py."""
+    forbidden: Sequence[int] = ()
+    """The ids that are impossible for this token only."""
+    counts: Counts | None = None
+    """The tokens before it, where penalties count them."""
+    uniforms: Uniforms = (0.0, 0.0)
+    """What decides a draw."""
+
+
+Row = Draw | Target
 
 
 def random_of(seed: int | None) -> random.Random:
@@ -66,34 +103,16 @@ def random_of(seed: int | None) -> random.Random:
     return random.Random(None if seed is None else str(seed))
 
 
-class Draw(Protocol):
-    """A row whose token is chosen: what sampling reads of a stream."""
+def uniforms_of(seed: int | None) -> Callable[[int], Uniforms]:
+    """The uniform numbers of a seed for the token at a position. None is a seed from the system."""
+    key = os.urandom(16) if seed is None else str(seed).encode()
 
-    @property
-    def operation(self) -> Generate:
-        """The settings."""
+    def at(position: int) -> Uniforms:
+        digest = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=16, key=key).digest()
+        number = int.from_bytes(digest, "little")
+        return (number >> 75) * 2.0**-53, (number % 2**53) * 2.0**-53
 
-    @property
-    def bias(self) -> Bias | None:
-        """What is added to its logits; see masks.py."""
-
-    @property
-    def forbidden_now(self) -> Sequence[int]:
-        """The ids that are impossible for this token only."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and output so far."""
-
-    @property
-    def prompt_length(self) -> int:
-        """How many of the tokens belong to the prompt."""
-
-    def draw(self) -> float:
-        """The stream's next uniform number in [0, 1)."""
-
-
-Row = Draw | Target
+    return at
 
 
 def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
@@ -102,131 +121,95 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     ``allowed`` is what the grammars of some rows allow. A row that must choose but has no possible token, or whose
     logits are not numbers, gets a Choice with an error.
     """
-    draws = {i: row for i, row in enumerate(rows) if not isinstance(row, Target)}
-    own = logits.float()
-    changed = _changed_in_place(draws, allowed, len(rows)) if own is logits else []
-    if not changed:
-        return _sample(own, rows, draws, allowed)
-    index = torch.tensor(changed, device=logits.device)
+    draws = {i: row for i, row in enumerate(rows) if isinstance(row, Draw)}
+    masked = {i for i, row in draws.items() if row.bias is not None or row.forbidden}.union(
+        allowed.rows if allowed else ()
+    )
+    own = _whole_blocks(logits)
+    if own is not logits or not masked:
+        return _sample(own, logits.shape[-1], rows, draws, allowed)
+    if 2 * len(masked) > len(rows):
+        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed)
+    index = _index(sorted(masked), logits.device)
     kept = logits[index]
     try:
-        return _sample(logits, rows, draws, allowed)
+        return _sample(logits, logits.shape[-1], rows, draws, allowed)
     finally:
         logits[index] = kept
 
 
-def _changed_in_place(draws: Mapping[int, Draw], allowed: Allowed | None, count: int) -> list[int]:
-    """The rows of ``count`` whose masks are added in place. Masks of all rows make a new tensor."""
-    masked = {i for i, row in draws.items() if row.bias is not None}
-    if len(masked) == count:
-        return []
-    masked |= {i for i, row in draws.items() if row.forbidden_now}
-    return sorted(masked.union(allowed.rows) if allowed and len(allowed.rows) < count else masked)
+def _whole_blocks(logits: Tensor) -> Tensor:
+    """The logits in float32, padded with impossible tokens to a multiple of BLOCK; itself where it is that."""
+    vocabulary = logits.shape[-1]
+    missing = -vocabulary % BLOCK
+    if not missing:
+        return logits.float().contiguous()
+    whole = torch.empty(len(logits), vocabulary + missing, device=logits.device)
+    whole[:, :vocabulary] = logits
+    whole[:, vocabulary:] = -math.inf
+    return whole
 
 
-def _sample(logits: Tensor, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None) -> list[Choice]:
-    logits = _biased(logits, draws)
-    if allowed:
-        logits = allowed.apply(logits)
-    logprobs = torch.log_softmax(logits, -1)
-    # One logit that is not a number makes its whole row NaN.
-    wrong = logprobs[:, 0].isnan().nonzero()[:, 0].tolist()
-    errors = {i: NO_TOKEN if i in draws and logits[i].amax() == -math.inf else NOT_NUMBERS for i in wrong}
-    if wrong:  # placeholder logits: their draws are discarded
-        index = torch.tensor(wrong, device=logits.device)
-        logits, logprobs = logits.index_fill(0, index, 0.0), logprobs.index_fill(0, index, 0.0)
-    searched = [i for i, row in enumerate(rows) if i in draws or _top(row)]
-    likely = _most_likely(_select(logits, searched), max(1, *map(_top, rows))) if searched else None
-    chosen = torch.tensor([row.token if isinstance(row, Target) else 0 for row in rows], device=logits.device)
-    if likely and draws:
-        best = [place for place, i in enumerate(searched) if i in draws]
-        chosen[list(draws)] = _select(likely.indices[:, 0], best)
-        if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
-            own = [draws[i] for i in drawn]
-            chosen[drawn] = _draw(_penalized(_select(logits, drawn), own), own)
-    choices = _report(logprobs, chosen, likely, searched, [_top(row) for row in rows])
-    for i, error in errors.items():
-        choices[i] = replace(choices[i], error=error)
-    return choices
-
-
-def _top(row: Row) -> int:
-    return row.top_logprobs if isinstance(row, Target) else row.operation.top_logprobs
-
-
-def _select(values: Tensor, index: list[int]) -> Tensor:
-    """The rows with these numbers, in increasing order; without a copy where that is all of them."""
-    return values if len(index) == len(values) else values[torch.tensor(index, device=values.device)]
-
-
-class Likely(NamedTuple):
-    """Each row's largest values, largest first: ``[rows, k]`` of them and their token ids."""
-
-    values: Tensor
-    indices: Tensor
-
-
-def _blocks(values: Tensor) -> Tensor:
-    """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``.
-
-    One number a block narrows a search down to a few blocks. On a CPU, reducing the whole vocabulary with indices is
-    many times slower.
-    """
-    missing = -values.shape[-1] % BLOCK
-    if missing:
-        values = functional.pad(values, (0, missing), value=-math.inf)
-    return values.view(len(values), -1, BLOCK)
-
-
-def _most_likely(values: Tensor, k: int) -> Likely:
-    """The ``k`` largest of each row ``[rows, vocabulary]``: they lie in the ``k`` blocks with the largest peaks."""
-    blocks = _blocks(values)
-    peaks = blocks.amax(-1)
-    some = peaks.topk(min(k, peaks.shape[-1]), -1).indices
-    inside = blocks.gather(1, some[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
-    values, places = inside.topk(min(k, inside.shape[-1]), -1)
-    return Likely(values, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK)
-
-
-def _report(
-    logprobs: Tensor, chosen: Tensor, likely: Likely | None, searched: list[int], top: Sequence[int]
+def _sample(
+    logits: Tensor, vocabulary: int, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None
 ) -> list[Choice]:
-    """The choices; ``likely`` has the most likely tokens of the ``searched`` rows."""
-    of_chosen = map(finite, _rounded(logprobs.gather(-1, chosen[:, None])[:, 0]).tolist())
-    choices = [Choice(t, p, {t: p}) for t, p in zip(chosen.tolist(), of_chosen, strict=True)]
-    if likely is None:
-        return choices
-    top_logprobs = _rounded(_select(logprobs, searched).gather(-1, likely.indices.clamp(max=logprobs.shape[-1] - 1)))
-    # Impossible ones come last, ids of padding among them.
-    possible = (torch.isfinite(likely.values) & torch.isfinite(top_logprobs)).sum(-1).tolist()
-    for i, ids, values, count in zip(searched, likely.indices.tolist(), top_logprobs.tolist(), possible, strict=True):
-        most = min(top[i], count)
-        entries = dict(zip(ids[:most], values[:most], strict=True))
-        entries.setdefault(choices[i].token, choices[i].logprob)
-        choices[i] = Choice(choices[i].token, choices[i].logprob, entries)
-    return choices
+    """`sample`, of float32 logits in whole blocks, to which it adds the masks."""
+    _add_masks(logits, vocabulary, draws, allowed)
+    peaks = _blocks(logits).amax(-1)
+    best = Best.of(logits, peaks)
+    weights = _weights(logits, best.values, LOG2_E)
+    total = weights.sum(-1).double().sum(-1)
+    chosen = best.indices
+    if len(draws) < len(rows):
+        given = upload(torch.tensor([row.token if isinstance(row, Target) else -1 for row in rows]), logits.device)
+        chosen = torch.where(given < 0, chosen, given)
+    if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
+        own = [draws[i] for i in drawn]
+        tokens = _draw(_select(logits, drawn), _select(weights, drawn), _select(best.values, drawn), own, vocabulary)
+        chosen = tokens if len(drawn) == len(rows) else chosen.index_copy(0, _index(drawn, logits.device), tokens)
+    counts = [_top(row) for row in rows]
+    groups = [
+        (
+            group,
+            _most_likely(_select(logits, group), _select(peaks, group), min(max(counts[i] for i in group), vocabulary)),
+        )
+        for group in (
+            [i for i, count in enumerate(counts) if 1 < count <= FEW],
+            [i for i, count in enumerate(counts) if count > FEW],
+        )
+        if group
+    ]
+    per_row = torch.stack(
+        [
+            chosen.double(),
+            logits.gather(-1, chosen[:, None])[:, 0].double(),
+            best.indices.double(),
+            best.values.double(),
+            total,
+        ]
+    )
+    return _report(
+        _to_host([per_row, *(part for _, likely in groups for part in likely)]), rows, counts, [g for g, _ in groups]
+    )
 
 
-def _rounded(logprobs: Tensor) -> Tensor:
-    """Rounded to a millionth, in float64, and without a negative zero."""
-    return logprobs.double().round(decimals=6) + 0.0
-
-
-def _biased(logits: Tensor, draws: Mapping[int, Draw]) -> Tensor:
-    """The logits with the biases of the rows that have one. Where these are some of the rows, they change in place."""
+def _add_masks(logits: Tensor, vocabulary: int, draws: Mapping[int, Draw], allowed: Allowed | None) -> None:
+    """Add the biases, what is forbidden now and what grammars allow, in place."""
+    real = logits[:, :vocabulary]
     biases = {i: row.bias for i, row in draws.items() if row.bias is not None}
-    if biases:
-        rows = tuple(biases.values())
-        make = stacked_biases if len(rows) * logits.shape[-1] <= MAX_CACHED else stack
-        stacked = make(rows, logits.shape[-1], logits.device)
-        if len(biases) == len(logits):
-            logits = logits + stacked
+    if dense := {i: bias for i, bias in biases.items() if bias.forbids_some}:
+        make = stacked_biases if len(dense) * vocabulary <= MAX_CACHED else stack
+        stacked = make(tuple(dense.values()), vocabulary, logits.device)
+        if len(dense) == len(logits):
+            real += stacked
         else:
-            logits.index_add_(0, torch.tensor(list(biases), device=logits.device), stacked)
-    for i, row in draws.items():
-        if row.forbidden_now:
-            logits[i, list(row.forbidden_now)] = -math.inf
-    return logits
+            real.index_add_(0, _index(list(dense), logits.device), stacked)
+    if sparse := {i: bias for i, bias in biases.items() if not bias.forbids_some}:
+        add_numbers(logits, sparse, list(sparse.values()))
+    if forbidden := [i * logits.shape[-1] + token for i, row in draws.items() for token in row.forbidden]:
+        logits.view(-1).index_fill_(0, _index(forbidden, logits.device), -math.inf)
+    if allowed:
+        allowed.apply(real)
 
 
 stacked_biases = functools.lru_cache(maxsize=2)(stack)
@@ -235,79 +218,190 @@ stacked_biases = functools.lru_cache(maxsize=2)(stack)
 
 def needs_own_logits(operation: Generate) -> bool:
     """Whether the token is not simply the most likely one."""
-    return operation.temperature >= GREEDY_BELOW or _is_penalized(operation)
+    return operation.temperature >= GREEDY_BELOW or is_penalized(operation)
 
 
-def _is_penalized(operation: Generate) -> bool:
-    return bool(
-        operation.presence_penalty or operation.frequency_penalty or operation.repetition_penalty not in (None, 1.0)
-    )
+def _top(row: Row) -> int:
+    return row.top_logprobs if isinstance(row, Target) else row.operation.top_logprobs
 
 
-def _penalized(logits: Tensor, rows: Sequence[Draw]) -> Tensor:
-    """Repetition penalty over prompt and output as in Transformers (Keskar et al. 2019); presence and frequency
-    penalties over the output as in the OpenAI API."""
-    if any(_is_penalized(row.operation) for row in rows):
-        logits = logits.clone()  # reports are without penalties
-    for i, row in enumerate(rows):
-        operation = row.operation
-        if not _is_penalized(operation):
-            continue
-        penalty = operation.repetition_penalty or 1.0
-        if penalty != 1.0:
-            seen = torch.tensor(row.tokens, device=logits.device).unique()
-            values = logits[i, seen]
-            logits[i, seen] = torch.where(values < 0, values * penalty, values / penalty)
-        output = row.tokens[row.prompt_length :]
-        if output and (operation.presence_penalty or operation.frequency_penalty):
-            seen, counts = torch.tensor(output, device=logits.device).unique(return_counts=True)
-            logits[i, seen] -= (operation.presence_penalty or 0.0) + (operation.frequency_penalty or 0.0) * counts
-    return logits
+def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return upload(torch.tensor(numbers, dtype=torch.long), device)
 
 
-def _draw(logits: Tensor, rows: Sequence[Draw]) -> Tensor:
+def _column(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One number a row, ``[rows, 1]``."""
+    return upload(torch.tensor(numbers, dtype=dtype)[:, None], device)
+
+
+def _select(values: Tensor, index: Sequence[int]) -> Tensor:
+    """The rows with these numbers, in increasing order; without a copy where that is all of them."""
+    return values if len(index) == len(values) else values[_index(index, values.device)]
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """``[rows, vocabulary]`` as ``[rows, blocks, BLOCK]``.
+
+    One number a block narrows a search down to a few blocks. On a CPU, reducing the whole vocabulary with indices is
+    many times slower.
+    """
+    return values.view(len(values), -1, BLOCK)
+
+
+class Best(NamedTuple):
+    """Each row's largest value and where it is; of equal ones the first, as torch.argmax has it."""
+
+    values: Tensor
+    indices: Tensor
+
+    @staticmethod
+    def of(values: Tensor, peaks: Tensor) -> "Best":
+        """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block."""
+        block = peaks.argmax(-1, keepdim=True)
+        inside = _block(values, block).argmax(-1)
+        return Best(peaks.gather(-1, block)[:, 0], block[:, 0] * BLOCK + inside)
+
+
+def _block(values: Tensor, block: Tensor) -> Tensor:
+    """The blocks ``[rows, k]`` of each row ``[rows, vocabulary]``, one after the other: ``[rows, k * BLOCK]``."""
+    each = values.shape[-1] // BLOCK
+    first = torch.arange(0, len(values) * each, each, device=values.device)[:, None]
+    return values.view(-1, BLOCK).index_select(0, (block + first).flatten()).view(len(values), -1)
+
+
+def _weights(logits: Tensor, best: Tensor, scale: Tensor | float) -> Tensor:
+    """2 to the power of (logits - best) * scale, ``[rows, blocks, BLOCK]``. exp2 takes half the time of exp."""
+    return _blocks((logits - best[:, None]).mul_(scale).exp2_())
+
+
+def _most_likely(values: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row ``[rows, vocabulary]``, largest first, and their token ids.
+
+    They lie in the ``k`` blocks with the largest peaks.
+    """
+    some = peaks.topk(min(k, peaks.shape[-1]), -1).indices
+    found, places = _block(values, some).topk(k, -1)
+    return found, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether looking at the tensor's values makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
+def _fetch(tensor: Tensor) -> npt.NDArray[np.float64]:
+    """The tensor on the host, which waits for it."""
+    return tensor.cpu().numpy()
+
+
+def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[np.float64]]:
+    """The numbers of the parts on the host, by one copy. Token ids are exact in float64."""
+    packed = _fetch(torch.cat([part.double().flatten() for part in parts]))
+    ends = np.cumsum([part.numel() for part in parts])[:-1]
+    return [flat.reshape(part.shape) for flat, part in zip(np.split(packed, ends), parts, strict=True)]
+
+
+def _report(
+    parts: Sequence[npt.NDArray[np.float64]],
+    rows: Sequence[Row],
+    counts: Sequence[int],
+    groups: Sequence[Sequence[int]],
+) -> list[Choice]:
+    """The choices. ``parts`` are the numbers of each row; then the likely tokens' logits and ids, group by group."""
+    (chosen, logits, likeliest, best, total), *found = parts
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norm = best + np.log(total)
+        logprobs = _rounded(logits - norm)
+        best_logprobs = _rounded(best - norm)
+    choices = []
+    numbers = (chosen.astype(int), logprobs, likeliest.astype(int), best_logprobs, total, best, counts, rows)
+    for token, logprob, first, first_logprob, mass, peak, count, row in zip(
+        *(n.tolist() if isinstance(n, np.ndarray) else n for n in numbers), strict=True
+    ):
+        if math.isfinite(mass):
+            choices.append(
+                Choice(token, logprob, {first: first_logprob, token: logprob} if count == 1 else {token: logprob})
+            )
+        else:
+            impossible = isinstance(row, Draw) and peak == -math.inf
+            choices.append(Choice(0, 0.0, {}, error=NO_TOKEN if impossible else NOT_NUMBERS))
+    for group, values, ids in zip(groups, found[::2], found[1::2], strict=True):
+        likely = _rounded(values - norm[group, None])
+        for i, tokens, likely_ones, possible in zip(
+            group, ids.astype(int).tolist(), likely.tolist(), np.isfinite(values).sum(-1).tolist(), strict=True
+        ):
+            if not choices[i].error:
+                most = min(counts[i], possible)
+                entries = dict(zip(tokens[:most], likely_ones[:most], strict=True))
+                entries.setdefault(choices[i].token, choices[i].logprob)
+                choices[i] = Choice(choices[i].token, choices[i].logprob, entries)
+    return choices
+
+
+def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rounded to a millionth, without a negative zero, and finite: JSON has no infinity."""
+    return np.where(np.isfinite(logprobs), logprobs.round(6) + 0.0, LOWEST)
+
+
+def _draw(logits: Tensor, weights: Tensor, best: Tensor, rows: Sequence[Draw], vocabulary: int) -> Tensor:
     """The token of each row: drawn at its temperature among those its filters keep, or the best where it is greedy.
 
-    A top-p nucleus is found without sorting. A drawn token is accepted if the tokens more likely than it have less than
-    p of the probability together. Otherwise it and all tokens that are no more likely are excluded, and the row draws
-    again. This gives the nucleus's own distribution (rejection sampling with a pivot, as in FlashInfer).
+    ``weights`` and ``best`` are those of temperature 1. A draw has two stages, so that few vocabularies have to be
+    sorted: a token drawn from all of them is accepted if it is in the top-p nucleus; otherwise one is drawn from the
+    nucleus. Together that is the nucleus's own distribution.
     """
     device = logits.device
-    temperatures = [row.operation.temperature for row in rows]
-    greedy = [t < GREEDY_BELOW for t in temperatures]
-    scale = torch.tensor([1.0 if g else t for g, t in zip(greedy, temperatures, strict=True)], device=device)
-    blocks = _blocks(logits)
-    blocks = (blocks - logits.amax(-1)[:, None, None]).mul_((LOG2_E / scale)[:, None, None])
-    weights = blocks.exp2()
-    threshold = _threshold(blocks, [row.operation for row in rows], greedy)
-    candidates = weights if threshold is None else weights * (blocks >= threshold[:, None, None])
-    nucleus = [_nucleus(row.operation) for row in rows]
-    most = weights.sum(-1).double().sum(-1) * torch.tensor(nucleus, dtype=torch.float64, device=device)
-    chosen = torch.zeros(len(rows), dtype=torch.long, device=device)
-    undrawn = list(range(len(rows)))
-    while True:
-        uniform = [rows[i].draw() if not greedy[i] else 0.0 for i in undrawn]
-        drawn = _inverse_cdf(candidates, torch.tensor(uniform, dtype=torch.float64, device=device))
-        chosen[undrawn] = drawn
-        searching = [place for place, i in enumerate(undrawn) if nucleus[i] < 1.0 and not greedy[i]]
-        if not searching:
-            return chosen
-        if len(searching) < len(undrawn):
-            weights, most = weights[searching], most[searching]
-        weight = weights.flatten(1).gather(1, drawn[searching][:, None]).clamp_(min=LEAST_WEIGHT)[:, :, None]
-        # The weights of more likely tokens, as multiples of the drawn one's. On a CPU this operation is many times
-        # faster than comparing and selecting.
-        likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True)
-        outside = (likelier.sum(-1).double().sum(-1) * weight[:, 0, 0] >= most).nonzero()[:, 0]
-        undrawn = [undrawn[searching[place]] for place in outside.tolist()]
-        if not undrawn:
-            return chosen
-        weights, most, candidates = weights[outside], most[outside], likelier[outside]
+    operations = [row.operation for row in rows]
+    greedy = [operation.temperature < GREEDY_BELOW for operation in operations]
+    if penalized := any(row.counts is not None for row in rows):
+        logits = penalize(logits, operations, [row.counts for row in rows])
+        best = _blocks(logits).amax(-1).amax(-1)
+    scale = _column([1.0 if g else LOG2_E / o.temperature for o, g in zip(operations, greedy, strict=True)], device)
+    if penalized or any(operation.temperature != 1.0 for operation in operations):
+        weights = _weights(logits, best, scale)
+    nucleus = [
+        i for i, o in enumerate(operations) if (o.top_p or 1.0) < 1.0 and not _top_k(o, vocabulary) and not greedy[i]
+    ]
+    lowest = _lowest(logits, best, scale, operations, greedy, vocabulary)
+    candidates = weights if lowest is None else _kept(logits, lowest).mul_(weights)
+    uniforms = [(0.0, 0.0) if g else row.uniforms for g, row in zip(greedy, rows, strict=True)]
+    first, second = upload(torch.tensor(uniforms, dtype=torch.float64), device).T
+    chosen = _inverse_cdf(candidates, first)
+    if nucleus and on_host(weights):
+        nucleus = _outside(weights, chosen, operations, nucleus)
+    if not nucleus:
+        return chosen
+    own = _select(logits, nucleus)
+    floor = _nucleus(
+        own,
+        _select(weights, nucleus),
+        _select(best, nucleus),
+        _select(scale, nucleus),
+        [operations[i] for i in nucleus],
+        vocabulary,
+    )
+    if lowest is not None:
+        floor = torch.maximum(floor, _select(lowest, nucleus))
+    refused = own.gather(-1, _select(chosen, nucleus)[:, None])[:, 0] < floor
+    again = _inverse_cdf(_kept(own, floor).mul_(_select(weights, nucleus)), _select(second, nucleus))
+    return chosen.index_copy(0, _index(nucleus, device), torch.where(refused, again, _select(chosen, nucleus)))
 
 
-def _nucleus(operation: Generate) -> float:
-    """The top-p that drawing has to respect. Top-k sorts anyway, so with it top-p is part of the threshold."""
-    return 1.0 if operation.top_k or not operation.top_p else operation.top_p
+def _kept(logits: Tensor, lowest: Tensor) -> Tensor:
+    """1 for each logit that is not below its row's lowest, else 0. As a float: a bool would be converted slowly."""
+    return _blocks(torch.ge(logits, lowest[:, None], out=torch.empty_like(logits)))
+
+
+def _outside(weights: Tensor, chosen: Tensor, operations: Sequence[Generate], nucleus: Sequence[int]) -> list[int]:
+    """Those of the nucleus rows whose chosen token seems to be outside. It looks at the vocabulary once."""
+    weights = _select(weights, nucleus)
+    weight = weights.flatten(1).gather(1, _select(chosen, nucleus)[:, None]).clamp_(min=LEAST_WEIGHT)[:, :, None]
+    # The weights of more likely tokens, as multiples of the chosen one's. On a CPU this operation is many times
+    # faster than comparing and selecting.
+    likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True).sum(-1).double().sum(-1)
+    p = _top_p([operations[i] for i in nucleus], weights.device)[:, 0]
+    outside = likelier * weight[:, 0, 0] >= weights.sum(-1).double().sum(-1) * p
+    return [i for i, out in zip(nucleus, outside.tolist(), strict=True) if out]
 
 
 def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -315,11 +409,11 @@ def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     times their total. The search has two levels. A token of weight 0 adds nothing, so it is never drawn."""
     running = weights.sum(-1).double().cumsum(-1)
     target = _below(uniform * running[:, -1], running[:, -1])[:, None]
-    block = torch.searchsorted(running, target, right=True)
+    block = torch.searchsorted(running, target, right=True).clamp_(max=running.shape[-1] - 1)
     before = torch.where(block > 0, running.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    inner = weights.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    inner = _block(weights.flatten(1), block).cumsum(-1, dtype=torch.float64)
     offset = torch.searchsorted(inner, _below((target - before)[:, 0], inner[:, -1])[:, None], right=True)
-    return (block * BLOCK + offset)[:, 0]
+    return (block * BLOCK + offset.clamp_(max=BLOCK - 1))[:, 0]
 
 
 def _below(value: Tensor, limit: Tensor) -> Tensor:
@@ -327,29 +421,84 @@ def _below(value: Tensor, limit: Tensor) -> Tensor:
     return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
-def _threshold(blocks: Tensor, operations: Sequence[Generate], greedy: Sequence[bool]) -> Tensor | None:
-    """The lowest logit ``[rows]`` that top-k (with top-p among those it keeps) and min-p keep, and the best one where
-    the row is greedy; None if every token is kept.
+def _top_k(operation: Generate, vocabulary: int) -> int:
+    """How many tokens top-k keeps; 0 is all."""
+    return operation.top_k if operation.top_k and operation.top_k < vocabulary else 0
 
-    The logits ``[rows, blocks, BLOCK]`` are scaled by temperature and to the base 2; each row's best is 0.
-    """
-    device = blocks.device
-    limited = [i for i, operation in enumerate(operations) if operation.top_k]
-    if not limited and not any(greedy) and not any(operation.min_p for operation in operations):
+
+def _lowest(
+    logits: Tensor, best: Tensor, scale: Tensor, operations: Sequence[Generate], greedy: Sequence[bool], vocabulary: int
+) -> Tensor | None:
+    """The lowest logit ``[rows]`` that top-k (with top-p among those it keeps) and min-p keep, and the best one where
+    the row is greedy; None if every token is kept."""
+    limits = [0 if g else _top_k(o, vocabulary) for o, g in zip(operations, greedy, strict=True)]
+    if not any(greedy) and not any(limits) and not any(operation.min_p for operation in operations):
         return None
-    threshold = torch.tensor(
-        [1.0 if g else o.min_p or 0.0 for o, g in zip(operations, greedy, strict=True)], device=device
-    ).log2()
-    if limited:
-        some = [operations[i] for i in limited]
-        k = torch.tensor([o.top_k for o in some], device=device)[:, None]
-        p = torch.tensor([o.top_p or 1.0 for o in some], dtype=torch.float64, device=device)[:, None]
-        values = _most_likely(blocks[limited].flatten(1), max(o.top_k or 0 for o in some)).values.double()
-        kept = torch.arange(values.shape[-1], device=device) < k
-        probabilities = torch.where(kept, values.exp2(), 0.0)
-        probabilities /= probabilities.sum(-1, keepdim=True)
-        before = functional.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
-        kept &= (before < p) | (p >= 1.0)
-        lowest = values.gather(-1, kept.sum(-1, keepdim=True) - 1)[:, 0].float()
-        threshold[limited] = torch.maximum(threshold[limited], lowest)
-    return threshold
+    below = [
+        0.0 if g else o.temperature * math.log(o.min_p) if o.min_p else -math.inf
+        for o, g in zip(operations, greedy, strict=True)
+    ]
+    lowest = best + _column(below, logits.device)[:, 0]
+    for group in ([i for i, k in enumerate(limits) if 0 < k <= HEAD], [i for i, k in enumerate(limits) if k > HEAD]):
+        if group:
+            values = _largest(_select(logits, group), max(limits[i] for i in group))
+            some = [operations[i] for i in group]
+            found = _lowest_of(values, _select(best, group), _select(scale, group), some, vocabulary)
+            lowest = lowest.index_copy(0, _index(group, logits.device), torch.maximum(_select(lowest, group), found))
+    return lowest
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """The ``k`` largest values of each row, largest first."""
+    if not on_host(logits):
+        return logits.topk(k, -1).values
+    values = logits.numpy()  # NumPy sorts values without indices, many times faster
+    head = np.partition(values, -k)[:, -k:] if k < values.shape[-1] else values
+    return torch.from_numpy(np.sort(head)).flip(-1)
+
+
+def _nucleus(
+    logits: Tensor, weights: Tensor, best: Tensor, scale: Tensor, operations: Sequence[Generate], vocabulary: int
+) -> Tensor:
+    """The lowest logit ``[rows]`` of each row's top-p nucleus. On a CPU it mostly lies in the head."""
+    total = weights.sum(-1).double().sum(-1, keepdim=True)
+    values = None
+    if on_host(logits) and vocabulary > HEAD:
+        values = _largest(logits, HEAD)
+        mass = _probabilities(values, best, scale).sum(-1, keepdim=True)
+        if bool((mass < total * _top_p(operations, logits.device)).any()):
+            values = None
+    if values is None:
+        values = _largest(logits, vocabulary)
+    return _lowest_of(values, best, scale, operations, vocabulary, total)
+
+
+def _lowest_of(
+    values: Tensor,
+    best: Tensor,
+    scale: Tensor,
+    operations: Sequence[Generate],
+    vocabulary: int,
+    total: Tensor | None = None,
+) -> Tensor:
+    """The lowest logit ``[rows]`` that top-k, then top-p keep. ``values`` are the largest logits, largest first.
+
+    ``total`` ``[rows, 1]`` is what the weights of all tokens sum to, where top-k is off.
+    """
+    k = _column([_top_k(o, vocabulary) or vocabulary for o in operations], values.device, torch.long)
+    p = _top_p(operations, values.device)
+    kept = torch.arange(values.shape[-1], device=values.device) < k
+    probabilities = _probabilities(values, best, scale).mul_(kept)
+    running = probabilities.cumsum(-1)
+    most = (running[:, -1:] if total is None else total) * p
+    kept &= (running - probabilities < most) | (p >= 1.0)
+    return values.gather(-1, (kept.sum(-1, keepdim=True) - 1).clamp_(min=0))[:, 0]
+
+
+def _probabilities(values: Tensor, best: Tensor, scale: Tensor) -> Tensor:
+    """As multiples of the best token's, in float64."""
+    return ((values - best[:, None]) * scale).double().exp2()
+
+
+def _top_p(operations: Sequence[Generate], device: torch.device) -> Tensor:
+    return _column([operation.top_p or 1.0 for operation in operations], device, torch.float64)

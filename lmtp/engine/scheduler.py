@@ -24,10 +24,16 @@ DRAFTED_STEP = 16
 """Tokens of a step, padding included, that drafts may fill it up to. On a CPU such a step takes about as long as one of
 a single token, since most of its time goes into reading the model's weights."""
 
+MAX_PASSED = 128
+"""Waiting streams that are passed over in a step, since they wait for a prefix or find no room. These are two of each
+prediction if there are as many predictions as Cog lets run."""
 
-MAX_PASSED = 16
-"""Streams of one prediction that are passed over, since they wait for a prefix or found no room, before its others wait
-as well; and streams of all predictions that found no room. Each is compared with all slots."""
+QUIET = 512
+"""Steps after which a prediction without others has the server to itself: a step may then compute a whole chunk of its
+prompts, since larger chunks cost less."""
+
+LAST_PROMPTS = 4
+"""Otherwise a step may have this many times the work of others if it ends all prompts there are."""
 
 TURN = 512
 """Steps after which a prediction's only stream gives way to a prediction that has none running. Preempting it sooner
@@ -46,8 +52,14 @@ class Scheduler:
         """The stream that got no memory when streams were last admitted."""
         self._prefilled_last = False
         self._steps = 0
+        self._progress = 0
+        """The most tokens that a stream can have computed in all steps."""
+        self._changes = 0
+        """How often a stream was admitted or released. In between no memory becomes free, no longer prefix begins."""
         self._rotated = 0
         """The step at which the last turn ended."""
+        self._shared = -QUIET
+        """The last step before which there were several predictions."""
 
     @property
     def waits(self) -> bool:
@@ -65,12 +77,15 @@ class Scheduler:
 
     def add(self, stream: OperationStream) -> None:
         """Put a stream at the end of its prediction's queue."""
+        turns = stream.prediction.turns
+        if turns.queued < 0:  # a new prediction is behind all others but those of the last step
+            turns.queued, turns.prefilled = self._steps, self._steps - 1
         self._queues.setdefault(stream.prediction, deque()).append(stream)
 
     def remove(self, stream: OperationStream, keep: bool = True) -> None:
         """Take a stream out, waiting or running. What it computed stays reusable unless ``keep`` is false."""
         if stream.slot >= 0:
-            self._runner.release(stream, keep)
+            self._release(stream, keep)
         elif stream in (queue := self._queues.get(stream.prediction, deque())):
             queue.remove(stream)
             if not queue:
@@ -90,11 +105,21 @@ class Scheduler:
         if not active:
             return None
         self._steps += 1
+        if len(self._queues.keys() | {stream.prediction for stream in active}) > 1:
+            self._shared = self._steps
+        step = self._choose(active)
+        self._progress += max(step.counts)
+        return step
+
+    def _choose(self, active: Sequence[OperationStream]) -> Step[OperationStream]:
+        """The next step of the active streams: prompts and decoding streams in turn."""
         limits = self._runner.step_limits
         prefilling = [limits.whole or stream.pending > (FORCED_RUN if stream.decoding else 1) for stream in active]
         if not any(prefilling):
             return self._decode(active, prefilling)
         decoding = not all(prefilling)
+        if limits.packed:
+            return self._together(active, prefilling)
         self._prefilled_last = not (decoding and self._prefilled_last and limits.busy_chunk)
         if not self._prefilled_last:
             return self._decode(active, prefilling)
@@ -127,6 +152,19 @@ class Scheduler:
             several = max(min(several, int(2 * work / len(streams) / StepLimits.cost(longest))), 1)
         return self._step(streams, several if any(prefilling) else max(several, self._draft(streams)))
 
+    def _together(self, active: Sequence[OperationStream], prefilling: Sequence[bool]) -> Step[OperationStream]:
+        """What every stream has pending that decodes, and then prompts as far as they fit into the budget: those first
+        whose prediction has waited longest."""
+        budget = self._budget(active, decoding=not all(prefilling))
+        most = {stream: stream.pending for stream, prefill in zip(active, prefilling, strict=True) if not prefill}
+        prompts = [stream for stream, prefill in zip(active, prefilling, strict=True) if prefill]
+        for stream in sorted(prompts, key=lambda stream: stream.prediction.turns.prefilled):
+            if budget:
+                most[stream] = min(stream.pending, budget)
+                budget -= most[stream]
+                stream.prediction.turns.prefilled = self._steps
+        return self._step(list(most), list(most.values()))
+
     def _in_turn(
         self, active: Sequence[OperationStream], prefilling: Sequence[bool], work: int
     ) -> tuple[int, int, int]:
@@ -154,7 +192,8 @@ class Scheduler:
         if decoding:
             return limits.busy_chunk or limits.chunk
         whole = sum((s.goal - s.reused) * StepLimits.cost(s.reused, together=True) for s in active)
-        return limits.chunk if whole <= limits.chunk else min(limits.chunk, limits.work)
+        most = limits.chunk if self._steps - self._shared >= QUIET else min(limits.chunk, LAST_PROMPTS * limits.work)
+        return limits.chunk if whole <= most else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""
@@ -167,6 +206,10 @@ class Scheduler:
 
     def _prefill(self, streams: Sequence[OperationStream], budget: int) -> Step[OperationStream]:
         """As many of the streams as fill the budget without padding most of it; at least the first."""
+        limits = self._runner.step_limits
+        bounded = budget < limits.chunk  # others may wait for it
+        if bounded:
+            budget = min(budget, limits.work)
         rows = [streams[0]]
         tokens = streams[0].pending
         for stream in streams[1:]:
@@ -176,20 +219,19 @@ class Scheduler:
                 break
             rows.append(stream)
             tokens += stream.pending
-        limits = self._runner.step_limits
-        if budget < limits.chunk:  # others may wait for it
+        if bounded:
             columns = max(row.computed for row in rows)
             budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
         if limits.whole:
             return self._step(rows, max(row.pending for row in rows))
         return self._step(rows, max(budget // len(rows), 1))
 
-    def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:
-        """At most ``most`` tokens of each stream, as far as their logits fit."""
+    def _step(self, streams: Sequence[OperationStream], most: int | Sequence[int]) -> Step[OperationStream]:
+        """At most ``most`` tokens of each stream, or of all of them, as far as their logits fit."""
         counts = []
         logits_left = self._runner.step_limits.logits
-        for stream in streams:
-            count = min(stream.pending + len(stream.draft), most)
+        for stream, limit in zip(streams, [most] * len(streams) if isinstance(most, int) else most, strict=True):
+            count = min(stream.pending + len(stream.draft), limit)
             wanted = stream.wanted(count)
             if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left
@@ -210,26 +252,23 @@ class Scheduler:
         if not self._queues:
             return
         running = Counter(stream.prediction for stream in self._active())
-        passed: dict[Prediction, int] = {}
+        passed: Counter[Prediction] = Counter()
         """How many streams of each prediction, from the first, are passed over."""
-        refusals, claims = 0, False
-        while prediction := self._next_prediction(running, passed):
-            if claims and running[prediction]:
-                return
-            queue, place = self._queues[prediction], passed.get(prediction, 0)
+        claimed = False
+        """Whether one of them is the first of a prediction that has none running."""
+        while passed.total() < MAX_PASSED and (prediction := self._next_prediction(running, passed, claimed)):
+            queue, place = self._queues[prediction], passed[prediction]
             stream = queue[place]
-            now, soon = self._runner.shared_prefix(stream)
-            if soon - now >= WORTH_WAITING:
-                passed[prediction] = place + 1
+            if self._awaits_prefix(stream):
+                passed[prediction] += 1
                 continue
-            if not self._make_room(stream, running):
+            claims = not running[prediction]
+            if not self._make_room(stream, running, claims and not claimed):
                 self.refused = self.refused or stream
-                refusals += 1
-                claims = claims or not running[prediction]
-                late = not running[prediction] and self._steps - stream.refused >= TURN
-                if late or refusals == MAX_PASSED:
+                if claims and self._steps - stream.refused >= TURN:
                     return
-                passed[prediction] = place + 1
+                claimed = claimed or claims
+                passed[prediction] += 1
                 continue
             stream.refused = -1
             del queue[place]
@@ -237,18 +276,29 @@ class Scheduler:
                 del self._queues[prediction]
             if stream.admitted >= 0:
                 stream.reused = 0  # what it finds of its own was counted when it was computed
-            stream.admitted = prediction.turns.admitted = self._steps
+            stream.admitted = prediction.turns.queued = self._steps
             running[prediction] += 1
+            self._changes += 1
 
-    def _make_room(self, stream: OperationStream, running: Counter[Prediction]) -> bool:
-        """Admit the stream, if need be in place of others that give way."""
+    def _awaits_prefix(self, stream: OperationStream) -> bool:
+        """Whether a running stream is computing a prefix of the stream's that is worth waiting for. It is compared with
+        the slots only if that can have changed since it last was."""
+        if stream.compared != self._changes or (stream.awaits and self._progress >= stream.awaits):
+            now, soon = self._runner.shared_prefix(stream)
+            missing = soon - now
+            stream.compared = self._changes
+            stream.awaits = self._progress + missing - WORTH_WAITING + 1 if missing >= WORTH_WAITING else 0
+        return stream.awaits > 0
+
+    def _make_room(self, stream: OperationStream, running: Counter[Prediction], claims: bool) -> bool:
+        """Admit the stream; where it ``claims`` its turn, in place of others that give way."""
         begun = False
-        while not self._runner.admit(stream):
+        while stream.full == self._changes or not self._runner.admit(stream):
+            stream.full = self._changes
             if stream.refused < 0:
                 stream.refused = self._steps
             # Where the system has no memory left, none of ours helps.
-            its_turn = not running[stream.prediction] and not self._runner.refusal
-            victim = self._who_gives_way(running, begun) if its_turn else None
+            victim = self._who_gives_way(running, begun) if claims and not self._runner.refusal else None
             begun = True
             if victim is None:
                 return False
@@ -256,14 +306,17 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _next_prediction(self, running: Counter[Prediction], passed: dict[Prediction, int]) -> Prediction | None:
-        """The prediction with the fewest running streams; of several, the one that has waited longest."""
+    def _next_prediction(
+        self, running: Counter[Prediction], passed: Counter[Prediction], claimed: bool
+    ) -> Prediction | None:
+        """The prediction with the fewest streams running or passed over; of several, the one that has waited longest.
+        ``claimed``: one that has none running."""
         waiting = [
             prediction
             for prediction, queue in self._queues.items()
-            if not prediction.turns.paused and passed.get(prediction, 0) < min(len(queue), MAX_PASSED)
+            if not prediction.turns.paused and passed[prediction] < len(queue) and not (claimed and running[prediction])
         ]
-        return min(waiting, key=lambda p: (running[p], p.turns.admitted), default=None)
+        return min(waiting, key=lambda p: (running[p] + passed[p], p.turns.queued), default=None)
 
     def _who_gives_way(self, running: Counter[Prediction], begun: bool) -> OperationStream | None:
         """The stream that has computed least of the prediction with the most. If all have one, the one that has had its
@@ -283,8 +336,13 @@ class Scheduler:
     def _preempt(self, stream: OperationStream) -> None:
         """Take back the stream's memory. It goes on from what is left of it as soon as it is admitted again: tokens,
         random numbers and grammar are the stream's own."""
-        self._runner.release(stream)
+        self._release(stream)
+        stream.prediction.turns.queued = self._steps
         self._queues.setdefault(stream.prediction, deque()).appendleft(stream)
+
+    def _release(self, stream: OperationStream, keep: bool = True) -> None:
+        self._runner.release(stream, keep)
+        self._changes += 1
 
 
 def _width(streams: Sequence[OperationStream]) -> int:

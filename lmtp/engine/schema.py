@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from lmtp.engine.pattern import check_pattern
-from lmtp.protocol import RequestError
+from lmtp.protocol import RequestError, quoted
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -116,7 +116,7 @@ def _refuse_inexact(part: dict[str, Any]) -> None:
             elif isinstance(value, dict):
                 rest += value.values()
             elif isinstance(value, int) and abs(value) > MAX_EXACT:
-                raise RequestError(f"json_schema: {name} {value} is beyond 2^53, where numbers are not exact.")
+                raise RequestError(f"json_schema: {name} {quoted(value)} is beyond 2^53, where numbers are not exact.")
 
 
 def _refuse_many_optional(part: dict[str, Any]) -> None:

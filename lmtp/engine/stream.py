@@ -14,7 +14,8 @@ from lmtp import text
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.grammar import Grammar
 from lmtp.engine.masks import Bias
-from lmtp.engine.sampling import Choice, Row, Target, needs_own_logits, random_of
+from lmtp.engine.penalties import Seen, is_penalized
+from lmtp.engine.sampling import GREEDY_BELOW, Choice, Draw, Row, Target, uniforms_of
 from lmtp.prediction import Prediction
 from lmtp.protocol import FinishReason, Generate, Prompt, RequestError, Score, Token
 from lmtp.runners.model import Limits, SourceLimits
@@ -38,6 +39,10 @@ class OperationStream(Stream):
         """The step before which it was last given memory; -1: not yet."""
         self.refused = -1
         """The step before which it was first refused memory since then; -1: it was not."""
+        self.full = self.compared = -1
+        """The scheduler's changes of memory after which it last found no room, and was last compared with the slots."""
+        self.awaits = 0
+        """The scheduler's progress before which a prefix that it waits for cannot be there; 0: it waits for none."""
         self.decoded = -1
         """The step that last decoded it, while there are too many streams for one step."""
 
@@ -101,10 +106,9 @@ class Generation(OperationStream):
         self.grammar = grammar
         self._end_of_sequence = limits.end_of_sequence
         self._decoder = decoder
-        # A draft can only be compared with choices that depend on nothing but the tokens before them.
-        drafts = not grammar and not needs_own_logits(operation) and operation.top_logprobs <= MAX_DRAFTED_TOP
-        self._drafter = Drafter() if drafts else None
-        self._random = random_of(operation.seed)
+        self._drafter = Drafter() if operation.top_logprobs <= MAX_DRAFTED_TOP else None
+        self._seen = Seen(operation, prompt) if is_penalized(operation) else None
+        self._uniforms = uniforms_of(operation.seed) if operation.temperature >= GREEDY_BELOW else None
 
     @property
     @override
@@ -122,22 +126,30 @@ class Generation(OperationStream):
         return self.computed >= self.prompt_length
 
     @property
-    def forbidden_now(self) -> Sequence[int]:
-        """The ids that are impossible for the next token only: the end of the sequence before min_tokens."""
-        return self._end_of_sequence if self.generated < self.operation.min_tokens else ()
-
-    @property
     def inside_grammar(self) -> bool:
         """Whether the grammar does not allow the text to end here."""
         return self.grammar is not None and not self.grammar.accepting
 
     @override
     def rows(self, count: int) -> Sequence[Row]:
-        return [self] * self.wanted(count)
+        return [self._row(self.draft[:ahead]) for ahead in range(self.wanted(count))]
 
-    def draw(self) -> float:
-        """The stream's next uniform number in [0, 1)."""
-        return self._random.random()
+    def _row(self, ahead: Sequence[int]) -> Draw:
+        """What is wanted after the tokens and those of a draft ahead of them.
+
+        Nothing else decides the choice, so that it is the same with and without a draft."""
+        place = self.generated + len(ahead)
+        return Draw(
+            self.operation,
+            self.bias,
+            self._forbidden(place),
+            self._seen.counts(self.tokens, ahead) if self._seen else None,
+            self._uniforms(place) if self._uniforms else (0.0, 0.0),
+        )
+
+    def _forbidden(self, place: int) -> Sequence[int]:
+        """The ids that are impossible for this generated token only: the end of the sequence before min_tokens."""
+        return self._end_of_sequence if place < self.operation.min_tokens else ()
 
     @override
     def begin(self) -> list[Token]:
@@ -146,7 +158,7 @@ class Generation(OperationStream):
     @override
     def guess(self, most: int) -> None:
         self.draft = []
-        if self._drafter and self.pending == 1 and not self.forbidden_now:
+        if self._drafter and self.pending == 1 and not self._forbidden(self.generated):
             room = self.max_length - len(self.tokens) - 1  # one position is for the bonus token
             self.draft = self._drafter.draft(self.tokens, min(most, room))
 
@@ -159,15 +171,23 @@ class Generation(OperationStream):
         if choices[0].error:
             raise RequestError(choices[0].error)
         draft, self.draft = self.draft, []
-        replies = [self._take(choices[0])]
-        for guess, choice in zip(draft, choices[1:], strict=False):  # a step may compute only part of a draft
-            if self.finished or guess != self.tokens[-1] or choice.error:
+        known, accepted = len(self.tokens), 0
+        replies = self._take_with_forced(choices[0])
+        while accepted < min(len(draft), len(choices) - 1) and not self.finished:  # a step may compute part of a draft
+            if draft[accepted] != self.tokens[known + accepted]:
                 break
+            accepted += 1
             self.computed += 1
-            replies.append(self._take(choice))
+            if known + accepted == len(self.tokens):
+                if choices[accepted].error:
+                    break
+                replies += self._take_with_forced(choices[accepted])
         if self._drafter and draft:
-            self._drafter.learn(accepted=len(replies) - 1)
-        return [*replies, *self._take_forced()]
+            self._drafter.learn(accepted)
+        return replies
+
+    def _take_with_forced(self, choice: Choice) -> list[Token]:
+        return [self._take(choice), *self._take_forced()]
 
     def _take_forced(self) -> list[Token]:
         """Append what the grammar forces; nothing has to be computed for it."""
@@ -179,7 +199,7 @@ class Generation(OperationStream):
         return replies
 
     def _is_forbidden(self, token: int) -> bool:
-        return token in self.forbidden_now or (self.bias is not None and self.bias.forbids(token))
+        return token in self._forbidden(self.generated) or (self.bias is not None and self.bias.forbids(token))
 
     def _take(self, choice: Choice) -> Token:
         self.tokens.append(choice.token)
@@ -188,7 +208,7 @@ class Generation(OperationStream):
         reason: FinishReason | None = None
         piece = ""
         if self._decoder:
-            added = self._decoder.add(choice.token)
+            added = self._decoder.add(choice.token, may_stop=self.generated >= self.operation.min_tokens)
             piece = added.text
             reason = "stop" if added.stopped else None
         if choice.token in self._end_of_sequence or (self.grammar and self.grammar.complete):

@@ -11,7 +11,6 @@ every request, and tells by which signal it ended. It may not import torch: a fo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -28,6 +27,7 @@ from typing import IO, Any
 import msgspec
 from llguidance import LLTokenizer
 
+from lmtp.engine.heap import in_use
 from lmtp.engine.schema import is_valid
 from lmtp.engine.source import Source, compile_source
 from lmtp.protocol import RequestError
@@ -224,9 +224,9 @@ def _answer(request: dict[str, Any], tokenizer: LLTokenizer) -> dict[str, Any]:
     try:
         if "texts" in request:
             return {"valid": [is_valid(request["schema"], text) for text in request["texts"]]}
-        before = _heap()
+        before = in_use()  # MALLOC_ARENA_MAX is 1, so this is all of it
         matcher = compile_source(Source(*request["source"]), tokenizer)
-        size = _heap() - before
+        size = in_use() - before
         del matcher
         return {"bytes": max(size, 0)}
     except RequestError as error:
@@ -240,23 +240,6 @@ def _answer(request: dict[str, Any], tokenizer: LLTokenizer) -> dict[str, Any]:
 def _pages() -> int:
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[0])
-
-
-class _Heap(ctypes.Structure):
-    """glibc's struct mallinfo2."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "ford", "keep")
-    ]
-
-
-def _heap() -> int:
-    """The bytes that malloc has given out. MALLOC_ARENA_MAX is 1, so this is all of them."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Heap
-    heap = mallinfo()
-    return int(heap.uordblks + heap.hblkhd)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from transformers import PreTrainedModel
 
 from lmtp.runners.slot_runner import SlotStep
 from lmtp.runners.slots import Layer, Memory
-from lmtp.runners.step import StepInputs
+from lmtp.runners.step import SourceInputs, StepInputs
 from lmtp.weights.manifest import Manifest
 
-FORMAT = 4
+FORMAT = 5
 """Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns."""
 
 EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # matrix kernels are chosen for these 32 tokens
@@ -78,12 +78,14 @@ class CompiledStep:
         self._container = ctypes.c_void_p()
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
 
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        """As slot_runner.SlotStep.forward, with at least one mask."""
+    def __call__(self, inputs: StepInputs, sources: SourceInputs | None = None) -> Tensor:
+        """As slot_runner.SlotStep.forward, with at least one mask; with sources, as EncoderDecoderStep.run."""
         wanted = len(inputs.wanted)
         if not wanted:  # compiled code divides by the number of wanted positions
             inputs = inputs._replace(wanted=inputs.wanted.new_zeros(1))
         tensors = [*inputs[:4], *inputs.masks, *inputs.keys, *inputs.values]
+        if sources:
+            tensors += [sources.mask, *sources.keys, *sources.values]
         # The callee takes over the handles that it is given and frees them; the caller frees those that it gets.
         handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
         pointers = (ctypes.c_void_p * len(tensors))(*(_pointer_in(handle, None) for handle in handles))
@@ -119,8 +121,15 @@ def path_of(directory: Path, model: PreTrainedModel, manifest: Manifest) -> Path
     return directory / f"step-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.so"
 
 
-def build(step: SlotStep, layers: Sequence[Layer], path: Path, check: Callable[[CompiledStep], None]) -> None:
-    """Compile a step into ``path``. The file appears there once ``check`` has passed it.
+def build(
+    step: SlotStep,
+    layers: Sequence[Layer],
+    path: Path,
+    check: Callable[[CompiledStep], None],
+    cross: Sequence[Layer] = (),
+) -> None:
+    """Compile a step into ``path``. The file appears there once ``check`` has passed it. ``cross``: the layers of
+    cross-attention, if there are any.
 
     Raises what torch.export raises where the model's code cannot be traced.
     """
@@ -139,13 +148,19 @@ def build(step: SlotStep, layers: Sequence[Layer], path: Path, check: Callable[[
         keys=list(memory.keys),
         values=list(memory.values),
     )
+    given: tuple[tuple[Any, ...], ...] = (tuple(example),)
+    shapes: tuple[Any, ...] = (_shapes(example),)
+    if cross:
+        rows = Memory(cross, step.model.dtype)
+        rows.resize(EXAMPLE_SLOTS + 1, EXAMPLE_CAPACITY + 1)
+        unmasked = torch.zeros(EXAMPLE_ROWS, 1, 1, EXAMPLE_COLUMNS - 1, dtype=step.model.dtype)
+        given += ((unmasked, list(rows.keys), list(rows.values)),)
+        shapes += (_source_shapes(shapes[0], len(cross)),)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
         package = Path(directory, "step.pt2")
         with torch.no_grad(), _grouped_attention():
-            program = torch.export.export(
-                _Exported(step), (tuple(example),), dynamic_shapes=(_shapes(example),), strict=False
-            )
+            program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(package), inductor_configs=dict(INDUCTOR)
             )
@@ -161,14 +176,17 @@ def build(step: SlotStep, layers: Sequence[Layer], path: Path, check: Callable[[
 
 
 class _Exported(nn.Module):
-    """The step as a function of a plain tuple, which is what torch.export can serialize."""
+    """The step as a function of plain tuples, which is what torch.export can serialize."""
 
     def __init__(self, step: SlotStep) -> None:
         super().__init__()
         self.step = step
 
-    def forward(self, inputs: tuple[Any, ...]) -> Tensor:
-        return self.step.forward(StepInputs(*inputs))
+    def forward(self, *inputs: tuple[Any, ...]) -> Tensor:
+        if len(inputs) == 1:
+            return self.step.forward(StepInputs(*inputs[0]))
+        run: Any = self.step.run
+        return run(StepInputs(*inputs[0]), SourceInputs(*inputs[1]))
 
 
 def _shapes(example: StepInputs) -> tuple[Any, ...]:
@@ -183,6 +201,15 @@ def _shapes(example: StepInputs) -> tuple[Any, ...]:
     masks = [{0: rows, 2: q, 3: columns}] * len(example.masks)
     tokens = {0: rows, 1: q}
     return (tokens, tokens, tokens, {0: wanted}, masks, memory, memory)
+
+
+def _source_shapes(of_targets: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
+    """The same for sources, which have the targets' rows."""
+    columns = Dim("source_columns", min=8, max=2**24)
+    slots = Dim("source_slots", min=1, max=MAX_SLOTS)
+    capacity = Dim("source_capacity", min=9, max=2**24 + 1)
+    memory = [{0: slots, 2: capacity}] * layers
+    return ({0: of_targets[0][0], 3: columns}, memory, memory)
 
 
 @contextlib.contextmanager

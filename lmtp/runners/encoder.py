@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device, only_wanted
-from lmtp.runners.selfcheck import AGREEMENT, FORGIVEN
+from lmtp.runners.selfcheck import AGREEMENT, FORGIVEN, precision_of, with_tolerance
 from lmtp.runners.step import Step, StepLimits, Stream
 
 log = logging.getLogger(__name__)
@@ -246,12 +246,12 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
         own = torch.cat([forward.own(text) for text in texts])
     except Exception as error:
         raise UnsupportedModel(f"its own code fails: {type(error).__name__}: {error}; choose another model.") from error
-    reason = ""
+    reason, precision = "", precision_of(model)
     for way, batches in WAYS.items():
         try:
             got = _answers(forward, batches, texts)
-            wrong = _differing(own, got, AGREEMENT[model.dtype])
-            if wrong > len(own) * FORGIVEN[model.dtype]:
+            wrong = _differing(own, got, AGREEMENT[precision])
+            if wrong > len(own) * FORGIVEN[precision]:
                 raise UnsupportedModel(f"{wrong} of {len(own)} answers differ from the model's own forward pass")
             with forward.other_padding():
                 if wrong := _differing(got, _answers(forward, batches, texts), UNTOUCHED):
@@ -259,7 +259,7 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
         except Exception as error:  # whatever the model's code raises, try the next way
             reason = f"not {way}: {in_words(error)}"
         else:
-            return EncoderRunner(forward, limits, model.device, way, reason)
+            return EncoderRunner(forward, limits, model.device, way, with_tolerance(model, reason))
     raise UnsupportedModel(f"its own code does not answer a text the same way twice ({reason}); choose another model.")
 
 

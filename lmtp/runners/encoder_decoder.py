@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from lmtp.runners import selfcheck
+from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device, only_wanted
 from lmtp.runners.selfcheck import Reference
 from lmtp.runners.slot_runner import SlotCache, SlotRunner, SlotStep
-from lmtp.runners.slots import MIN_TOKENS, Layer, Memory, check_budget
-from lmtp.runners.sources import Encoder, EncoderOutput, SourceInputs, Sources
-from lmtp.runners.step import Step, StepInputs, Stream
+from lmtp.runners.slots import MIN_TOKENS, Memory, check_budget
+from lmtp.runners.sources import GIVEN_BACK, Encoder, EncoderOutput, Sources
+from lmtp.runners.step import SourceInputs, Step, StepInputs, Stream
 
 STATES_SHARE = 8
 """One part in this many of the memory for sources is for encoded ones that no stream uses."""
@@ -36,9 +38,11 @@ class SourceCache(Cache):
 
     def __init__(self, sources: SourceInputs) -> None:
         super().__init__(layers=[])
+        rows, _, _, columns = sources.mask.shape
         for keys, values in zip(sources.keys, sources.values, strict=True):
             layer = DynamicLayer()
-            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.keys, layer.values = (each.narrow(0, 0, rows).narrow(2, 0, columns) for each in (keys, values))
+            layer.is_initialized = True
             self.layers.append(layer)
 
 
@@ -89,10 +93,14 @@ class EncoderDecoderStep(SlotStep):
 
     def run(self, inputs: StepInputs, sources: SourceInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions of the targets."""
-        if inputs.ids.shape[1] == 1 and not self._masks_single_tokens:
+        if not self._masks_single_tokens and inputs.ids.shape[1] == 1:
             inputs = _widened(inputs)
         rows, q = inputs.ids.shape
         columns = inputs.masks[0].shape[3]
+        torch._check(rows <= inputs.keys[0].shape[0])
+        torch._check(columns < inputs.keys[0].shape[2])
+        torch._check(rows <= sources.keys[0].shape[0])
+        torch._check(sources.mask.shape[3] < sources.keys[0].shape[2])
         device = inputs.ids.device
         more = {"decoder_position_ids": inputs.positions} if self._accepts_positions else {}
         unread = torch.zeros(1, 1, 1, dtype=self.model.dtype, device=device)
@@ -159,31 +167,54 @@ class EncoderDecoderRunner(SlotRunner):
     step: EncoderDecoderStep
 
     def __init__(
-        self, step: EncoderDecoderStep, memory: Memory, sources: Sources, budget: int, max_slots: int, context: int
+        self,
+        step: EncoderDecoderStep,
+        memory: Memory,
+        sources: Sources,
+        budget: int,
+        max_slots: int,
+        context: int,
+        fast: CompiledStep | None = None,
+        reason: str = "",
     ) -> None:
-        """``budget`` is that of the targets. The other arguments are those of Slots."""
-        super().__init__(step, memory, budget, max_slots, context)
-        self.description = "slots, encoder and decoder"
+        """``budget`` is that of the targets. The other arguments are those of SlotRunner."""
+        super().__init__(step, memory, budget, max_slots, context, fast, reason)
+        self.description = "slots, encoder and decoder" + (f", {fast.description}" if fast else "")
+        self._compiled = fast
         self.longest_source = sources.longest
         self._sources = sources
 
     @override
     def admit(self, stream: Stream) -> bool:
         """See Runner.admit."""
+        self.refusal = ""
         try:
             lengths = [len(other.source) for other in self.active]
             if len(lengths) >= self._max_slots or not self._sources.make_room([*lengths, len(stream.source)]):
+                return False
+            if self._reads_much(stream):
+                self.refusal = "other prompts are encoded first"
                 return False
         except torch.OutOfMemoryError as error:
             self.refusal = str(error).splitlines()[0]
             return False
         return super().admit(stream)
 
+    def _reads_much(self, stream: Stream) -> bool:
+        """Whether the next steps encode enough without this stream's source. Each is encoded at once."""
+        before = self._sources.unread(self.active)
+        after = self._sources.unread([*self.active, stream])
+        limits = self.step_limits
+        decoding = any(other.computed > other.reused for other in self.active)
+        return 0 < before < after > (limits.busy_chunk if decoding else limits.chunk)
+
     @override
     def release(self, stream: Stream, keep: bool = True) -> None:
         """See Runner.release."""
         if not keep:
             self._sources.forget(stream)
+        if stream.encoded is not None:
+            stream.encoded = GIVEN_BACK
         super().release(stream, keep)
 
     @override
@@ -193,43 +224,83 @@ class EncoderDecoderRunner(SlotRunner):
 
     @torch.inference_mode()
     def _run(self, streams: Sequence[Stream], inputs: StepInputs) -> Tensor:
-        return self.step.run(inputs, self._sources.inputs(streams))
+        return (self._compiled or self.step.run)(inputs, self._sources.inputs(streams))
 
 
-def open_encoder_decoder(model: PreTrainedModel, limits: Limits, budget: int, max_slots: int) -> EncoderDecoderRunner:
+class EncoderDecoder:
+    """An encoder-decoder model's step, proved against its own forward pass."""
+
+    def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
+        """Raises UnsupportedModel where it fails the self-check."""
+        try:
+            self.encoder = Encoder(model, limits)
+            self.step = EncoderDecoderStep(model, limits, self.encoder.width)
+            self.own, self.cross = self.encoder.layers()
+            self._pairs = _pairs(model, limits)
+            self._reference = Reference(
+                [target for _, target in self._pairs],
+                [_own_logits(model, self.encoder, *pair) for pair in self._pairs],
+                selfcheck.precision_of(model),
+            )
+            self.check()
+        except Exception as error:  # the model's code can raise anything
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be served exactly: {in_words(error)}; "
+                "choose another encoder-decoder model."
+            ) from error
+
+    @torch.inference_mode()
+    def check(self, fast: CompiledStep | None = None) -> None:
+        """The self-check: interleaved targets of different sources. The last one begins as another one of its source
+        does; one more has the same tokens and another source. Raises UnsupportedModel."""
+        dtype = self.step.model.dtype
+        memory, rows = Memory(self.own, dtype), Memory(self.cross, dtype)
+        bytes_per_token = rows.bytes_per_token + self.encoder.bytes_per_token
+        sources = Sources(self.encoder, rows, bytes_per_token * selfcheck.TOKENS, 2**20)
+        budget = memory.bytes_per_token * selfcheck.TOKENS
+        runner = EncoderDecoderRunner(self.step, memory, sources, budget, selfcheck.SLOTS, selfcheck.CONTEXT, fast)
+        texts = [selfcheck.Text(target) for target in self._reference.texts[:-1]]
+        late = selfcheck.Text(self._reference.texts[-1], given=selfcheck.SHARED)
+        for text, (source, _) in zip([*texts, late], self._pairs, strict=True):
+            text.source = source
+        got = selfcheck.run(runner, texts, late)
+        selfcheck.compare(self._reference, [got[text] for text in [*texts, late]])
+
+
+def open_encoder_decoder(
+    model: PreTrainedModel, limits: Limits, budget: int, max_slots: int, compiled: Path | None = None
+) -> EncoderDecoderRunner:
     """The runner for an encoder-decoder model, with ``budget`` bytes for keys and values, half of it for sources.
+    ``compiled``: where its compiled step is, if it exists.
 
     Raises UnsupportedModel where it fails the self-check.
     """
+    proved = EncoderDecoder(model, limits)
+    fast, reason = None, ""
     try:
-        encoder = Encoder(model, limits)
-        step = EncoderDecoderStep(model, limits, encoder.width)
-        own, cross = encoder.layers()
-        _check(step, encoder, own, cross, limits)
-    except Exception as error:  # the model's code can raise anything
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be served exactly: {in_words(error)}; choose another encoder-decoder model."
-        ) from error
-    memory = Memory(own, model.dtype)
-    rows = Memory(cross, model.dtype)
+        if compiled and compiled.exists() and model.device.type == "cpu":
+            fast = CompiledStep(compiled)
+            proved.check(fast)
+    except Exception as error:  # fall back to the model's own code
+        fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
+    memory = Memory(proved.own, model.dtype)
+    rows = Memory(proved.cross, model.dtype)
     check_budget(budget, 2 * MIN_TOKENS * max(memory.bytes_per_token, rows.bytes_per_token), memory.total)
     states = budget // 2 // STATES_SHARE
-    sources = Sources(encoder, rows, budget // 2 - states, states)
-    return EncoderDecoderRunner(step, memory, sources, budget - budget // 2, max_slots, limits.context)
+    sources = Sources(proved.encoder, rows, budget // 2 - states, states)
+    reason = selfcheck.with_tolerance(model, reason)
+    return EncoderDecoderRunner(
+        proved.step, memory, sources, budget - budget // 2, max_slots, limits.context, fast, reason
+    )
 
 
 SOURCES = (23, 1, 40)
 """Tokens of the self-check's sources."""
 
 
-@torch.inference_mode()
-def _check(
-    step: EncoderDecoderStep, encoder: Encoder, own: Sequence[Layer], cross: Sequence[Layer], limits: Limits
-) -> None:
-    """The self-check: interleaved targets of different sources. The last one begins as another one of its source does;
-    one more has the same tokens and another source."""
+def _pairs(model: PreTrainedModel, limits: Limits) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The self-check's sources and targets."""
     assert limits.source is not None
-    model, dtype = step.model, step.model.dtype
     generator = np.random.default_rng(0)
 
     def some(vocabulary: int, size: int) -> list[int]:
@@ -239,26 +310,14 @@ def _check(
 
     few = [tuple(some(limits.source.vocabulary, size)) for size in SOURCES]
     targets = [[limits.target_start[0], *some(limits.vocabulary, size)] for size in (5, 14, 9)]
-    pairs = [
+    return [
         *zip(few, targets, strict=True),
         (few[2], targets[1]),
         (few[1], targets[1][: selfcheck.SHARED] + targets[2]),
     ]
-    reference = Reference(
-        [target for _, target in pairs], [_own_logits(model, encoder, *pair) for pair in pairs], dtype
-    )
-    memory, rows = Memory(own, dtype), Memory(cross, dtype)
-    sources = Sources(encoder, rows, rows.bytes_per_token * selfcheck.TOKENS, 2**20)
-    budget = memory.bytes_per_token * selfcheck.TOKENS
-    runner = EncoderDecoderRunner(step, memory, sources, budget, selfcheck.SLOTS, selfcheck.CONTEXT)
-    texts = [selfcheck.Text(target) for target in reference.texts[:-1]]
-    late = selfcheck.Text(reference.texts[-1], given=selfcheck.SHARED)
-    for text, (source, _) in zip([*texts, late], pairs, strict=True):
-        text.source = source
-    got = selfcheck.run(runner, texts, late)
-    selfcheck.compare(reference, [got[text] for text in [*texts, late]])
 
 
+@torch.inference_mode()
 def _own_logits(model: PreTrainedModel, encoder: Encoder, source: Sequence[int], target: Sequence[int]) -> Tensor:
     """What one plain forward pass returns."""
     encoder.reset()

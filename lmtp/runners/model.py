@@ -151,8 +151,12 @@ def _encoder_limits(model: PreTrainedModel, head: Head) -> Limits:
     # RoBERTa and its relatives count positions from the padding id on.
     tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")]
     unused = max((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), default=0)
-    embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
-    return Limits(next(embeddings.parameters()).shape[0], positions - unused, (), head=head)
+    try:
+        embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
+        vocabulary = next(embeddings.parameters()).shape[0]
+    except Exception:  # whatever the model's code raises; Perceiver's embeddings are a parameter, CANINE's are hashed
+        raise UnsupportedModel("it has no layer that embeds token ids; choose another model.") from None
+    return Limits(vocabulary, positions - unused, (), head=head)
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,13 @@ class Slot:
     source: tuple[int, ...] = ()
     last_used: int = 0
 
-    def shared(self, stream: Stream) -> int:
+    def shared(self, stream: Stream, least: int = 0) -> int:
         """How many of the stream's first tokens are also this slot's, whether computed by now or not; 0 if their salts
-        or sources differ."""
+        or sources differ. Where one token shows that these are no more than ``least``, they are not counted: 0."""
         owner = self.stream or self
         if owner.salt != stream.salt or owner.source != stream.source:
+            return 0
+        if least >= min(len(owner.tokens), stream.first_wanted) or owner.tokens[least] != stream.tokens[least]:
             return 0
         return min(common_prefix(owner.tokens, stream.tokens), stream.first_wanted)
 
@@ -178,7 +180,7 @@ class Slots:
         """How many of the stream's first tokens some slot holds now, and how many once the running streams are done."""
         now = soon = 0
         for slot in self._slots:
-            shared = slot.shared(stream)
+            shared = slot.shared(stream, now)
             now = max(now, min(shared, slot.held[1]))
             if slot.stream is not None:
                 soon = max(soon, min(shared, slot.stream.goal))
@@ -267,7 +269,7 @@ class Slots:
     def _longest_prefix(self, stream: Stream) -> tuple[Slot, int]:
         best, length = self._slots[-1], 0
         for slot in self._slots:
-            shared = min(slot.shared(stream), slot.held[1])
+            shared = min(slot.shared(stream, length), slot.held[1])
             if shared > length:
                 best, length = slot, shared
         return best, length

@@ -3,13 +3,17 @@
 A row holds the keys and values that cross-attention reads, in tensors ``[rows, heads, capacity + 1, dim]`` beside the
 slots of the targets. Which source a row holds is remembered, and compared before each step: where it is another one,
 the right one is copied from a row that has it, or projected from what the encoder returned. That is kept while a
-stream uses it, and after that within a budget, least recently used first to go.
+running stream uses it, and after that within a budget, least recently used first to go.
+
+Behind its source a row holds zeros: padding has weight 0, but 0 times a NaN would be NaN.
 """
 
 import inspect
+import logging
 import math
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +25,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted
 from lmtp.runners.slot_runner import layers_in
 from lmtp.runners.slots import FIRST_SLOTS, Layer, Memory
-from lmtp.runners.step import Stream
+from lmtp.runners.step import SourceInputs, Stream
+
+log = logging.getLogger(__name__)
 
 COLUMNS = 16
 """Rows have room for multiples of this many tokens, and cross-attention reads such."""
@@ -45,15 +51,17 @@ class Encoded:
         return self.states.shape[1]
 
 
-class SourceInputs(NamedTuple):
-    """What one step reads of its sources. Row i is that of the step's stream i."""
+class Held(NamedTuple):
+    """What a row holds: which source, and how many tokens of it. The row keeps no encoded source alive."""
 
-    mask: Tensor
-    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
-    keys: list[Tensor]
-    """Each layer's keys ``[rows, heads, columns, dim]``."""
-    values: list[Tensor]
-    """Each layer's values, in the same layout."""
+    source: Callable[[], Encoded | None]
+    length: int
+
+
+EMPTY = Held(lambda: None, 0)
+
+GIVEN_BACK = "given back"
+"""What a preempted stream has of its source. What it finds of it later was counted when it was computed."""
 
 
 class Encoder:
@@ -67,8 +75,14 @@ class Encoder:
         self._encoder: Any = model.get_encoder()
         self._device = input_device(model)
         self._attention_type = getattr(self._encoder, "attention_type", None)
-        self.width: int = self([0]).states.shape[2]
-        """Numbers of the encoder's output for a token."""
+        states = self([0]).states
+        self.width, self.dtype, self.device = states.shape[2], states.dtype, states.device
+        """Numbers of the encoder's output for a token, and what and where they are."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the encoder's output for a token."""
+        return self.width * self.dtype.itemsize
 
     @property
     def bytes_per_square(self) -> int:
@@ -125,19 +139,29 @@ class Encoder:
         return cache
 
 
+Key = tuple[object, tuple[int, ...]]
+"""A salt and a source."""
+
+
 class Sources:
     """The encoded sources, and the rows that running streams read."""
 
     def __init__(self, encoder: Encoder, rows: Memory, budget: int, states_budget: int) -> None:
-        """``budget``: bytes of the rows. ``states_budget``: bytes of encoded sources that no stream uses."""
+        """``budget``: bytes of the rows and of what the encoder returned for the running streams' sources.
+        ``states_budget``: bytes of encoded sources that no stream uses."""
         self._encoder = encoder
         self._rows = rows
-        self._budget_tokens = budget // rows.bytes_per_token // COLUMNS * COLUMNS
+        bytes_per_token = rows.bytes_per_token + encoder.bytes_per_token
+        self._budget_tokens = budget // bytes_per_token // COLUMNS * COLUMNS
         self._states_budget = states_budget
-        self._held: list[Encoded | None] = []
+        self._held: list[Held] = []
         """What each row holds."""
-        self._encoded: OrderedDict[tuple[object, tuple[int, ...]], Encoded] = OrderedDict()
-        """By salt and source, least recently used first."""
+        self._known: weakref.WeakValueDictionary[Key, Encoded] = weakref.WeakValueDictionary()
+        """Those that running streams use, and those that are kept."""
+        self._kept: OrderedDict[Key, Encoded] = OrderedDict()
+        """Those within ``states_budget``, least recently used first."""
+        self._nothing = Encoded(torch.zeros(1, 1, encoder.width, dtype=encoder.dtype, device=encoder.device))
+        """What streams read whose source failed."""
         square = encoder.bytes_per_square
         self.longest = min(
             encoder.limits.context, self._budget_tokens, math.isqrt(budget // square) if square else self._budget_tokens
@@ -160,58 +184,86 @@ class Sources:
             return False
         slots = max(FIRST_SLOTS, rows.slots if running <= rows.slots else rows.slots * 2)
         slots = max(min(slots, self._budget_tokens // capacity), running)
-        held = [encoded if encoded and encoded.length <= capacity else None for encoded in self._held[:slots]]
-        rows.resize(slots, capacity, [encoded.length if encoded else 0 for encoded in held])
-        self._held = held + [None] * (slots - len(held))
+        held = [one if one.length <= capacity else EMPTY for one in self._held[:slots]]
+        rows.resize(slots, capacity, [one.length for one in held])
+        self._held = held + [EMPTY] * (slots - len(held))
         return True
 
+    def unread(self, streams: Sequence[Stream]) -> int:
+        """How many tokens still have to be encoded before all the streams can run."""
+        sources = {(stream.salt, stream.source) for stream in streams if not isinstance(stream.encoded, Encoded)}
+        return sum(len(source) for salt, source in sources if (salt, source) not in self._known)
+
     def inputs(self, streams: Sequence[Stream]) -> SourceInputs:
-        """What a step of these neighbouring streams reads; encodes the sources that are new."""
+        """What a step of these neighbouring streams reads; encodes the sources that are new.
+
+        A stream whose source fails gets a ``problem`` and reads another one.
+        """
         first, count = streams[0].slot, len(streams)
-        encoded = [self._of(stream) for stream in streams]
-        for row, source in enumerate(encoded, start=first):
-            self._place(row, source)
-        lengths = torch.tensor([source.length for source in encoded])
+        lengths = torch.tensor([self._ready(stream).length for stream in streams])
         columns = -(-int(lengths.max()) // COLUMNS) * COLUMNS
-        keys, values = (
-            [tensor.narrow(0, first, count).narrow(2, 0, columns) for tensor in tensors]
-            for tensors in (self._rows.keys, self._rows.values)
-        )
         behind = torch.arange(columns)[None, :] >= lengths[:, None]
-        dtype, device = encoded[0].states.dtype, encoded[0].states.device
+        dtype, device = self._encoder.dtype, self._encoder.device
         mask = torch.zeros(count, columns, dtype=dtype).masked_fill_(behind, torch.finfo(dtype).min)
-        return SourceInputs(mask.to(device)[:, None, None, :], keys, values)
+        return SourceInputs(mask.to(device)[:, None, None, :], *self._rows.from_slot(first))
 
     def forget(self, stream: Stream) -> None:
-        """Keep nothing of a running stream's source, which may hold numbers that are not finite."""
-        self._encoded.pop((stream.salt, stream.source), None)
-        if self._held[stream.slot] is not None:
-            self._rows.clear(stream.slot)
-            self._held[stream.slot] = None
+        """Keep nothing of a running stream's source, which may hold numbers that are not finite. Other streams of the
+        same source have their rows filled again."""
+        self._kept.pop((stream.salt, stream.source), None)
+        self._known.pop((stream.salt, stream.source), None)
+        for row, held in enumerate(self._held):
+            if row == stream.slot or held.source() is stream.encoded is not None:
+                self._empty(row)
+
+    def _ready(self, stream: Stream) -> Encoded:
+        """The stream's source, encoded and in its row."""
+        try:
+            encoded = self._of(stream)
+            self._place(stream.slot, encoded)
+        except Exception as error:  # whatever the model's code raises, and no memory: other sources may well succeed
+            log.exception("a source failed")
+            stream.problem = (str(error).splitlines() or [type(error).__name__])[0]
+            self._empty(stream.slot)
+            self._place(stream.slot, self._nothing)
+            return self._nothing
+        return encoded
 
     def _of(self, stream: Stream) -> Encoded:
         if isinstance(stream.encoded, Encoded):
             return stream.encoded
         key = (stream.salt, stream.source)
-        encoded = self._encoded.get(key)
-        stream.source_counts = (len(stream.source), 0) if encoded is None else (0, len(stream.source))
+        encoded = self._known.get(key)
         if encoded is None:
-            encoded = self._encoded[key] = self._encoder(stream.source)
-        self._encoded.move_to_end(key)
-        stream.encoded = encoded
-        size = sum(source.states.nbytes for source in self._encoded.values())
-        while size > self._states_budget and len(self._encoded) > 1:
-            size -= self._encoded.popitem(last=False)[1].states.nbytes
+            encoded = self._known[key] = self._encoder(stream.source)
+            stream.source_counts = (len(stream.source), 0)
+        elif stream.encoded is not GIVEN_BACK:
+            stream.source_counts = (0, len(stream.source))
+        stream.encoded = self._kept[key] = encoded
+        self._kept.move_to_end(key)
+        size = sum(kept.states.nbytes for kept in self._kept.values())
+        while size > self._states_budget:
+            size -= self._kept.popitem(last=False)[1].states.nbytes
         return encoded
 
     def _place(self, row: int, encoded: Encoded) -> None:
         """Let the row hold the source."""
-        if self._held[row] is encoded:
+        held = self._held[row]
+        if held.source() is encoded:
             return
-        if encoded in self._held:
-            self._rows.copy(self._held.index(encoded), row, encoded.length)
+        length = encoded.length
+        other = next((i for i, one in enumerate(self._held) if one.source() is encoded), None)
+        if other is not None:
+            self._rows.copy(other, row, length)
         else:
             for index, layer in enumerate(self._encoder.project(encoded)):
-                self._rows.keys[index][row, :, : encoded.length] = layer.keys[0]
-                self._rows.values[index][row, :, : encoded.length] = layer.values[0]
-        self._held[row] = encoded
+                self._rows.keys[index][row, :, :length] = layer.keys[0]
+                self._rows.values[index][row, :, :length] = layer.values[0]
+        for tensors in (self._rows.keys, self._rows.values) if held.length > length else ():
+            for tensor in tensors:
+                tensor[row, :, length : held.length] = 0
+        self._held[row] = Held(weakref.ref(encoded), length)
+
+    def _empty(self, row: int) -> None:
+        self._rows.clear(row)
+        self._held[row] = EMPTY

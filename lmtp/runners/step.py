@@ -37,6 +37,8 @@ class Stream:
         """What the runner keeps of the source while the stream lasts."""
         self.source_counts = (0, 0)
         """How many tokens of the source were computed for this stream and how many reused, until that is counted."""
+        self.problem = ""
+        """Why the runner could not compute it: its logits mean nothing. Other streams of the step are sound."""
         self.slot = -1
         """Its place in the runner's memory; -1 while it has none."""
 
@@ -77,7 +79,7 @@ S_co = TypeVar("S_co", bound=Stream, covariant=True)
 class Step(Generic[S_co]):
     """The tokens of one forward pass: the next ``counts[i]`` tokens of ``streams[i]``.
 
-    The streams are neighbours among the runner's active ones, in their order.
+    The streams are neighbours among the runner's active ones, in their order, unless its steps are packed.
     """
 
     streams: Sequence[S_co]
@@ -101,6 +103,8 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    packed: bool = False
+    """Whether a step takes any streams with any numbers of tokens: nothing is padded to the longest."""
     whole: bool = False
     """Whether prompts are computed whole, each in one step, be it longer than a chunk."""
     work: int = 2**31
@@ -135,8 +139,19 @@ class StepInputs(NamedTuple):
     """Each layer's values, in the same layout."""
 
 
+class SourceInputs(NamedTuple):
+    """What one step reads of its sources. Row i is that of the step's stream i."""
+
+    mask: Tensor
+    """``[rows, 1, 1, columns]``: 0 for a row's own source, the dtype's minimum behind it."""
+    keys: list[Tensor]
+    """Each layer's keys ``[slots, heads, capacity + 1, dim]``, of which the first rows and columns are read."""
+    values: list[Tensor]
+    """Each layer's values, in the same layout."""
+
+
 ModelStep = Callable[[StepInputs], Tensor]
 """The model's forward pass: the logits ``[wanted, vocabulary]`` at the wanted positions.
 
-slot_runner.SlotStep runs the model's own code; compiled.CompiledStep and graphs.GraphedStep are faster ways to run it.
+slot_runner.SlotStep runs the model's own code; compiled.CompiledStep is a faster way to run it.
 """

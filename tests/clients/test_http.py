@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from lmtp.places import DIRECTORIES
 from tests.server import Server, serving
@@ -131,6 +132,22 @@ class TestSynchronous:
         assert [reply["stream_id"] for reply in asked] == [3]
         assert len(replies) == 6
 
+    def test_the_vocabulary_is_spelt_on_request(self, client: httpx.Client, demo_weights: Path) -> None:
+        (_, reply), (_, other) = operate(
+            client, ["MODEL_INFO", {"stream_id": 1, "tokens": True}], ["MODEL_INFO", {"stream_id": 2}]
+        )
+        assert "tokens" not in other["model_info"]
+        tokens = reply["model_info"]["tokens"]
+        tokenizer = AutoTokenizer.from_pretrained(demo_weights)
+        assert len(tokens) == reply["model_info"]["vocabulary"] == len(tokenizer)
+        assert all(isinstance(spelt, str) or spelt for spelt in tokens)
+        for i in range(0, len(tokens), 97):
+            if isinstance(tokens[i], str):
+                assert tokens[i] == tokenizer.decode([i])
+        spelt = [tokens[i] for i in tokenizer.encode("naïve 日本語 🧑🏽‍🚀")]
+        assert b"".join(t.encode() if isinstance(t, str) else bytes(t) for t in spelt).decode() == "naïve 日本語 🧑🏽‍🚀"
+        assert tokens[tokenizer.eos_token_id] == tokenizer.eos_token
+
     def test_a_constraint_is_kept_and_one_cut_short_is_said_in_metrics_and_logs(self, client: httpx.Client) -> None:
         prediction = predict(client, prompt=QUESTION, regex=r"The capital is (Rome|Paris)\.")
         assert "".join(prediction["output"]) == "The capital is Paris."
@@ -141,6 +158,29 @@ class TestSynchronous:
         assert cut["metrics"]["constraint_finished"] is False
         assert cut["metrics"]["constraint_valid"] is False
         assert "not valid" in cut["logs"]
+
+    def test_a_conversation_is_answered_as_its_only_message_would_be(self, client: httpx.Client) -> None:
+        messages = json.dumps([{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
+        asked = predict(client, messages=messages, max_tokens=8)
+        assert asked["output"] == predict(client, prompt=QUESTION, max_tokens=8)["output"]
+
+    def test_inputs_of_other_models_names_mean_the_same(self, client: httpx.Client) -> None:
+        """LiteLLM sends max_new_tokens; published models take stop sequences separated by commas."""
+        asked = predict(client, prompt=QUESTION, max_new_tokens=4)
+        assert asked["metrics"]["output_token_count"] == 4
+        assert asked["output"] == predict(client, prompt=QUESTION, max_tokens=4)["output"]
+        stopped = predict(client, prompt=QUESTION, stop_sequences="<never>, of France")
+        assert "".join(stopped["output"]) == "The capital"
+
+    def test_penalties_and_filters_reach_the_answer(self, client: httpx.Client) -> None:
+        inputs = {"prompt": "la la la la la la", "prompt_template": "{prompt}", "max_tokens": 12}
+        plain = predict(client, **inputs)
+        for changed in ({"repetition_penalty": 1.9}, {"frequency_penalty": 4.0}, {"presence_penalty": 5.0}):
+            assert predict(client, **inputs, **changed)["output"] != plain["output"], changed
+        same = predict(client, **inputs, temperature=2.0, min_p=1.0, seed=1)
+        assert same["output"] == plain["output"], "only the likeliest token is left"
+        longer = predict(client, prompt=QUESTION, min_tokens=12, max_tokens=12)
+        assert longer["metrics"]["output_token_count"] == 12
 
     def test_a_prompt_with_output_json_gives_one_document(self, client: httpx.Client) -> None:
         prediction = predict(client, prompt=QUESTION, max_tokens=3, output="json", n=2, temperature=1, seed=1)
@@ -395,8 +435,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("inputs", "words"),
         [
-            ({}, "prompt or ops_batch_json"),
-            ({"prompt": "x", "ops_batch_json": "[]"}, "not both"),
+            ({}, "Give prompt, messages or ops_batch_json"),
+            ({"prompt": "x", "ops_batch_json": "[]"}, "prompt and ops_batch_json: give one of them"),
+            ({"prompt": "x", "messages": "[]"}, "prompt and messages: give one of them"),
+            ({"messages": "[]"}, "messages must be a JSON list"),
+            ({"prompt": "x", "max_tokens": 3, "max_new_tokens": 4}, "give max_tokens alone"),
             ({"prompt": ""}, "prompt is empty"),
             ({"prompt": "word " * CONTEXT}, "prompt is"),
             ({"prompt": "x", "prompt_template": "Q:"}, "prompt_template"),

@@ -22,8 +22,9 @@ from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerBase
 
 from lmtp.engine import compiler as compiling
-from lmtp.engine import source, vetting
-from lmtp.engine.compiler import Batch, Cache, Compiler
+from lmtp.engine import constraint_cache, lanes, source, vetting
+from lmtp.engine.compiler import Batch, Compiler
+from lmtp.engine.constraint_cache import ConstraintCache
 from lmtp.engine.grammar import Grammar
 from lmtp.engine.source import Source
 from lmtp.engine.vetting import QUICK_SECONDS, Vetter
@@ -87,7 +88,8 @@ def test_four_explosive_schemas_at_once_delay_no_other_constraint(compiler: Comp
 
 @dataclass
 class FakeVetter:
-    """Compiles nothing. Constraints that contain "slow" take longer than the first attempt, and then until allowed."""
+    """Compiles nothing. Constraints that contain "slow" take longer than the first attempt, and then until allowed;
+    those that contain "held" take their first attempt until allowed."""
 
     allowed: threading.Event = field(default_factory=threading.Event)
     began: list[str] = field(default_factory=list)
@@ -97,6 +99,9 @@ class FakeVetter:
 
     def vet(self, source: Source, seconds: float) -> int:
         self.began.append(source.text)
+        if "held" in source.text:
+            self.waiting.release()
+            assert self.allowed.wait(20)
         if "slow" in source.text:
             if seconds <= QUICK_SECONDS:
                 raise TimeoutError
@@ -120,12 +125,13 @@ def fake(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVe
     fake.allowed.set()
 
 
+def asked(batch: Batch, regex: str) -> asyncio.Task[Grammar | None]:
+    return asyncio.ensure_future(batch.grammar(Generate(stream_id=0, prompt="x", regex=regex)))
+
+
 async def test_no_small_constraint_waits_for_slow_ones_whoever_asked_for_them(
     compiler: Compiler, fake: FakeVetter
 ) -> None:
-    def asked(batch: Batch, regex: str) -> asyncio.Task[Grammar | None]:
-        return asyncio.ensure_future(batch.grammar(Generate(stream_id=0, prompt="x", regex=regex)))
-
     one = compiler.batch()
     slow = [asked(one, f"slow {i} of one prediction") for i in range(20)]
     slow += [asked(compiler.batch(), f"slow, of prediction {i}") for i in range(30)]
@@ -135,7 +141,44 @@ async def test_no_small_constraint_waits_for_slow_ones_whoever_asked_for_them(
     assert len([text for text in fake.began if "of one" in text]) <= 2 * 2  # it has two at a time, begun twice
     fake.allowed.set()
     assert all(await asyncio.gather(*slow))
-    assert fake.most_at_once == compiling.MAX_SLOW
+    assert fake.most_at_once == lanes.MAX_SLOW
+
+
+async def hold_quick_lane(compiler: Compiler, fake: FakeVetter) -> list[asyncio.Task[Grammar | None]]:
+    """Constraints that take all of its threads until allowed."""
+    held = [asked(compiler.batch(), f"held {i}") for i in range(lanes.MAX_QUICK)]
+    for _ in held:
+        assert await asyncio.to_thread(fake.waiting.acquire, timeout=20)
+    return held
+
+
+async def test_predictions_take_turns_with_their_first_attempts(compiler: Compiler, fake: FakeVetter) -> None:
+    held = await hold_quick_lane(compiler, fake)
+    attackers = [(compiler.batch(), i) for i in range(40)]
+    many = [asked(batch, f"attacker {i}, constraint {j}") for batch, i in attackers for j in range(6)]
+    await asyncio.sleep(0)  # each has its first two in the queue
+    victim = asked(compiler.batch(), "the victim's")
+    await asyncio.sleep(0)
+    fake.allowed.set()
+    assert await victim
+    before = fake.began[lanes.MAX_QUICK : fake.began.index("the victim's")]
+    assert len(before) <= 40 + lanes.MAX_QUICK  # four are begun at once
+    assert all(await asyncio.gather(*held, *many))
+
+
+async def test_what_nobody_asks_for_any_more_is_not_compiled(compiler: Compiler, fake: FakeVetter) -> None:
+    held = await hold_quick_lane(compiler, fake)
+    batches = [compiler.batch() for _ in range(3)]
+    gone = [asked(batch, f"abandoned {i}") for i, batch in enumerate(batches)]
+    shared = [asked(batch, "asked for by two") for batch in batches[:2]]
+    await asyncio.sleep(0)
+    for task in (*gone, shared[0]):
+        task.cancel()
+    await asyncio.gather(*gone, shared[0], return_exceptions=True)
+    fake.allowed.set()
+    assert all(await asyncio.gather(*held, shared[1]))
+    assert await asked(compiler.batch(), "abandoned 0")  # somebody asks again
+    assert [text for text in fake.began if "held" not in text] == ["asked for by two", "abandoned 0"]
 
 
 def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_slow_ones(
@@ -146,13 +189,13 @@ def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_s
 
     with ThreadPoolExecutor(20) as pool:
         slow = [pool.submit(checked, f"slow {i}") for i in range(20)]
-        for _ in range(compiling.MAX_SLOW):
+        for _ in range(lanes.MAX_SLOW):
             assert fake.waiting.acquire(timeout=20)
         assert checked("quick") == [True]
         assert not any(check.done() for check in slow)
         fake.allowed.set()
         assert [check.result() for check in slow] == [[True]] * 20
-    assert fake.most_at_once == compiling.MAX_SLOW
+    assert fake.most_at_once == lanes.MAX_SLOW
 
 
 def test_a_constraint_that_is_in_the_slow_lane_is_compiled_once_for_all_who_ask(
@@ -218,7 +261,7 @@ def test_a_constraint_that_gets_no_processor_time_is_not_called_too_large(
 ) -> None:
     monkeypatch.setattr(vetting, "PATIENCE", 0.0)
     monkeypatch.setattr(vetting, "MARGIN", 0.001)
-    monkeypatch.setattr(compiling, "QUICK_SECONDS", 5.0)  # of processor time
+    monkeypatch.setattr(lanes, "QUICK_SECONDS", 5.0)  # of processor time
     busy = "regex: cannot be compiled now: the server is busy; ask again later."
     assert refusal(compiler, regex="a" * 300_001) == busy
     monkeypatch.undo()
@@ -324,9 +367,9 @@ def test_five_large_regexes_are_not_kept(compiler: Compiler, monkeypatch: pytest
 
 def test_the_cache_is_bounded_in_bytes_and_new_entries_leave_used_ones_alone() -> None:
     def entry(size: int) -> str:
-        return "x" * (size - compiling.OVERHEAD)
+        return "x" * (size - constraint_cache.OVERHEAD)
 
-    cache = Cache(64 * 2**16)
+    cache = ConstraintCache(64 * 2**16)
     cache.add(b"used", entry(2**16))
     assert cache.get(b"used")
     for i in range(1_000):

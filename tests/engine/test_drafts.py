@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmtp.engine.drafts import Drafter
 from lmtp.engine.engine import Engine
@@ -141,22 +142,108 @@ def test_a_text_that_ends_within_a_draft_ends_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 1.0, "seed": 1},
-        {"repetition_penalty": 1.2},
-        {"presence_penalty": 0.5},
-        {"min_tokens": 30},
-        {"top_logprobs": 100},
-    ],
-    ids=lambda settings: next(iter(settings)),
+    "settings", [{"min_tokens": 30}, {"top_logprobs": 100}], ids=lambda settings: next(iter(settings))
 )
-def test_what_depends_on_more_than_the_logits_is_not_guessed(llama: Pair, settings: dict[str, float]) -> None:
+def test_what_a_guess_does_not_help_is_not_guessed(llama: Pair, settings: dict[str, Any]) -> None:
     _, engine = llama
     (prompt,) = random_prompts(20, seed=4)
     operation = Generate(stream_id=0, prompt=prompt, max_tokens=30, logit_bias=ONLY_FEW)
     assert answers(engine, operation).counters.drafted_tokens > 0
     assert answers(engine, replace(operation, **settings)).counters.drafted_tokens == 0
+
+
+@pytest.fixture(scope="module")
+def without_drafts(llama: Pair) -> Iterator[Engine]:
+    engine = start(llama[0])
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, drafts=False)
+    yield engine
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.6, "top_logprobs": 3},
+        {"temperature": 2.0, "top_k": 2, "min_p": 0.1},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.1},
+        {"repetition_penalty": 1.2, "top_logprobs": 5},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.05},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_draws_and_penalties_are_the_same_with_and_without_guesses(
+    llama: Pair, without_drafts: Engine, settings: dict[str, Any]
+) -> None:
+    prompts = random_prompts(*[20] * 6, seed=4)
+    operations = [
+        Generate(stream_id=i, prompt=prompt, max_tokens=40, logit_bias=ONLY_FEW, seed=i, **settings)
+        for i, prompt in enumerate(prompts)
+    ]
+    with_guesses, plain = answers(llama[1], *operations), answers(without_drafts, *operations)
+    assert 0 < with_guesses.counters.accepted_tokens < with_guesses.counters.drafted_tokens
+    assert plain.counters.drafted_tokens == 0
+    assert with_guesses.counters.steps < plain.counters.steps
+    for i in range(len(prompts)):
+        assert with_guesses.ids(i) == plain.ids(i)
+        for token, expected in zip(with_guesses.tokens(i), plain.tokens(i), strict=True):
+            assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert token.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-4)
+
+
+def test_a_draw_of_repetitive_text_takes_half_the_steps(llama: Pair, without_drafts: Engine) -> None:
+    operation = Generate(stream_id=0, prompt=[9, 9, 9], max_tokens=100, temperature=0.5, seed=1, logit_bias={9: 5.0})
+    with_guesses, plain = answers(llama[1], operation), answers(without_drafts, operation)
+    assert with_guesses.ids() == plain.ids()
+    assert len(set(plain.ids())) > 1
+    assert with_guesses.counters.steps * 2 <= plain.counters.steps
+
+
+REPETITIVE = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 16, "maxItems": 16}
+
+
+@pytest.fixture(scope="module")
+def writing(tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
+    engine = start(build("llama", vocab_size=len(tokenizer), eos_token_id=[0, 2]), tokenizer)
+    yield engine
+    engine.stop()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"json_schema": REPETITIVE},
+        {"json_schema": REPETITIVE, "temperature": 1.0, "top_p": 0.9},
+        {"regex": "((ab|cd|ef){3}-){6}x?", "temperature": 1.0, "top_logprobs": 3},
+        {"regex": "(yes|no|yesterday)( (yes|no|yesterday)){15}", "frequency_penalty": 0.1},
+    ],
+    ids=["greedy", "drawn", "regex", "penalized"],
+)
+def test_constrained_text_is_the_same_with_and_without_guesses_that_its_grammar_refuses(
+    writing: Engine, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations = [
+        Generate(stream_id=i, prompt=[5 + i, 6], max_tokens=120, seed=i, text=True, **settings) for i in range(3)
+    ]
+    with_guesses = answers(writing, *operations)
+    monkeypatch.setattr(writing.runner, "step_limits", dataclasses.replace(writing.runner.step_limits, drafts=False))
+    plain = answers(writing, *operations)
+    assert with_guesses.counters.accepted_tokens > 0
+    assert with_guesses.counters.rows < plain.counters.rows
+    for i in range(len(operations)):
+        assert with_guesses.ids(i) == plain.ids(i)
+        assert [token.finish_reason for token in with_guesses.tokens(i)] == [t.finish_reason for t in plain.tokens(i)]
+        for token, expected in zip(with_guesses.tokens(i), plain.tokens(i), strict=True):
+            assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert token.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-4)
+
+
+def test_a_stop_sequence_does_not_end_a_text_before_min_tokens(writing: Engine) -> None:
+    operation = Generate(stream_id=0, prompt=[5, 6], max_tokens=40, regex="(ab|cd){30}", stop=["ab", "cd"], text=True)
+    soon, later = (answers(writing, replace(operation, min_tokens=least)).tokens() for least in (0, 4))
+    assert len(soon) < 4 <= len(later)
+    assert [tokens[-1].finish_reason for tokens in (soon, later)] == ["stop", "stop"]
+    assert "".join(str(token.text) for token in soon) == ""
 
 
 @pytest.mark.parametrize("name", ["mamba", *sorted(EXPERTS)])

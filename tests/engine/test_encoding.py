@@ -149,7 +149,7 @@ def test_draws_follow_the_seed_alone_and_in_a_batch(bert: Served) -> None:
     several = bert.document(prompt, n=4, seed=7, **settings)["choices"]
     alone = [bert.document(prompt, seed=7 + i, **settings)["choices"][0] for i in range(4)]
     assert several == [own | {"index": i} for i, own in enumerate(alone)]
-    assert len({completion["text"] for completion in several}) > 1
+    assert len({tuple(token["token"] for token in completion["tokens"]) for completion in several}) > 1
 
 
 def test_draws_have_the_models_distribution(bert: Served) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lmtp.engine import sampling
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.engine.masks import Allowed
-from lmtp.engine.stream import Generation, OperationStream
+from lmtp.engine.stream import OperationStream
 from lmtp.protocol import Failure, Generate, ModelInfo, Score
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.runner import open_runner
@@ -380,7 +380,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone(monkeypatch: pytest.MonkeyPatc
     engine = start(model)
     sample = sampling.sample
 
-    def picky(logits: torch.Tensor, rows: Sequence[Generation], allowed: Allowed | None) -> list[sampling.Choice]:
+    def picky(logits: torch.Tensor, rows: Sequence[sampling.Draw], allowed: Allowed | None) -> list[sampling.Choice]:
         if any(row.operation.stream_id == "bad" for row in rows):
             raise IndexError("out of bounds")
         return sample(logits, rows, allowed)

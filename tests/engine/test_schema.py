@@ -19,6 +19,7 @@ def prepared(schema: dict[str, Any]) -> dict[str, Any]:
     [
         ({"const": 123456789012345678}, "json_schema: const 123456789012345678 is beyond 2^53"),
         ({"enum": [1, {"a": [-(2**53) - 1]}]}, "enum -9007199254740993 is beyond 2^53"),
+        ({"const": 10**4000}, "(4001 characters) is beyond 2^53"),
         ({"items": {"type": "integer", "maximum": 2**63}}, "maximum 9223372036854775808 is beyond 2^53"),
         ({"anyOf": [{"properties": {"a": {"minimum": 2**63 - 1}}}]}, "minimum 9223372036854775807 is beyond"),
         ({"$defs": {"a": {"pattern": "[a&&b]"}}}, "json_schema: pattern: operations on character classes"),

@@ -94,6 +94,10 @@ PLAUSIBLE: dict[str, Json] = {
 
 PROMPT_INPUTS: dict[str, Json] = {
     "prompt": st.text(min_size=1, max_size=12),
+    "messages": st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "x"]), "content": text}),
+        max_size=3,
+    ).map(json.dumps),
     "prompt_template": st.sampled_from(["", "", "Q: {prompt} A:", "{system_prompt}{prompt}", "{prompt", "{}"]),
     "stop_sequences": st.sampled_from(["", "", "a", '["a", "b"]', "[", '[""]', "[1]"]) | st.text(max_size=5),
     "logit_bias": PLAUSIBLE["logit_bias"].map(json.dumps),
@@ -133,6 +137,15 @@ def _few(draw: st.DrawFn, optional: dict[str, Json]) -> dict[str, Json]:
     return {name: optional[name] for name in names}
 
 
+LARGE = {
+    "logit_bias": json.dumps({str(i): 1 for i in range(100_000)}),
+    "choices": json.dumps([f"choice {i}" for i in range(10_000)]),
+    "json_schema": json.dumps({"enum": ["x" * 100] * 10_000}),
+    "stop_sequences": json.dumps(["x" * 100] * 10_000),
+    "messages": json.dumps([{"role": "user", "content": "x"}] * 20_000),
+}
+"""Inputs of a megabyte or so."""
+
 batches = st.one_of(
     st.lists(operations(), min_size=1, max_size=5).map(encode),
     st.lists(operations(), min_size=1, max_size=2).map(encode),
@@ -140,6 +153,14 @@ batches = st.one_of(
     hostile.map(encode),
     st.text(max_size=20),
     operations().map(lambda operation: encode([operation])[:-3]),
+    st.sampled_from(
+        [
+            '[["' + '\\"' * 300_000,
+            '[["GENERATE", {"stream_id": "' + "a" * 1_000_000 + '", "prompt": [1]}]]',
+            '[["GENERATE", {"stream_id": ' + "7" * 1_000_000 + ', "prompt": [1]}]]',
+            "[" + "1," * 300_000 + '["MODEL_INFO", {"stream_id": "\\ud800"}]]',
+        ]
+    ),
 )
 """Values of ops_batch_json."""
 
@@ -152,11 +173,13 @@ def prompts(draw: st.DrawFn) -> dict[str, Any]:
     changed = draw(st.lists(st.sampled_from([name for name, _ in parameters]), max_size=5))
     for name, parameter in parameters:
         inputs[name] = parameter.default.default
-        if name in changed and name != "ops_batch_json":
+        if name in changed and name not in ("messages", "ops_batch_json"):
             inputs[name] = draw(_input(name, parameter))
-    inputs["prompt"] = (
-        draw(PROMPT_INPUTS["prompt"] | long_texts.filter(_is_unicode)) if draw(st.integers(0, 9)) else None
-    )
+    asked = draw(st.sampled_from(["prompt"] * 8 + ["messages", "messages", ""]))
+    if asked == "prompt":
+        inputs["prompt"] = draw(PROMPT_INPUTS["prompt"] | long_texts.filter(_is_unicode))
+    if asked == "messages":
+        inputs["messages"] = draw(_input("messages", dict(parameters)["messages"]))
     if "max_tokens" not in changed:
         inputs["max_tokens"] = 8
     return inputs
@@ -174,7 +197,8 @@ def _input(name: str, parameter: inspect.Parameter) -> Json:
         return st.integers(least, min(least + 20, most)) | st.integers(least, most) | st.just(float(max(least, 1)))
     if "float" in kind:
         return st.floats(field.ge, field.le)
-    return st.one_of(PROMPT_INPUTS.get(name, text), text, long_texts).filter(_is_unicode)
+    large = [st.just(LARGE[name])] if name in LARGE else []
+    return st.one_of(PROMPT_INPUTS.get(name, text), text, long_texts, *large).filter(_is_unicode)
 
 
 def _is_unicode(value: str) -> bool:

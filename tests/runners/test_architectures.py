@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
 from tests import models, table
-from tests.probe import CAUSAL, probe
+from tests.probe import CAUSAL, CLASSIFIER, MASKED, probe
 from tests.server import ROOT
 
 SLOTS = ("bert", "codegen", "doge", "falcon", "fuyu", "git", "moshi", "opt", "phi", "xglm")
@@ -22,6 +22,21 @@ REFUSED = ("cpmant", "reformer", "xlnet")
 def test_an_architecture_is_served_as_the_page_says(model_type: str) -> None:
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     row = probe(model_type, architecture, CAUSAL)
+    assert table.served(row) == table.committed()[model_type, architecture], row.reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "auto"),
+    [
+        ("longformer", "LongformerForMaskedLM", MASKED),
+        ("funnel", "FunnelForMaskedLM", MASKED),
+        ("perceiver", "PerceiverForMaskedLM", MASKED),
+        ("t5", "T5ForSequenceClassification", CLASSIFIER),
+        ("canine", "CanineForSequenceClassification", CLASSIFIER),
+    ],
+)
+def test_an_encoder_is_served_as_the_page_says(model_type: str, architecture: str, auto: str) -> None:
+    row = probe(model_type, architecture, auto)
     assert table.served(row) == table.committed()[model_type, architecture], row.reason
 
 

@@ -17,11 +17,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from lmtp.runners import compiled
-from lmtp.runners.model import UnsupportedModel
+from lmtp.runners.encoder_decoder import EncoderDecoder
+from lmtp.runners.model import UnsupportedModel, limits_of
+from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_slots
 from lmtp.runners.slot_runner import SlotStep, layers_of
 from lmtp.runners.slots import Memory
 from lmtp.runners.step import StepInputs
+from tests.runners.test_encoder_decoder import build as build_encoder_decoder
 from tests.server import ROOT, serving
 from tests.tiny import answers, build, random_prompts, start
 
@@ -134,3 +137,29 @@ def test_a_file_that_is_no_compiled_step_is_not_used(model: PreTrainedModel, tmp
     assert engine.runner.description == "slots"
     assert engine.runner.reason.startswith("no faster step: OSError: ")
     engine.stop()
+
+
+@pytest.mark.skipif("NIGHTLY" not in os.environ, reason="compiles for a minute: NIGHTLY=1")
+def test_an_encoder_decoder_models_step_is_compiled_too(tmp_path: Path) -> None:
+    model = build_encoder_decoder("flan_t5")
+    proved = EncoderDecoder(model, limits_of(model))
+    path = tmp_path / "step.so"
+    compiled.build(proved.step, proved.own, path, proved.check, proved.cross)
+    engines = start(model, compiled=path), start(model)
+    assert [engine.runner.description for engine in engines] == [
+        "slots, encoder and decoder, compiled step",
+        "slots, encoder and decoder",
+    ]
+    operations = [Generate(stream_id=i, prompt=p, max_tokens=30) for i, p in enumerate(random_prompts(1, 40, 9, 23))]
+    fast, slow = (answers(engine, *operations) for engine in engines)
+    assert [fast.ids(i) for i in range(4)] == [slow.ids(i) for i in range(4)]
+    for engine in engines:
+        engine.stop()
+
+
+def test_an_encoder_decoder_model_falls_back_to_its_own_code(tmp_path: Path) -> None:
+    damaged = tmp_path / "step.so"
+    damaged.write_bytes(b"nothing")
+    runner = open_runner(build_encoder_decoder("t5"), compiled=damaged)
+    assert runner.description == "slots, encoder and decoder"
+    assert runner.reason.startswith("no faster step: OSError: ")

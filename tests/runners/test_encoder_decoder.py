@@ -3,7 +3,9 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +20,9 @@ from lmtp.protocol import Generate, ModelInfo, RequestError, Score
 from lmtp.runners.encoder_decoder import EncoderDecoderRunner
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
+from lmtp.runners.selfcheck import Text
+from lmtp.runners.sources import Encoded, Encoder
+from lmtp.runners.step import Step
 from lmtp.settings import Bounds, SettingsError
 from tests.tiny import VOCABULARY, answers, begin, collect, random_prompts, randomize, start
 
@@ -247,6 +252,133 @@ def test_with_little_memory_streams_wait_for_rows_and_sources_are_encoded_again(
     error = answers(engine, Generate(stream_id=0, prompt=[5] * (longest + 1))).error()
     engine.stop()
     assert error == f"prompt is {longest + 1} tokens; memory for encoding a prompt (KV_CACHE_GB) holds {longest}."
+
+
+def spoil(model: PreTrainedModel, source: list[int], how: Callable[[torch.Tensor], Any]) -> Any:
+    """Let the encoder return something else for one source. Returns the hook's handle."""
+
+    def change(_: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        if inputs["input_ids"].tolist() == [source]:
+            how(output.last_hidden_state)
+
+    return model.get_encoder().register_forward_hook(change, with_kwargs=True)
+
+
+def running_text(runner: Any, source: list[int], tokens: list[int]) -> Text:
+    """A text that the runner has admitted."""
+    text = Text([0, *tokens])
+    text.source = tuple(source)
+    assert runner.admit(text)
+    return text
+
+
+def step(runner: Any, *texts: Text) -> torch.Tensor:
+    """The logits of the first token of each text."""
+    logits: torch.Tensor = runner.prepare(Step(texts, [1] * len(texts)))()
+    for text in texts:
+        text.computed += 1
+    return logits
+
+
+def test_a_source_that_is_not_finite_spoils_no_later_one_in_its_row() -> None:
+    model = build("t5")
+    runner = open_runner(model)
+    bad, good, target = random_prompts(40, 9, 5, seed=8)
+    handle = spoil(model, bad, lambda states: states.fill_(torch.nan))
+    text = running_text(runner, bad, target)
+    assert step(runner, text).isnan().all()
+    handle.remove()
+    runner.release(text)  # as a cancelled stream, of which nothing is known
+    logits = step(runner, running_text(runner, good, target))
+    torch.testing.assert_close(
+        torch.log_softmax(logits, -1), own_logprobs(model, good, target[:1]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_what_a_failed_stream_read_is_forgotten_in_every_row() -> None:
+    model = build("t5")
+    runner: Any = open_runner(model)
+    source, target, other = random_prompts(20, 5, 5, seed=9)
+    handle = spoil(model, source, lambda states: states.fill_(torch.nan))
+    one, two = running_text(runner, source, target), running_text(runner, source, other)
+    step(runner, one, two)
+    handle.remove()
+    runner.release(two)
+    runner.release(one, keep=False)
+    assert not any(tensor.isnan().any() for tensor in runner._sources._rows.keys)
+    logits = step(runner, running_text(runner, source, target))
+    torch.testing.assert_close(
+        torch.log_softmax(logits, -1), own_logprobs(model, source, target[:1]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_source_that_fails_fails_its_own_streams_only(t5: Pair) -> None:
+    model, engine = t5
+    sources = random_prompts(12, 17, 5, seed=10)
+
+    def fail(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory is left.\nA stack")
+
+    handle = spoil(model, sources[1], fail)
+    operations = [Generate(stream_id=i, prompt=sources[i % 3], max_tokens=6) for i in range(4)]
+    batch = answers(engine, *operations, Generate(stream_id=4, prompt=sources[1], max_tokens=6))
+    handle.remove()
+    assert batch.error(1) == batch.error(4) == "the model failed: no memory is left."
+    expected = [own_greedy(model, source, 6) for source in sources]
+    assert [batch.ids(i) for i in (0, 2, 3)] == [expected[0], expected[2], expected[0]]
+    assert answers(engine, operations[1]).ids(1) == expected[1]
+
+
+def test_few_sources_are_encoded_beside_streams_that_decode() -> None:
+    model = build("t5")
+    runner: Any = open_runner(model)
+    runner.step_limits = replace(runner.step_limits, chunk=60, busy_chunk=30)
+    first, *sources = random_prompts(9, 20, 20, 20, 40, seed=11)
+    target = [5, 6, 7]
+
+    def admitted() -> list[Text]:
+        texts: list[Text] = []
+        for source in sources:
+            text = Text([0, *target])
+            text.source = tuple(source)
+            if not runner.admit(text):
+                assert runner.refusal == "other prompts are encoded first"
+                break
+            texts.append(text)
+        return texts
+
+    early = admitted()
+    assert len(early) == 3  # nobody decodes
+    for text in early:
+        runner.release(text)
+    decoding = running_text(runner, first, target)
+    step(runner, decoding)
+    (late,) = admitted()
+    step(runner, decoding, late)
+    runner.release(late)
+    assert len(admitted()) == 2  # the first of them is encoded by now
+
+
+def test_what_is_kept_of_sources_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: weakref.WeakSet[Encoded] = weakref.WeakSet()
+    encode = Encoder.__call__
+
+    def counted(self: Encoder, source: Sequence[int]) -> Encoded:
+        one = encode(self, source)
+        encoded.add(one)
+        return one
+
+    monkeypatch.setattr(Encoder, "__call__", counted)
+    budget = 100_000
+    engine = start(build("t5"), kv_budget=budget)
+    runner: Any = engine.runner
+    operations = [Generate(stream_id=i, prompt=p, max_tokens=2) for i, p in enumerate(random_prompts(*[9, 30] * 15))]
+    answers(engine, *operations)
+    rows = runner._sources._rows
+    states = sum(one.states.nbytes for one in encoded)
+    engine.stop()
+    assert 0 < states <= budget // 2 // 8 + 128  # that of failed sources
+    assert rows.slots * rows.capacity * rows.bytes_per_token + states <= budget // 2
 
 
 def test_a_budget_that_holds_nothing_is_refused() -> None:

@@ -1,6 +1,7 @@
 """The self-check: it passes what computes the model's logits, and refuses what does not."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +166,11 @@ def test_a_stream_waits_for_the_one_before_where_the_model_keeps_state_in_its_mo
     runner.release(first)
     assert runner.admit(second)
     assert second.reused == 0
+
+
+def test_the_reason_names_another_tolerance_than_the_models_own() -> None:
+    model: Any = build("llama")
+    assert open_runner(model).reason == ""
+    model.is_loaded_in_8bit = True
+    said = "its 8-bit kernels depend on the batch, so the self-check has the tolerance of bfloat16"
+    assert open_runner(model).reason == said

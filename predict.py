@@ -50,12 +50,10 @@ class Predictor(BasePredictor):
 
         def open_model() -> LoadedModel:
             loaded = weights.load(chosen.weights, dtype=chosen.dtype)
-            dtype = str(loaded.dtype).removeprefix("torch.")
+            computes = f"{loaded.dtype} on {weights.describe(loaded.device)}".removeprefix("torch.")
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-            print(
-                f"{loaded.manifest.source}: {dtype} on {loaded.device}, loaded in {loaded.seconds:.1f} s; {versions}",
-                flush=True,
-            )
+            took = f"loaded in {loaded.seconds:.1f} s ({loaded.rate:.1f} GB/s)"
+            print(f"{loaded.manifest.source}: {computes}, {took}; {versions}", flush=True)
             if defaults := defaults_of(loaded.model).described:
                 print(f"generation_config.json: {json.dumps(defaults)}", flush=True)
             started = time.monotonic()

@@ -15,6 +15,7 @@ from benchmarks import (
     arrivals,
     constraints,
     decode,
+    gateway,
     lmql_queries,
     overhead,
     prefill,
@@ -25,7 +26,7 @@ from benchmarks import (
 from benchmarks.plan import ROOT, Plan, native_dtype, say
 from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 
-PEERS = (lmql_queries, reuse, decode, constraints, arrivals, prefill, overhead, startup)
+PEERS = (lmql_queries, reuse, decode, constraints, arrivals, prefill, overhead, gateway, startup)
 
 
 def main() -> int:
@@ -33,6 +34,10 @@ def main() -> int:
     options = _options()
     # Raise SystemExit on SIGTERM, so that servers and sides are stopped.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if options.gpu:
+        from benchmarks import gpu  # needs torch
+
+        return gpu.main(options.results or ROOT / "benchmarks" / "results", options.quick)
     suites = (against,) if options.against else PEERS
     names = [row for suite in suites for row in suite.ROWS]
     plan = Plan(options.weights.resolve(), options.runs, options.quick, options.only, options.dtype, options.against)
@@ -108,6 +113,9 @@ def _options() -> argparse.Namespace:
         metavar="DIRECTORY",
         help="measure against another checkout of this project instead of the peers, such as a git worktree of an older"
         " commit; it may have its own .venv",
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="run the tests that need a GPU and measure what it does, instead of the rows"
     )
     parser.add_argument("--runs", type=_positive, help="samples for each side (default: 5; with --quick 1)")
     parser.add_argument(

@@ -11,7 +11,7 @@ prediction, so that one listener wakes up per step, and no server and no client 
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from statistics import mean
@@ -32,6 +32,9 @@ MIN_STEPS = 4
 
 class Arrivals(asyncio.Protocol):
     """One prediction on its own connection. It only records when bytes arrive, to leave the cores to the server."""
+
+    succeeded, token = b'"succeeded"', b"TOKEN {"
+    """What the answer holds if it succeeded, and once for each token."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request
@@ -55,12 +58,13 @@ class Arrivals(asyncio.Protocol):
     def tokens(self) -> list[float]:
         """The arrival time of each token. Raises RuntimeError if the prediction did not succeed."""
         body = b"".join(piece for _, piece in self.pieces)
-        if b'"succeeded"' not in body:
+        if self.succeeded not in body:
             raise RuntimeError(f"a prediction failed: {body[-500:].decode(errors='replace')}")
-        streamed = body.index(b"event: completed")  # this event repeats the whole output
+        streamed = body.find(b"event: completed")  # this event repeats the whole output
+        streamed = len(body) if streamed < 0 else streamed
         times, received = [], 0
         for when, piece in self.pieces:
-            times += [when] * piece[: max(streamed - received, 0)].count(b"TOKEN {")
+            times += [when] * piece[: max(streamed - received, 0)].count(self.token)
             received += len(piece)
         return times
 
@@ -125,7 +129,7 @@ async def _through_http(url: str, operations: list[Any]) -> list[list[float]]:
 
 async def _predict(address: SplitResult, operation: Any) -> Arrivals:
     """Run a prediction, again if it is refused: coglet 0.23.1 may answer 409 to one of two simultaneous requests."""
-    request = _request(address.netloc, {"input": {"ops_batch_json": json.dumps([operation])}})
+    request = http_request(address.netloc, "/predictions", {"input": {"ops_batch_json": json.dumps([operation])}})
     while True:
         _, connection = await asyncio.get_running_loop().create_connection(
             partial(Arrivals, request), address.hostname or "", address.port or 80
@@ -175,10 +179,11 @@ def _full_steps(engine: Side, batches: list[list[Any]]) -> list[tuple[float, flo
     return [(start, spent) for rows, most, start, spent in steps if rows == total and most == 1]
 
 
-def _request(host: str, body: dict[str, Any]) -> bytes:
+def http_request(host: str, path: str, body: Mapping[str, Any]) -> bytes:
+    """A request for a stream, after which the server closes the connection."""
     content = json.dumps(body).encode()
     head = (
-        f"POST /predictions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content

@@ -165,11 +165,12 @@ class Score(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Describe the served model."""
+    """Describe the served model; with ``tokens`` also spell every token of its vocabulary."""
 
     stream_id: StreamId
     model: str | None = None
     data: msgspec.Raw = msgspec.Raw(b"null")  # ignored
+    tokens: bool = False
 
 
 Operation = Generate | Score | ModelInfo

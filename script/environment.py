@@ -3,16 +3,17 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 """The project's directory, also when a script is started through a symbolic link."""
 
 REQUIRED = ("cog", "torch", "transformers")
-"""Packages that every script needs."""
+"""Packages that most scripts need."""
 
 
-def enter() -> None:
+def enter(required: Sequence[str] = REQUIRED) -> None:
     """Switch to the project's environment and make the project importable.
 
     If `.venv` exists and another interpreter is running, replace this process by the same command under `.venv`'s
@@ -29,7 +30,7 @@ def enter() -> None:
     # First, so that no other `script` or `tests` package is found before.
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    missing = [name for name in required if importlib.util.find_spec(name) is None]
     if missing:
         state = "has no" if python.exists() else "does not exist, and this Python has no"
         sys.exit(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import ROOT, Server, serving
+from tests.server import ROOT, Server, serving, started
 
 sys.path.insert(0, str(ROOT / "script"))  # where the scripts' own modules are, as it is for a script that runs
 
@@ -32,4 +32,11 @@ def demo_weights() -> Path:
 def server(demo_weights: Path) -> Iterator[Server]:
     """A Cog server with the demo model in float32, started once; tests leave it as they found it."""
     with serving(WEIGHTS_DIR=str(demo_weights), DTYPE="float32", COMPILE="off") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(server: Server) -> Iterator[Server]:
+    """The gateway, in front of the server with the demo model."""
+    with started([sys.executable, str(ROOT / "script/gateway"), "--target", server.url, "--port", "0"]) as running:
         yield running

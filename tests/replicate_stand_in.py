@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,6 +52,9 @@ class Prediction:
     started: str | None = None
     completed: str | None = None
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    webhook: str = ""
+    webhook_events: Collection[str] = ()
+    """Of ``start``, ``output``, ``logs`` and ``completed``, those that the webhook is told."""
 
     def document(self, base: str) -> JsonObject:
         """The prediction as the API returns it."""
@@ -198,6 +201,9 @@ class _Api:
         if request.path == "/v1/predictions" and body.get("version") not in (VERSION, f"{OWNER}/{MODEL}:{VERSION}"):
             return problem(422, "Invalid version or not permitted", "The specified version does not exist")
         prediction = Prediction(secrets.token_hex(13), body.get("input", {}))
+        if webhook := body.get("webhook"):
+            prediction.webhook = webhook
+            prediction.webhook_events = body.get("webhook_events_filter") or ("start", "output", "logs", "completed")
         address, accept = f"/predictions/{prediction.id}", {"Accept": "text/event-stream"}
         while (
             response := await self.session.put(address, json={"input": prediction.input}, headers=accept)
@@ -244,6 +250,10 @@ class _Api:
                         prediction.error, prediction.metrics = data.get("error"), data.get("metrics", {})
                         prediction.status, prediction.completed = data["status"], now()
                     prediction.changed.notify_all()
+                if {"log": "logs"}.get(name, name) in prediction.webhook_events:
+                    document = prediction.document(self.base)
+                    async with self.session.post(prediction.webhook, json=document) as told:
+                        told.raise_for_status()
         if prediction.status not in TERMINAL:
             async with prediction.changed:
                 prediction.status, prediction.error = "failed", "The container closed the connection."

@@ -138,6 +138,20 @@ class Compiler:
                 log.error("finished texts were not checked: %r", error)
             return [None] * len(texts)
 
+    def spellings(self) -> list[str | list[int]]:
+        """What each id of the vocabulary spells: text, or bytes that are no whole characters. Takes seconds."""
+        tokenizer, _ = self._open()
+        assert self._model_tokenizer is not None
+        special = {i: token.content for i, token in self._model_tokenizer.added_tokens_decoder.items() if token.special}
+        found: list[str | list[int]] = []
+        for token in range(self._vocabulary):
+            spelt = tokenizer.decode_bytes([token])
+            try:
+                found.append(special.get(token) or spelt.decode())
+            except UnicodeDecodeError:
+                found.append(list(spelt))
+        return found
+
     def _open(self) -> tuple[LLTokenizer, Vetter]:
         """What is needed to compile, made in a second or two. Should it fail, the next constraint tries again."""
         with self._opening:

@@ -66,6 +66,7 @@ EXTENSIONS = {
         *_BOTH,
     ],
     "SCORE": ["top_logprobs", "text", "prompt and scored as strings", *_BOTH],
+    "MODEL_INFO": ["tokens"],
 }
 
 IDLE_SECONDS = 1.0
@@ -141,6 +142,8 @@ class Engine:
         """The streams of each prediction that still await their terminal reply."""
         self._touched: set[Prediction] = set()
         """Predictions with replies to hand over."""
+        self._spellings: list[str | list[int]] | None = None
+        """What MODEL_INFO answers for ``tokens``, once it was asked."""
         self.problem = ""
         """Why the thread has ended by itself; empty while it runs."""
         opened: Future[LoadedModel] = Future()
@@ -200,6 +203,8 @@ class Engine:
     async def _read(self, operation: Operation | Failure) -> Prepared:
         """Put token ids in place of texts, and a bias in place of ``logit_bias`` and ``mask``."""
         try:
+            if isinstance(operation, ModelInfo) and operation.tokens and self._spellings is None:
+                self._spellings = await asyncio.to_thread(self.compiler.spellings)
             if not isinstance(operation, Generate | Score):
                 return Prepared(operation)
             operation = replace(operation, adapter=self._adapter(operation.adapter))
@@ -447,7 +452,8 @@ class Engine:
             prediction.outbox.append(operation)
             return
         if isinstance(operation, ModelInfo):
-            prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=self.model_info()))
+            info = self.model_info() | ({"tokens": self._spellings} if operation.tokens else {})
+            prediction.outbox.append(Info(stream_id=operation.stream_id, model_info=info))
             return
         stream: OperationStream
         if self.limits.head:

@@ -118,6 +118,8 @@ class Scheduler:
         if not any(prefilling):
             return self._decode(active, prefilling)
         decoding = not all(prefilling)
+        if limits.packed:
+            return self._together(active, prefilling)
         self._prefilled_last = not (decoding and self._prefilled_last and limits.busy_chunk)
         if not self._prefilled_last:
             return self._decode(active, prefilling)
@@ -149,6 +151,19 @@ class Scheduler:
         if several > 1:  # forced runs save whole steps, so they may take twice the work of one
             several = max(min(several, int(2 * work / len(streams) / StepLimits.cost(longest))), 1)
         return self._step(streams, several if any(prefilling) else max(several, self._draft(streams)))
+
+    def _together(self, active: Sequence[OperationStream], prefilling: Sequence[bool]) -> Step[OperationStream]:
+        """What every stream has pending that decodes, and then prompts as far as they fit into the budget: those first
+        whose prediction has waited longest."""
+        budget = self._budget(active, decoding=not all(prefilling))
+        most = {stream: stream.pending for stream, prefill in zip(active, prefilling, strict=True) if not prefill}
+        prompts = [stream for stream, prefill in zip(active, prefilling, strict=True) if prefill]
+        for stream in sorted(prompts, key=lambda stream: stream.prediction.turns.prefilled):
+            if budget:
+                most[stream] = min(stream.pending, budget)
+                budget -= most[stream]
+                stream.prediction.turns.prefilled = self._steps
+        return self._step(list(most), list(most.values()))
 
     def _in_turn(
         self, active: Sequence[OperationStream], prefilling: Sequence[bool], work: int
@@ -211,12 +226,12 @@ class Scheduler:
             return self._step(rows, max(row.pending for row in rows))
         return self._step(rows, max(budget // len(rows), 1))
 
-    def _step(self, streams: Sequence[OperationStream], most: int) -> Step[OperationStream]:
-        """At most ``most`` tokens of each stream, as far as their logits fit."""
+    def _step(self, streams: Sequence[OperationStream], most: int | Sequence[int]) -> Step[OperationStream]:
+        """At most ``most`` tokens of each stream, or of all of them, as far as their logits fit."""
         counts = []
         logits_left = self._runner.step_limits.logits
-        for stream in streams:
-            count = min(stream.pending + len(stream.draft), most)
+        for stream, limit in zip(streams, [most] * len(streams) if isinstance(most, int) else most, strict=True):
+            count = min(stream.pending + len(stream.draft), limit)
             wanted = stream.wanted(count)
             if wanted > logits_left:  # the first stream always makes progress: at least one position fits
                 count -= wanted - logits_left

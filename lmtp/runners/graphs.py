@@ -1,103 +1,116 @@
-"""The decode step as CUDA graphs.
+"""Packed steps as CUDA graphs.
 
-On a GPU a small batch's step is mostly kernel launches. A CUDA graph records them once for a number of rows and columns
-and replays them in one call (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Rows are rounded up to a
-power of two and columns to a multiple of COLUMNS, so that few graphs serve. Missing rows write into the column that is
-never read. Graphs hold addresses, so a resized memory needs new ones.
+On a GPU a small step is mostly kernel launches. A CUDA graph records them once and replays them in one call
+(https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Each graph takes a number of tokens, of any streams and
+in any mixture: a token is a row of its own that sees the tokens before it. A step takes the smallest graph that is
+large enough and fills it up at the pool's spare place. All graphs are recorded at setup, none while serving.
 """
 
+import contextlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmtp.runners.step import ModelStep, StepInputs
+from lmtp.runners.extents import Pool
+from lmtp.runners.model import UnsupportedModel, in_words
+from lmtp.runners.packed import PackedInputs, PackedStep, Shape
 
-COLUMNS = 256
-MAX_GRAPHS = 48
+log = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""How many tokens the graphs take."""
+
+WARM_UPS = 2
+"""Libraries initialize themselves in the first runs, which cannot be recorded."""
 
 
 @dataclass
 class Graph:
-    """One recorded step, with the tensors that it reads and writes."""
+    """One recorded step, with the memory that it reads and writes."""
 
-    inputs: StepInputs
+    packed: Tensor
+    inputs: PackedInputs
+    """Views of it."""
     logits: Tensor
     recorded: torch.cuda.CUDAGraph
 
 
-class GraphedStep:
-    """Replays a step of one token a row, and runs the others as they are."""
+class Graphs:
+    """The recorded steps of a model over a pool."""
 
-    description = "decode steps as CUDA graphs"
-    max_first_chunk = 1
-
-    def __init__(self, step: ModelStep) -> None:
-        self._step = step
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._addresses: tuple[int, ...] = ()
-        self._pool: Any = None
-
-    def __call__(self, inputs: StepInputs) -> Tensor:
-        """As SlotStep.forward; the result is valid until the next call."""
-        rows, q = inputs.ids.shape
-        graph = self._graph(inputs) if q == 1 else None
-        if graph is None:
-            return self._step(inputs)
-        static = graph.inputs
-        static.ids[:rows].copy_(inputs.ids)
-        static.positions[:rows].copy_(inputs.positions)
-        static.writes[:rows].copy_(inputs.writes)
-        static.writes[rows:].fill_(inputs.keys[0].shape[2] - 1)
-        columns = inputs.masks[0].shape[3]
-        for recorded, mask in zip(static.masks, inputs.masks, strict=True):
-            recorded[:rows, ..., :columns].copy_(mask)
-            recorded[:rows, ..., columns:].fill_(torch.finfo(mask.dtype).min)
-        graph.recorded.replay()
-        return graph.logits[:rows] if len(inputs.wanted) == rows else graph.logits[inputs.wanted]
-
-    def _graph(self, inputs: StepInputs) -> Graph | None:
-        """A graph for at least this many rows and columns; None if there is no memory for another one."""
-        keys = inputs.keys
-        slots, capacity = keys[0].shape[0], keys[0].shape[2] - 1
-        addresses = (slots, capacity, *(tensor.data_ptr() for tensor in keys))
-        if addresses != self._addresses:
-            self._graphs.clear()
-            self._addresses = addresses
-        rows, columns = len(inputs.ids), inputs.masks[0].shape[3]
-        key = min(1 << (rows - 1).bit_length(), slots), min(-(-columns // COLUMNS) * COLUMNS, capacity)
-        if key not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
+    def __init__(self, step: PackedStep, pool: Pool, longest: int) -> None:
+        """Record a graph for each of BUCKETS. What fails is left out for good. Raises UnsupportedModel where all
+        fail. ``longest``: the most tokens a stream can hold."""
+        self._step, self._pool, self._longest = step, pool, longest
+        self._graphs: dict[int, Graph] = {}
+        self._side = torch.cuda.Stream(step.device)
+        # Shared: only one graph runs at a time, and its output is read before the next.
+        self._memory: Any = torch.cuda.graph_pool_handle()
+        failed: dict[int, str] = {}
+        for tokens in sorted(BUCKETS, reverse=True):  # the small ones then fit into the memory of the large ones
             try:
-                self._graphs[key] = self._record(*key, inputs)
-            except torch.OutOfMemoryError:
-                self._graphs.clear()
-                return None
-        return self._graphs[key]
+                self._graphs[tokens] = self._record(tokens)
+            except Exception as error:  # whatever the model's code raises
+                failed[tokens] = in_words(error).splitlines()[0]
+        if not self._graphs:
+            raise UnsupportedModel(f"no step can be recorded: {failed[min(failed)]}")
+        for tokens, reason in failed.items():
+            log.warning("no CUDA graph for %d tokens: %s", tokens, reason)
+        self.description = f"{len(self._graphs)} CUDA graphs of up to {max(self._graphs)} tokens"
 
-    def _record(self, rows: int, columns: int, like: StepInputs) -> Graph:
-        device = like.ids.device
-        ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        inputs = StepInputs(
-            ids,
-            positions=torch.zeros_like(ids),
-            writes=torch.full_like(ids, like.keys[0].shape[2] - 1),
-            wanted=torch.arange(rows, device=device),
-            masks=[torch.zeros(rows, 1, 1, columns, dtype=mask.dtype, device=device) for mask in like.masks],
-            keys=like.keys,
-            values=like.values,
-        )
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # libraries initialize themselves in the first runs, which cannot be recorded
-            for _ in range(2):
-                self._step(inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        if self._pool is None:  # shared: only one graph runs at a time, and its output is read before the next
-            self._pool = torch.cuda.graph_pool_handle()
+    @property
+    def sizes(self) -> list[int]:
+        """See packed.Recorded."""
+        return sorted(self._graphs)
+
+    def shape(self, tokens: int) -> Shape | None:
+        """See packed.Recorded."""
+        size = next((size for size in self.sizes if size >= tokens), None)
+        return self._shape(size) if size else None
+
+    def run(self, shape: Shape, packed: Tensor, wanted: int) -> Tensor:
+        """See packed.Recorded."""
+        graph = self._graphs[shape.tokens]
+        graph.packed.copy_(packed)
+        graph.recorded.replay()
+        return graph.logits[:wanted]
+
+    def _shape(self, tokens: int) -> Shape:
+        return Shape(tokens, tokens, tokens, max_queries=1, max_length=self._longest)
+
+    @torch.inference_mode()
+    def _record(self, tokens: int) -> Graph:
+        shape, device = self._shape(tokens), self._step.device
+        packed = torch.zeros(shape.size, dtype=torch.long, device=device)
+        inputs = shape.split(packed)
+        # Every token is the first of a stream at the spare place.
+        inputs.writes.fill_(self._pool.spare)
+        inputs.rows.queries.copy_(torch.arange(tokens + 1, dtype=torch.int32, device=device))
+        inputs.rows.first.fill_(self._pool.spare)
+        inputs.rows.lengths.fill_(1)
+        before = torch.cuda.current_stream(device)
+        self._side.wait_stream(before)
+        with torch.cuda.stream(self._side):
+            for _ in range(WARM_UPS):
+                self._step(inputs, self._pool)
+        before.wait_stream(self._side)
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, pool=self._pool):
-            logits = self._step(inputs)
-        return Graph(inputs, logits, recorded)
+        try:
+            with torch.cuda.graph(recorded, pool=self._memory, stream=self._side, capture_error_mode="thread_local"):
+                logits = self._step(inputs, self._pool)
+        except Exception:
+            self._end_capture(before)
+            raise
+        return Graph(packed, inputs, logits, recorded)
+
+    def _end_capture(self, before: torch.cuda.Stream) -> None:
+        """Undo what a failed capture leaves behind: its stream is the current one, and memory comes from its pool."""
+        torch.cuda.set_stream(before)
+        device = self._step.device
+        with contextlib.suppress(RuntimeError):  # where the capture has come as far as ending this itself
+            torch._C._cuda_endAllocateToPool(device.index or 0, self._memory)
+        torch.cuda.synchronize(device)
+        self._memory = torch.cuda.graph_pool_handle()

@@ -14,11 +14,13 @@ from lmtp.runners.cache_runner import CacheRunner, Mode
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
-from lmtp.runners.graphs import GraphedStep
+from lmtp.runners.extents import Pool
+from lmtp.runners.graphs import Graphs
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
-from lmtp.runners.selfcheck import Reference, check_caches, check_slots, with_tolerance
-from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep, layers_of
-from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.packed import PackedRunner, PackedStep
+from lmtp.runners.selfcheck import CONTEXT, TOKENS, Reference, check_caches, check_packed, check_slots, with_tolerance
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
+from lmtp.runners.slots import MIN_TOKENS, Memory, check_budget
 from lmtp.runners.step import Step, StepLimits, Stream
 
 MAX_SLOTS = 256
@@ -73,12 +75,13 @@ def open_runner(
     graphs: bool = True,
     names: Sequence[str] = (),
 ) -> Runner:
-    """The fastest runner that proves itself on this model: slots if the self-check passes, else the model's own caches;
-    for an encoder, its own. Raises UnsupportedModel for one that nothing serves.
+    """The fastest runner that proves itself on this model: packed tokens on a GPU, else slots if the self-check passes,
+    else the model's own caches; for an encoder, its own. Raises UnsupportedModel for one that nothing serves.
 
-    ``kv_budget``: bytes for keys and values; by default half of what is free on the GPU less a reserve, or a quarter of
-    the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists. ``graphs``: whether a GPU
-    decodes by CUDA graphs. ``names``: the adapters attached to the model; the model's own code then runs each step.
+    ``kv_budget``: bytes for keys and values; by default what is free on the GPU less a reserve, half of it for slots,
+    or a quarter of the free memory on a CPU. ``compiled``: where the model's compiled step is, if it exists.
+    ``graphs``: whether a GPU runs small packed steps as CUDA graphs. ``names``: the adapters attached to the model; the
+    model's own code then runs each step.
 
     Raises UnsupportedModel for a model that no runner serves exactly.
     """
@@ -91,6 +94,9 @@ def open_runner(
     if limits.head:
         return open_encoder(model, limits)
     context = limits.context
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:  # its attention with masks plans anew for each new length
+        torch.backends.cuda.enable_cudnn_sdp(False)
     budget = kv_budget if kv_budget is not None else _default_budget(model.device)
     if limits.source:
         return open_encoder_decoder(model, limits, budget, MAX_SLOTS, compiled)
@@ -104,15 +110,23 @@ def open_runner(
             check_slots(step, layers, Reference.of(model, adapters, ("", name, other)))
     except Exception as error:  # whatever the model's code raises, fall back to its own caches
         return _open_cache_runner(model, context, f"slots do not serve it: {in_words(error)}", adapters)
+    memory = Memory(layers, model.dtype)
     fast, reason = None, "no compiled step, no CUDA graphs: adapters take the model's own code" if names else ""
+    if on_gpu and not names:
+        budget_of_pool = budget if kv_budget is not None else budget * 2  # it never grows
+        check_budget(budget_of_pool, min(MIN_TOKENS, context) * memory.bytes_per_token, memory.total)
+        try:
+            tokens = budget_of_pool // memory.bytes_per_token
+            return _open_packed(PackedStep(step, layers), reference, tokens, context, graphs)
+        except Exception as error:  # whatever the model's code raises, fall back to slots
+            reason = f"no packed tokens: {in_words(error)}"
     try:
-        if not names and (fast := _fast_step(step, layers, compiled, graphs)):
+        if compiled and compiled.exists() and not (names or on_gpu):
+            fast = CompiledStep(compiled)
             check_slots(step, layers, reference, fast)
     except Exception as error:  # fall back to the model's own code
         fast, reason = None, f"no faster step: {type(error).__name__}: {error}"
-    return SlotRunner(
-        step, Memory(layers, model.dtype), budget, MAX_SLOTS, context, fast, with_tolerance(model, reason)
-    )
+    return SlotRunner(step, memory, budget, MAX_SLOTS, context, fast, with_tolerance(model, reason))
 
 
 def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapters: Adapters) -> CacheRunner:
@@ -134,13 +148,19 @@ def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapte
     )
 
 
-def _fast_step(step: SlotStep, layers: Sequence[Layer], compiled: Path | None, graphs: bool) -> FastStep | None:
-    devices = {layer.device for layer in layers}
-    if len(devices) != 1:
-        return None
-    if devices.pop().type == "cuda":
-        return GraphedStep(step) if graphs else None
-    return CompiledStep(compiled) if compiled and compiled.exists() else None
+def _open_packed(step: PackedStep, reference: Reference, tokens: int, context: int, graphs: bool) -> PackedRunner:
+    dtype = step.model.dtype
+    check_packed(PackedRunner(step, Pool(step.layers, dtype, TOKENS), CONTEXT), reference)
+    runner, reason = PackedRunner(step, Pool(step.layers, dtype, tokens), context), ""
+    if graphs:
+        try:
+            recorded = PackedRunner(step, runner.pool, context, Graphs(step, runner.pool, runner.longest))
+            check_packed(recorded, reference)
+            runner = recorded
+        except Exception as error:  # run the steps as they are
+            reason = f"no CUDA graphs: {in_words(error)}"
+    runner.reason = with_tolerance(step.model, reason)
+    return runner
 
 
 def _default_budget(device: torch.device) -> int:

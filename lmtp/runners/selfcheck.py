@@ -1,7 +1,8 @@
 """The self-check: a runner proves itself on the model before it serves.
 
-In slots uneven texts go through chunks, single tokens, padding, reuse and moves. In the model's own caches two texts
-take turns, and a third continues the first. Every position's logits are compared with the model's own forward pass.
+In slots and in packed steps uneven texts go through chunks, single tokens, padding, reuse and moves. In the model's own
+caches two texts take turns, and a third continues the first. Every position's logits are compared with the model's own
+forward pass.
 
 The texts are short, since they cost time at every start. Windows and other lengths that they do not reach are left to
 rules (slot_runner.SlotStep), which tests/probe.py proves with texts that reach them.
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device
+from lmtp.runners.packed import PackedRunner
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import Step, Stream
@@ -33,6 +35,9 @@ FORGIVEN = {torch.float32: 0.0, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 SHARED = 8
 """How many tokens the last text takes over from another one."""
+
+ROW = 4
+"""How many tokens of each text a recorded step is checked with."""
 
 TOKENS, SLOTS, CONTEXT = 512, 8, 64
 """The size of the memory in which the check runs."""
@@ -119,8 +124,43 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     """
     memory = Memory(layers, step.model.dtype)
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
+    _check_texts(runner, reference, (1, -1) if fast else (1,))
+
+
+@torch.inference_mode()
+def check_packed(runner: PackedRunner, reference: Reference) -> None:
+    """Prove packed steps against the reference, and each recorded step against the one that it was recorded from.
+
+    Recorded steps run twice on different tokens. Raises UnsupportedModel where they disagree.
+    """
+    _check_texts(runner, reference, (1, -1))
+    recorded = runner.recorded
+    for tokens in recorded.sizes if recorded else ():
+        texts = _random_texts(runner.step.model, *[ROW + 1] * (tokens // ROW), *[tokens % ROW + 1][: tokens % ROW])
+        by_graph, plainly = [], []
+        for order in (1, -1):
+            runner.recorded = recorded
+            by_graph += [_logits_of(runner, texts[::order])]
+            runner.recorded = None
+            plainly += [_logits_of(runner, texts[::order])]
+        runner.recorded = recorded
+        compare(Reference([], plainly, reference.precision), by_graph)
+
+
+def _logits_of(runner: PackedRunner, texts: Sequence[list[int]]) -> Tensor:
+    """The logits at every position of the texts, computed in one step, as far as there is room."""
+    streams = [text for tokens in texts if runner.admit(text := Text(tokens))]
+    try:
+        # Copied, since the next step may reuse the tensor.
+        return runner.prepare(Step(streams, [text.pending for text in streams]))().float().clone()
+    finally:
+        for text in streams:
+            runner.release(text, keep=False)
+
+
+def _check_texts(runner: SlotRunner | PackedRunner, reference: Reference, orders: Sequence[int]) -> None:
     *early, last = reference.texts
-    for order in (1, -1) if fast else (1,):
+    for order in orders:
         late = Text(last, SHARED, reference.adapters[-1])
         texts: list[Stream] = [*(Text(text, 1, reference.adapters[i]) for i, text in enumerate(early)), late]
         got = run(runner, texts[:-1][::order], late)
@@ -167,7 +207,7 @@ def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return logits[0].float()
 
 
-def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
+def run(runner: SlotRunner | PackedRunner, texts: Sequence[Stream], late: Stream) -> dict[Stream, list[Tensor]]:
     """Run the texts, and ``late`` once another row has computed what it shares. Returns each one's logits."""
     got: dict[Stream, list[Tensor]] = {text: [] for text in (*texts, late)}
     for text in texts:
@@ -192,7 +232,7 @@ def run(runner: SlotRunner, texts: Sequence[Stream], late: Stream) -> dict[Strea
     return got
 
 
-def compare(reference: Reference, got: Sequence[Sequence[Tensor]]) -> None:
+def compare(reference: Reference, got: Sequence[Sequence[Tensor] | Tensor]) -> None:
     """Raise UnsupportedModel where the logits of the texts are not the reference's."""
     wrong = total = 0
     for theirs, ours in zip(reference.logits, got, strict=True):

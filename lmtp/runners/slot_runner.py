@@ -86,7 +86,7 @@ class SlotCache(Cache):
 
 
 class SlotStep(nn.Module):
-    """The model's forward pass over slots: a ModelStep that compiled.py and graphs.py make faster."""
+    """The model's forward pass over slots: a ModelStep that compiled.py makes faster."""
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
         """Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
@@ -194,8 +194,6 @@ class SlotRunner(Slots):
 
 
 def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
-    config = model.config.get_text_config(decoder=True)
-    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     vocabulary = model.get_output_embeddings().weight.shape[0]
     work = StepLimits.work
     if model.device.type == "cpu":
@@ -205,10 +203,16 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
         CHUNK,
         min(BUSY_CHUNK, work),
         logits=max(MAX_LOGITS // vocabulary, max_slots),
-        # On a GPU only steps of single tokens are recorded as graphs. With experts, more tokens read more weights.
-        drafts=model.device.type == "cpu" and not experts,
+        # On a GPU more tokens a row take more launches.
+        drafts=model.device.type == "cpu" and not has_experts(model),
         work=work,
     )
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether more tokens read more weights."""
+    config = model.config.get_text_config(decoder=True)
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 Visible = Callable[[Tensor, Tensor], Tensor]

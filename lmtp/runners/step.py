@@ -79,7 +79,7 @@ S_co = TypeVar("S_co", bound=Stream, covariant=True)
 class Step(Generic[S_co]):
     """The tokens of one forward pass: the next ``counts[i]`` tokens of ``streams[i]``.
 
-    The streams are neighbours among the runner's active ones, in their order.
+    The streams are neighbours among the runner's active ones, in their order, unless its steps are packed.
     """
 
     streams: Sequence[S_co]
@@ -103,6 +103,8 @@ class StepLimits:
     """Positions of one step at which logits may be wanted."""
     drafts: bool
     """Whether accepted draft tokens save time."""
+    packed: bool = False
+    """Whether a step takes any streams with any numbers of tokens: nothing is padded to the longest."""
     whole: bool = False
     """Whether prompts are computed whole, each in one step, be it longer than a chunk."""
     work: int = 2**31
@@ -151,5 +153,5 @@ class SourceInputs(NamedTuple):
 ModelStep = Callable[[StepInputs], Tensor]
 """The model's forward pass: the logits ``[wanted, vocabulary]`` at the wanted positions.
 
-slot_runner.SlotStep runs the model's own code; compiled.CompiledStep and graphs.GraphedStep are faster ways to run it.
+slot_runner.SlotStep runs the model's own code; compiled.CompiledStep is a faster way to run it.
 """

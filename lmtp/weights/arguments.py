@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtp.weights.manifest import WeightsError, first_line
-from lmtp.weights.quantization import LOAD_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -80,20 +79,23 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise WeightsError(f"{source} runs code of its own: if you trust it, run `{with_code}`.") from error
-        raise WeightsError(f"Transformers cannot read the config.json of {source}: {first_line(error)}") from error
+        raise WeightsError(
+            f"Transformers cannot read the config.json of {source}: {first_line(error)[:200]}"
+        ) from error
     _check_values(model_args)
-    _check_kernels(config, model_args, source)
     return config
 
 
 def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str) -> None:
-    def taken(name: str) -> bool:
-        known = hasattr(config, name) or hasattr(text, name)
-        return known and not name.startswith("_") and not callable(getattr(text, name, 0))
-
     for name in changes:
-        if not taken(name):
-            known = [*KEYWORDS, *filter(taken, sorted({*ROPE, *text.to_dict(), *config.to_dict()}))]
+        if (
+            not (hasattr(config, name) or hasattr(text, name))
+            or name.startswith("_")
+            or callable(getattr(text, name, 0))
+        ):
+            known = sorted(
+                each for each in {*KEYWORDS, *ROPE, *text.to_dict(), *config.to_dict()} if not each.startswith("_")
+            )
             nearest = difflib.get_close_matches(name, known, 1)
             hint = (
                 f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYWORDS)} and its config.json's."
@@ -104,19 +106,6 @@ def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str
 def _check_values(model_args: Mapping[str, Any]) -> None:
     if model_args.get("dtype", "auto") not in DTYPES:
         raise WeightsError(f"The argument dtype is {model_args['dtype']!r}: choose one of {', '.join(DTYPES)}.")
-    if model_args.get("load_in") not in (None, *LOAD_IN):
-        raise WeightsError(f"--load-in is {model_args['load_in']!r}: choose one of {', '.join(LOAD_IN)}.")
-
-
-def _check_kernels(config: Any, model_args: Mapping[str, Any], source: str) -> None:
-    """Raise WeightsError for an implementation that Transformers would import from a repository of kernels."""
-    for name in ("attn_implementation", "experts_implementation"):
-        chosen = str(model_args.get(name, getattr(config, f"_{name}", None)))
-        if "/" in chosen:
-            raise WeightsError(
-                f"{source} names {name} {chosen!a:.60}, which is code of a repository: give --model-arg"
-                f" '{name}=\"eager\"'."
-            )
 
 
 def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:

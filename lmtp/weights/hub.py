@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lmtp.weights import adapters
 from lmtp.weights.files import INDEX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, needed_files, read_index_in
-from lmtp.weights.manifest import WeightsError, first_line
+from lmtp.weights.manifest import WeightsError, first_line, printable
 from lmtp.weights.staging import require_space, verify
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"[\w.\-/]{1,200}", re.ASCII)
-"""What a revision may be called: others cannot be written in an address, and an adapter's file may name any."""
-
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,7 +29,7 @@ def commit_of(source: str, revision: str) -> str:
     if COMMIT.fullmatch(revision):
         return revision
     if not REVISION.fullmatch(revision):
-        raise WeightsError(f"{source} has no revision {revision!a:.99}: give a branch, a tag or a commit.")
+        raise WeightsError(f"{ascii(revision)[:99]} is no revision of {source}: give a branch, a tag or a commit.")
     from huggingface_hub import HfApi
 
     with _errors_explained(source, revision):
@@ -171,7 +169,7 @@ def _explanation(error: BaseException, source: str, revision: str) -> str | None
         case errors.HfHubHTTPError():
             code = error.response.status_code
             rest = "check HF_TOKEN" if code in (401, 403) else "run the command again later, it resumes"
-            return f"{error.response.url.copy_with(query=None)} answered {code}: {rest}."
+            return f"{printable(str(error.response.url.copy_with(query=None)))} answered {code}: {rest}."
         case errors.OfflineModeIsEnabled():
             return f"HF_HUB_OFFLINE is set, so {source} cannot be fetched: unset it."
         case httpx2.HTTPError():

@@ -64,39 +64,36 @@ def kind_of(config: PreTrainedConfig, source: str) -> Kind:
     return kind
 
 
-def check_text(kind: Kind, config: PreTrainedConfig, source: str) -> None:
-    """Raise WeightsError if the model cannot continue plain text, token by token, whatever its kind."""
-    why = _why_no_text(kind, config) if kind in (Kind.CAUSAL, Kind.MULTIMODAL) else None
-    if why:
-        raise WeightsError(f"{source} cannot continue plain text: {why}; choose a model that continues a text alone.")
+def refuse_without_text(config: PreTrainedConfig, source: str) -> None:
+    """Raise WeightsError if the multimodal model does not continue a plain text token by token.
 
-
-def _why_no_text(kind: Kind, config: PreTrainedConfig) -> str | None:
-    # PaliGemma was trained so. Transformers computes it with SDPA, but not with eager attention.
-    if getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
-        return "each token of its prompt sees those that follow"
-    if kind is not Kind.MULTIMODAL:
-        return None
+    The signature of its class tells what a forward pass needs. Classes of the model's own code are not looked at.
+    """
     import transformers
 
-    model: Any = getattr(transformers, _classes(AUTO_CLASSES[kind]).get(config.model_type, ""), None)
-    if model is None:  # only its own code can tell
-        return None
-    parameters = inspect.signature(model.forward).parameters
-    required = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and name not in ("self", "input_ids")
+    classes = _classes(AUTO_CLASSES[Kind.MULTIMODAL])
+    named = (config.architectures or [""])[0]
+    name = named if named in classes.values() else classes.get(config.model_type)
+    if name is None:
+        return
+    model = getattr(transformers, name)
+    taken = inspect.signature(model.forward).parameters
+    needed = [
+        each.name
+        for each in list(taken.values())[1:]
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "input_ids"
     ]
-    if required:
-        return f"its {model.__name__} needs {' and '.join(required)} besides"
-    if "input_ids" not in parameters:
-        return f"its {model.__name__} takes no text"
-    if not issubclass(model, transformers.GenerationMixin):
-        return f"its {model.__name__} does not generate token by token"
-    return None
+    why = ""
+    if "input_ids" not in taken or not model.can_generate():
+        why = "does not generate text from text"
+    elif needed:
+        why = f"needs {needed[0]} besides text"
+    elif "decoder_input_ids" in taken:
+        why = "has a decoder apart from the part that reads its input"
+    elif getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
+        why = "lets all tokens of a prompt see each other, which no runner computes (use_bidirectional_attention)"
+    if why:
+        raise WeightsError(f"{source} is a {name}, which {why}: choose a model that continues plain text.")
 
 
 def auto_class(kind: Kind) -> Any:

@@ -5,6 +5,7 @@ Importing this module imports neither torch nor transformers; calling `load` doe
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+GPUS = "/dev/nvidia[0-9]*"
+DRIVER_VERSION = "/sys/module/nvidia/version"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model ready for inference, and how it was loaded.
@@ -37,15 +42,21 @@ class Loaded:
     device: torch.device
     seconds: float
 
+    @property
+    def rate(self) -> float:
+        """Gigabytes of weights in a second."""
+        shards = (file.size for name, file in self.manifest.files.items() if name.endswith(".safetensors"))
+        return sum(shards) / self.seconds / 1e9
+
 
 def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loaded:
     """Load the directory's model and tokenizer, without network, ready for inference.
 
-    `dtype` is one of DTYPES. `auto` is what the manifest says; without that bfloat16 on CUDA and on processors that
-    compute it in hardware, else float32.
+    `dtype` is one of DTYPES. `auto` is what the manifest says; without that bfloat16 on hardware that computes it, else
+    float16 on a GPU and float32 on a CPU.
     `device` is what torch takes, such as `cpu` or `cuda:1`. None is the first GPU if there is one, several GPUs if the
-    model does not fit on one, else the CPU. Raises WeightsError if the dtype is unknown, if files are missing or differ
-    in size from the manifest, or if they are no model that is served.
+    model does not fit on one, else the CPU. Raises WeightsError if a GPU cannot be used, if the dtype is unknown, if
+    files are missing or differ in size from the manifest, or if they are no model that is served.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -61,7 +72,7 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     plan = plan_of(
         directory, manifest.model_args, manifest.source, fetch_command(directory, manifest, "--trust-remote-code")
     )
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     quantization.check_device(plan.load_in, place)
     if dtype == "auto":
         dtype = manifest.model_args.get("dtype", "auto")
@@ -78,7 +89,7 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
             trust_remote_code=manifest.trust_remote_code,
             output_loading_info=True,
             **plan.keywords,
-            quantization_config=quantization.config_for(plan.quantization, plan.load_in, plan.quantization_config),
+            **quantization.arguments(plan.quantization, plan.load_in),
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(
@@ -101,17 +112,56 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
     if plan.kind is Kind.MULTIMODAL:
         from lmtp.weights.text_only import keep_text_only
 
-        keep_text_only(model, manifest.source)
+        keep_text_only(model)
     return Loaded(model, tokenizer, manifest, model.dtype, model.device, time.perf_counter() - started)
 
 
-def _auto_dtype(device: torch.device) -> torch.dtype:
-    """Bfloat16 where the hardware computes it, else float32."""
+def describe(device: torch.device) -> str:
+    """The device, for setup's log: of a GPU also its name, its memory and its driver."""
     import torch
 
+    if device.type != "cuda":
+        return str(device)
+    card = torch.cuda.get_device_properties(device)
+    driver = Path(DRIVER_VERSION).read_text().strip() if Path(DRIVER_VERSION).exists() else "unknown"
+    return (
+        f"{device} ({card.name}, {card.total_memory / 2**30:.0f} GB, "
+        f"compute capability {card.major}.{card.minor}, driver {driver})"
+    )
+
+
+def _device(chosen: str | None) -> torch.device:
+    """The device that a caller has chosen, or the first GPU, or the CPU.
+
+    Raises WeightsError where there is a GPU that PyTorch cannot use, rather than serve from the CPU unnoticed.
+    """
+    import torch
+
+    if chosen or torch.cuda.is_available():
+        return torch.device(chosen or "cuda")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not hidden and glob.glob(GPUS):
+        try:
+            torch.cuda.init()
+            reason = "it is not available"
+        except Exception as error:  # a driver too old, for instance
+            reason = first_line(error).rstrip(".")
+        raise WeightsError(
+            f"This machine has an NVIDIA GPU, and PyTorch with CUDA {torch.version.cuda} cannot use it: {reason}."
+            " Update its driver, or set CUDA_VISIBLE_DEVICES=-1 to serve from the CPU."
+        )
+    return torch.device("cpu")
+
+
+def _auto_dtype(device: torch.device) -> torch.dtype:
+    """Bfloat16 where the hardware computes it; else float16 on a GPU and float32 on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Processor flags: AMX and AVX-512 on x86, and ARM's extension.
     processor = torch.cpu.get_capabilities()
-    if device.type == "cuda" or any(processor.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16")):
+    if any(processor.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16")):
         return torch.bfloat16
     return torch.float32
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtp.weights import arguments, quantization
-from lmtp.weights.kinds import Kind, check_text, kind_of
+from lmtp.weights.kinds import Kind, kind_of, refuse_without_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,30 +27,27 @@ class Plan:
     """The checkpoint's own `quantization_config`; None if its weights are plain numbers."""
     load_in: str | None
     """One of quantization.LOAD_IN to quantize the weights while they are loaded."""
-    quantization_config: Mapping[str, Any] | None
-    """The argument of this name, which quantizes them otherwise."""
     keywords: dict[str, Any]
-    """What `from_pretrained` takes besides, but for dtype, device and quantization."""
+    """What `from_pretrained` takes besides, but for dtype and device."""
 
 
 def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> Plan:
     """Decide from the directory's config.json. No other file of the model has to be there.
 
     ``with_code`` is the command that fetches the model with its own code, for the error if it needs that. Raises
-    WeightsError if the model is no language model or cannot continue plain text, if a package is missing that its
-    quantization needs, or if an argument is unknown.
+    WeightsError if the model is no language model, if a package is missing that its quantization needs, or
+    if an argument is unknown.
     """
     config = arguments.configuration(directory, model_args, source, with_code)
     kind = kind_of(config, source)
-    check_text(kind, config, source)
-    load_in = model_args.get("load_in")
+    if kind is Kind.MULTIMODAL:
+        refuse_without_text(config, source)
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    given = model_args.get("quantization_config")
-    quantization.check(stored, load_in, source, given)
-    keywords = {name: value for name, value in model_args.items() if name in arguments.KEYWORDS and name not in DECIDED}
-    return Plan(kind, config, stored, load_in, given, keywords)
+    quantization.check(stored, model_args, source)
+    keywords = {name: value for name, value in model_args.items() if name in arguments.KEYWORDS and name not in PLACED}
+    return Plan(kind, config, stored, model_args.get("load_in"), keywords)
 
 
-DECIDED = ("dtype", "device_map", "quantization_config")
-"""Arguments that the loader decides together with other settings."""
+PLACED = ("dtype", "device_map")
+"""Arguments that the loader decides together with the server's own settings."""

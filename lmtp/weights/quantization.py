@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp.weights.manifest import WeightsError, printable
+from lmtp.weights.manifest import WeightsError, first_line, printable
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,10 @@ REQUIREMENTS = {
 }
 """The packages that a format needs. Those with an exact version are tested, and are in requirements/<format>.txt."""
 
-PEFT = "peft==0.21.2"
-"""What adapters need, as in requirements/peft.txt."""
+PACKAGES = {**REQUIREMENTS, "adapter": "peft==0.21.2"}
+
+QUANTIZING = ("bitsandbytes", "torchao", "quanto", "hqq")
+"""Formats that quantize a model while it is loaded, without data to measure."""
 
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 """Checkpoints that are loaded as 16 bits a weight: their kernels come from the hub when they first run."""
@@ -51,58 +53,78 @@ BITS = {"4bit": 4.5, "8bit": 8, "int8": 8, "fp8": 8}
 """Bits a weight, with scales; an estimate from above."""
 
 
-def check(stored: Any, load_in: str | None, source: str, given: Any = None) -> None:
-    """Raise WeightsError if the source cannot be loaded quantized so.
+def check(stored: Mapping[str, Any] | None, model_args: Mapping[str, Any], source: str) -> None:
+    """Raise WeightsError if the source cannot be loaded with the `quantization_config` of its config.json, which is
+    `stored`, or cannot be quantized as the arguments say: by `load_in`, or by a `quantization_config` of their own."""
+    load_in = model_args.get("load_in")
+    if load_in not in (None, *LOAD_IN):
+        raise WeightsError(f"--load-in is {load_in!r}: choose one of {', '.join(LOAD_IN)}.")
+    given = "quantization_config" in model_args
+    if load_in and given:
+        raise WeightsError("--load-in and --model-arg quantization_config exclude each other: give one of them.")
+    if stored and (load_in or given):
+        option = "--load-in" if load_in else "--model-arg quantization_config"
+        raise WeightsError(f"{source} is quantized already ({printable(format_of(stored))}): leave out {option}.")
+    if given:
+        check_package(_format_given(model_args["quantization_config"]), source)
+        _check_given(model_args["quantization_config"])
+    elif load_in:
+        check_package(LOAD_IN[load_in], source)
+    elif stored:
+        method = format_of(stored)
+        if method not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
+            raise WeightsError(
+                f"{source} is quantized by {method!a:.40}, which is not loaded: choose one of"
+                f" {', '.join(REQUIREMENTS)}, or the original and --load-in."
+            )
+        check_package(method, source)
 
-    At most one of the three may quantize it: `stored`, the `quantization_config` of its config.json; `load_in`; or
-    `given`, the argument `quantization_config`.
-    """
-    option = "--model-arg quantization_config" if given is not None else "--load-in" if load_in else None
-    if load_in and given is not None:
-        raise WeightsError(f"--load-in and {option} exclude each other: give one of them.")
-    if stored and option:
-        raise WeightsError(f"{source} is quantized already ({printable(format_of(stored)):.40}): leave out {option}.")
-    if given is not None and format_of(given) not in REQUIREMENTS:
+
+def _format_given(given: Any) -> str:
+    method = format_of(given) if isinstance(given, dict) else None
+    if method not in QUANTIZING:
         raise WeightsError(
-            f"{option} names {format_of(given)!a:.40}: give a JSON object whose quant_method is one of"
-            f" {', '.join(REQUIREMENTS)}, or use --load-in."
+            f"The argument quantization_config is {ascii(given)[:60]}: give an object whose quant_method is one of"
+            f" {', '.join(QUANTIZING)}, the formats that quantize while they load."
         )
-    if stored and format_of(stored) not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
-        raise WeightsError(
-            f"{source} is quantized by {format_of(stored)!a:.40}, which is not loaded: choose one of"
-            f" {', '.join(REQUIREMENTS)}, or the original and --load-in."
-        )
-    chosen = LOAD_IN[load_in] if load_in else format_of(stored or given) if stored or given else None
-    if chosen in REQUIREMENTS:
-        require(chosen, source)
+    return method
 
 
-def require(name: str, source: str) -> None:
-    """Raise WeightsError if a package is missing that the source needs; `name` is a format, or `peft` for adapters."""
-    packages = PEFT if name == "peft" else REQUIREMENTS[name]
-    if missing := _missing(packages):
-        what = f"-r requirements/{name}.txt" if "==" in packages else " ".join(f"'{each}'" for each in missing)
+def _check_given(given: dict[str, Any]) -> None:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        AutoQuantizationConfig.from_dict(dict(given))
+    except Exception as error:
         raise WeightsError(
-            f"{source} needs {' and '.join(missing)} ({name}), which {'is' if len(missing) == 1 else 'are'} not"
+            f"Transformers refuses the argument quantization_config: {first_line(error)[:200]}"
+        ) from None
+
+
+def check_package(purpose: str, source: str) -> None:
+    """Raise WeightsError if packages are missing that a format, or `adapter`, needs."""
+    requirements = PACKAGES.get(purpose, "")
+    if missing := [each for each in filter(None, requirements.split(", ")) if not _installed(each)]:
+        file = "peft" if purpose == "adapter" else purpose
+        what = f"-r requirements/{file}.txt" if "==" in requirements else " ".join(f"'{name}'" for name in missing)
+        raise WeightsError(
+            f"{source} needs {' and '.join(missing)} ({purpose}), which {'is' if len(missing) == 1 else 'are'} not"
             f" installed: run `python -m pip install {what}`, and add the same to requirements.txt for the image."
         )
 
 
-def format_of(quantization: Any) -> str:
+def format_of(quantization: Mapping[str, Any]) -> str:
     """The format that a `quantization_config` names; Transformers' older bitsandbytes checkpoints name none."""
-    if not isinstance(quantization, Mapping):
-        return "an unnamed method"
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         return "bitsandbytes"
     return str(quantization.get("quant_method") or "an unnamed method")
 
 
-def config_for(stored: Mapping[str, Any] | None, load_in: str | None, given: Mapping[str, Any] | None) -> Any:
-    """The `quantization_config` that Transformers' `from_pretrained` takes for what `check` has let pass; None if a
-    checkpoint is loaded as it is."""
-    if stored and format_of(stored) in DEQUANTIZED:
-        return _dequantized(format_of(stored))
-    return _CONFIGS[load_in]() if load_in else given
+def arguments(quantization: Mapping[str, Any] | None, load_in: str | None) -> dict[str, Any]:
+    """What Transformers' `from_pretrained` takes besides for a checkpoint quantized so, or to quantize one."""
+    if quantization and format_of(quantization) in DEQUANTIZED:
+        return {"quantization_config": _dequantized(format_of(quantization))}
+    return {"quantization_config": _CONFIGS[load_in]()} if load_in else {}
 
 
 def check_device(load_in: str | None, device: torch.device) -> None:
@@ -116,19 +138,15 @@ def check_device(load_in: str | None, device: torch.device) -> None:
         )
 
 
-def _missing(requirements: str) -> list[str]:
+def _installed(requirement: str) -> bool:
+    """Whether the package is installed in a version that the requirement allows."""
     from packaging.requirements import Requirement
 
-    missing = []
-    for each in requirements.split(", "):
-        wanted = Requirement(each)
-        try:
-            fits = wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
-        except metadata.PackageNotFoundError:
-            fits = False
-        if not fits:
-            missing.append(each)
-    return missing
+    wanted = Requirement(requirement)
+    try:
+        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _dequantized(method: str) -> Any:
@@ -182,21 +200,30 @@ def bytes_loaded(
     Floating-point tensors become ``dtype_bytes`` a number, or fewer where `load_in` quantizes them: matrices but the
     embeddings and the output layer. Packed tensors stay what they are, unless their format is dequantized.
     """
-    from safetensors import safe_open
-
     unpacked = {"mxfp4": 2 * dtype_bytes, "fp8": dtype_bytes, "mxfp8": dtype_bytes}
     packed = unpacked.get(format_of(quantization), 1) if quantization else 1
     total = 0.0
     for path in paths:
+        for name, shape, kind in _tensors(path):
+            numbers = math.prod(shape)
+            matrix = len(shape) == 2 and name.endswith(".weight")
+            if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
+                total += numbers * BITS[load_in] / 8
+            elif kind in ("F64", "F32", "F16", "BF16"):
+                total += numbers * dtype_bytes
+            else:
+                total += numbers * packed * _STORED_BITS.get(kind, 8) / 8
+    return math.ceil(total)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor of a safetensors file. Raises WeightsError if it is malformed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 tensor = file.get_slice(name)
-                numbers, kind = math.prod(tensor.get_shape()), tensor.get_dtype()
-                matrix = len(tensor.get_shape()) == 2 and name.endswith(".weight")
-                if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
-                    total += numbers * BITS[load_in] / 8
-                elif kind in ("F64", "F32", "F16", "BF16"):
-                    total += numbers * dtype_bytes
-                else:
-                    total += numbers * packed * _STORED_BITS.get(kind, 8) / 8
-    return math.ceil(total)
+                yield name, tensor.get_shape(), tensor.get_dtype()
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is malformed: {first_line(error)[:200]}.") from None

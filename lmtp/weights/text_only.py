@@ -12,21 +12,20 @@ from lmtp.weights.manifest import WeightsError, first_line
 
 
 @torch.inference_mode()
-def keep_text_only(model: PreTrainedModel, source: str) -> list[str]:
+def keep_text_only(model: PreTrainedModel) -> list[str]:
     """Remove the parts of the model that plain text never runs through; returns their names.
 
     The parts are looked for at the top of the model and of its base model. The logits afterwards are compared with
-    those before; if they differ or the model then fails, it is left whole. Raises WeightsError if the whole model fails
-    on plain text.
+    those before; if they differ or the model then fails, it is left whole.
+    Raises WeightsError if the whole model fails.
     """
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     try:
         with _called(model) as called:
             before = model(input_ids=ids).logits
-    except Exception as error:  # whatever the model's code raises
+    except Exception as error:  # whatever the model's code raises without an image
         raise WeightsError(
-            f"{source} cannot continue plain text: its {type(model).__name__} fails on it ({first_line(error)});"
-            " choose a model that continues a text alone."
+            f"A {type(model).__name__} does not take plain text ({first_line(error)[:200]}): choose another model."
         ) from error
     unused = [
         (parent, name, child)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
 from lmtp.places import DIRECTORIES
 from tests.server import Server, serving
@@ -130,6 +131,22 @@ class TestSynchronous:
         assert [(reply["token"], reply["finish_reason"]) for reply in scored] == [(7042, None), (30, "stop")]
         assert [reply["stream_id"] for reply in asked] == [3]
         assert len(replies) == 6
+
+    def test_the_vocabulary_is_spelt_on_request(self, client: httpx.Client, demo_weights: Path) -> None:
+        (_, reply), (_, other) = operate(
+            client, ["MODEL_INFO", {"stream_id": 1, "tokens": True}], ["MODEL_INFO", {"stream_id": 2}]
+        )
+        assert "tokens" not in other["model_info"]
+        tokens = reply["model_info"]["tokens"]
+        tokenizer = AutoTokenizer.from_pretrained(demo_weights)
+        assert len(tokens) == reply["model_info"]["vocabulary"] == len(tokenizer)
+        assert all(isinstance(spelt, str) or spelt for spelt in tokens)
+        for i in range(0, len(tokens), 97):
+            if isinstance(tokens[i], str):
+                assert tokens[i] == tokenizer.decode([i])
+        spelt = [tokens[i] for i in tokenizer.encode("naïve 日本語 🧑🏽‍🚀")]
+        assert b"".join(t.encode() if isinstance(t, str) else bytes(t) for t in spelt).decode() == "naïve 日本語 🧑🏽‍🚀"
+        assert tokens[tokenizer.eos_token_id] == tokenizer.eos_token
 
     def test_a_constraint_is_kept_and_one_cut_short_is_said_in_metrics_and_logs(self, client: httpx.Client) -> None:
         prediction = predict(client, prompt=QUESTION, regex=r"The capital is (Rome|Paris)\.")

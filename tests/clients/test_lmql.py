@@ -1,4 +1,4 @@
-"""The real LMQL client, with an endpoint on Replicate, runs queries on the demo model."""
+"""The real LMQL client runs queries on the demo model, on Replicate and over the gateway's WebSocket."""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +10,19 @@ import pytest
 
 from benchmarks import lmql_client, lmql_queries
 from tests.replicate_stand_in import StandIn
+from tests.server import Server
 
 
-@pytest.fixture
-def model(api: StandIn, demo_weights: Path, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["replicate", "websocket"])
+def model(request: pytest.FixtureRequest, api: StandIn, demo_weights: Path, tmp_path: Path) -> Iterator[str]:
     """The `from` clause of a query."""
     with lmql_client.redirected(lambda: api.url, tmp_path):
-        yield lmql_client.model_clause(demo_weights)
+        if request.param == "replicate":
+            yield lmql_client.model_clause(demo_weights)
+        else:
+            gateway: Server = request.getfixturevalue("gateway")
+            endpoint = gateway.url.replace("http://127.0.0.1", "localhost")
+            yield f'lmql.model("ignored", endpoint="{endpoint}", tokenizer="{demo_weights}")'
 
 
 async def run(query: str) -> Any:
@@ -38,6 +44,8 @@ async def test_the_sentiment_query_gives_its_distribution(model: str, api: Stand
     assert math.isclose(sum(probabilities.values()), 1, rel_tol=1e-6)
     assert max(probabilities, key=lambda option: probabilities[option]) == " positive"
     assert len(result.variables["ANALYSIS"]) > 20
+    if "replicate:" not in model:
+        return
     operations = [prediction.input["ops_batch_json"] for prediction in list(api.predictions.values())[before:]]
     assert sum('"SCORE"' in operation for operation in operations) == 3
 

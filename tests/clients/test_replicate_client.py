@@ -1,9 +1,6 @@
 """Replicate's own clients, for Python and for Node, against the stand-in for its API."""
 
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,9 @@ import pytest
 from replicate.client import Client
 from replicate.exceptions import ModelError, ReplicateError
 
+from tests import node
 from tests.replicate_stand_in import MODEL, OWNER, TOKEN, VERSION, StandIn
-from tests.server import ENDLESS, ROOT
+from tests.server import ENDLESS
 
 NAME = f"{OWNER}/{MODEL}"
 QUESTION = {"prompt": "What is the capital of France?", "max_tokens": 20}
@@ -87,17 +85,8 @@ class TestPython:
 
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
-    """A directory with the Node client, installed once into the project's cache."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("node and npm are not installed")
-    directory = ROOT / ".cache" / "node"
-    if not (directory / "node_modules" / "replicate").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--no-save", "--no-audit", "--no-fund", "--prefix", str(directory), NODE_PACKAGE]
-        installed = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if installed.returncode:
-            pytest.skip(f"npm cannot install {NODE_PACKAGE}: {installed.stderr.strip().splitlines()[-1:]}")
-    return directory
+    """A directory with the Node client."""
+    return node.installed(NODE_PACKAGE)
 
 
 class TestNode:
@@ -112,11 +101,7 @@ class TestNode:
                 const question = {{input: {json.dumps(QUESTION)}}}, endless = {{input: {json.dumps(ENDLESS)}}};
                 (async () => {{ {body} }})().then((value) => console.log(JSON.stringify(value)));
             """
-            environment = os.environ | {"NODE_PATH": str(node_modules / "node_modules")}
-            command = ["node", "-e", program]
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-            assert ended.returncode == 0, ended.stderr
-            return json.loads(ended.stdout)
+            return node.run(node_modules, "-e", program)
 
         return run
 
@@ -139,3 +124,26 @@ class TestNode:
             return (await replicate.predictions.cancel(prediction.id)).status;
         """)
         assert status == "canceled"
+
+    def test_a_webhook_is_told_what_it_asks_for(self, run: Any) -> None:
+        told = run(f"""
+            const told = [];
+            let done;
+            const ended = new Promise((resolve) => {{ done = resolve; }});
+            const server = require("http").createServer(async (request, response) => {{
+                let body = "";
+                for await (const part of request) body += part;
+                response.end();
+                told.push(JSON.parse(body));
+                if (told.at(-1).completed_at) done();
+            }});
+            await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+            const webhook = `http://127.0.0.1:${{server.address().port}}/told`;
+            const asked = {{model: "{NAME}", ...question, webhook, webhook_events_filter: ["start", "completed"]}};
+            const prediction = await replicate.predictions.create(asked);
+            await ended;
+            server.close();
+            return told.map(({{id, status, output}}) => [id === prediction.id, status, output]);
+        """)
+        assert [(own, status) for own, status, _ in told] == [(True, "processing"), (True, "succeeded")]
+        assert "".join(told[-1][2]) == ANSWER

@@ -4,13 +4,14 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lmtp.weights.load import load
+from lmtp.weights.load import _auto_dtype, describe, load
 from lmtp.weights.manifest import WeightsError, read_manifest
 from tests.weights.helpers import seal
 
@@ -25,6 +26,7 @@ def test_a_loaded_model_computes_what_the_saved_one_does_and_is_ready_for_infere
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.manifest == read_manifest(weights)
     assert loaded.seconds > 0
+    assert loaded.rate * loaded.seconds * 1e9 == pytest.approx((weights / "model.safetensors").stat().st_size)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +171,61 @@ def test_a_models_own_code_is_run_where_the_manifest_says_so(with_code: Path, tm
     seal(with_code, trust_remote_code=True)
     assert type(load(with_code).model).__name__ == "CustomModel"
     assert (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, and a PyTorch that was built for one but cannot use this."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr("lmtp.weights.load.GPUS", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_cannot_be_used_is_an_error_and_no_reason_to_serve_from_the_cpu(weights: Path) -> None:
+    with pytest.raises(WeightsError) as refused:
+        load(weights)
+    assert str(refused.value) == (
+        "This machine has an NVIDIA GPU, and PyTorch with CUDA 13.0 cannot use it: The NVIDIA driver on your system is too"
+        " old (found version 12020). Update its driver, or set CUDA_VISIBLE_DEVICES=-1 to serve from the CPU."
+    )
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_is_hidden_or_not_asked_for_is_none(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(weights, device="cpu").device.type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert load(weights).device.type == "cpu"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_pytorch_for_cpus_serves_from_the_cpu(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert load(weights).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_computes_in_float16(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert _auto_dtype(torch.device("cuda")) is dtype
+
+
+def test_a_gpu_is_described_by_its_name_memory_capability_and_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="NVIDIA L4", total_memory=22 * 2**30, major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr("lmtp.weights.load.DRIVER_VERSION", str(tmp_path / "version"))
+    assert describe(torch.device("cpu")) == "cpu"
+    assert describe(torch.device("cuda:0")).endswith("driver unknown)")
+    (tmp_path / "version").write_text("580.65.06\n")
+    assert describe(torch.device("cuda:0")) == ("cuda:0 (NVIDIA L4, 22 GB, compute capability 8.9, driver 580.65.06)")

@@ -207,6 +207,64 @@ def test_an_unknown_format_and_quantizing_twice_are_refused_before_the_weights_a
     assert hub.fetched() == {"config.json"}
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "The argument quantization_config is None: give an object whose quant_method is one of bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "give an object whose quant_method is one of bitsandbytes, torchao"),
+        ({"quant_method": "fp8"}, "the formats that quantize while they load"),
+        ({"load_in_4bit": "yes"}, "Transformers refuses the argument quantization_config"),
+    ],
+)
+def test_an_argument_that_does_not_quantize_is_refused_before_the_weights_are_fetched(
+    given: object, said: str, hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    with refusal(said):
+        download("org/tiny", tmp_path, quantization_config=given)
+    assert hub.fetched() == {"config.json"}
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_the_argument_needs_the_package_of_its_format(hub: Hub, download: Download, tmp_path: Path) -> None:
+    with refusal("org/tiny needs bitsandbytes==0.50.2 (bitsandbytes), which is not installed"):
+        download("org/tiny", tmp_path, quantization_config={"load_in_4bit": True})
+    assert hub.fetched() == {"config.json"}
+
+
+def test_the_argument_does_not_quantize_a_quantized_checkpoint_again(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    repository = hub.repositories["org/tiny"]
+    config = json.loads(repository.files["config.json"])
+    for method in ("fp8", "bitsandbytes"):
+        stored = {"quant_method": method, "load_in_4bit": method != "fp8"}
+        repository.files["config.json"] = json.dumps({**config, "quantization_config": stored}).encode()
+        with refusal(f"org/tiny is quantized already ({method}): leave out --model-arg quantization_config"):
+            download("org/tiny", tmp_path / method, quantization_config={"load_in_8bit": True})
+    assert hub.fetched() == {"config.json"}
+
+
+def test_the_argument_quantizes_as_transformers_does(plain: Path, tiny: Path, tmp_path: Path) -> None:
+    given = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    own = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**given)
+    )
+    loaded = load(copy_of(plain, tiny, tmp_path / "weights", quantization_config=given), "float32", "cpu")
+    assert served(loaded, *PROMPTS) == [own_greedy(own, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.49.0", True), ("0.50.2", False), ("0.51.0", True)])
+def test_a_package_of_another_version_than_the_tested_one_is_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    if refused:
+        with refusal("org/a needs bitsandbytes==0.50.2"):
+            quantization.check(None, {"load_in": "4bit"}, "org/a")
+    else:
+        quantization.check(None, {"load_in": "4bit"}, "org/a")
+
+
 def test_how_to_load_is_recorded_and_can_be_changed_without_fetching_again(
     hub: Hub, download: Download, tmp_path: Path
 ) -> None:
@@ -230,97 +288,7 @@ def test_the_packages_of_each_tested_format_are_in_its_requirements_and_in_those
     tested = {name: packages for name, packages in quantization.REQUIREMENTS.items() if "==" in packages}
     own = {path.stem: path.read_text().splitlines()[-1] for path in (ROOT / "requirements").iterdir()}
     assert {name: own[name] for name in tested} == tested
-    assert own["peft"] == quantization.PEFT
     assert {f"-r requirements/{name}.txt" for name in own} <= {
         *(ROOT / "requirements-dev.txt").read_text().splitlines()
     }
     assert not {*own.values()} & {*(ROOT / "requirements.txt").read_text().splitlines()}
-
-
-GIVEN = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
-
-def test_a_given_quantization_config_quantizes_as_transformers_own(plain: Path, tiny: Path, tmp_path: Path) -> None:
-    own = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, quantization_config=dict(GIVEN))
-    loaded = load(copy_of(plain, tiny, tmp_path / "weights", quantization_config=GIVEN), "float32", "cpu")
-    assert loaded.model.get_memory_footprint() == own.get_memory_footprint()
-    assert served(loaded, PROMPTS[0]) == [own_greedy(own, PROMPTS[0], 12)]
-
-
-@pytest.mark.parametrize(
-    ("stored", "given", "said"),
-    [
-        ({"quant_method": "fp8"}, GIVEN, "is quantized already (fp8): leave out --model-arg quantization_config"),
-        ({"quant_method": "\x1b[2J"}, GIVEN, r"is quantized already (\x1b[2J): leave out"),
-        (None, {"quant_method": "fp8"}, "--model-arg quantization_config names 'fp8': give a JSON object"),
-        (None, {}, "names 'an unnamed method': give a JSON object whose quant_method is one of bitsandbytes"),
-        (None, "4bit", "give a JSON object whose quant_method is one of bitsandbytes"),
-        ("4bit", None, "Transformers cannot read the config.json of org/tiny"),
-        ([1], None, "Transformers cannot read the config.json of org/tiny"),
-    ],
-)
-def test_a_quantization_config_is_checked_wherever_it_comes_from(
-    hub: Hub, download: Download, tmp_path: Path, stored: object, given: object, said: str
-) -> None:
-    repository = hub.repositories["org/tiny"]
-    config = json.loads(repository.files["config.json"])
-    if stored is not None:
-        repository.files["config.json"] = json.dumps({**config, "quantization_config": stored}).encode()
-    arguments = {} if given is None else {"quantization_config": given}
-    with refusal(said):
-        download("org/tiny", tmp_path, **arguments)
-    assert hub.fetched() == {"config.json"}
-
-
-@pytest.mark.usefixtures("without_packages")
-def test_a_given_quantization_config_needs_its_package(hub: Hub, download: Download, tmp_path: Path) -> None:
-    for source in ("org/tiny", "demo"):
-        with refusal(f"{source} needs bitsandbytes==0.50.2 (bitsandbytes), which is not installed"):
-            download(source, tmp_path, quantization_config=GIVEN)
-    assert hub.fetched() == {"config.json"}
-
-
-@pytest.mark.parametrize(
-    ("installed", "wanted", "fits"),
-    [
-        ("0.50.2", "==0.50.2", True),
-        ("0.50.2+cpu", "==0.50.2", True),
-        ("0.49.0", "==0.50.2", False),
-        ("0.51.0", "==0.50.2", False),
-        ("1.4.3", ">=1.4.3", True),
-        ("1.10", ">=1.4.3", True),
-        ("1.4.2", ">=1.4.3", False),
-        ("1.4.3.dev0", ">=1.4.3", False),
-        ("0.0.1", "", True),
-    ],
-)
-def test_a_package_of_another_version_counts_as_missing(
-    monkeypatch: pytest.MonkeyPatch, installed: str, wanted: str, fits: bool
-) -> None:
-    monkeypatch.setattr(quantization.metadata, "version", lambda name: installed)
-    monkeypatch.setitem(quantization.REQUIREMENTS, "gptq", f"gptqmodel{wanted}")
-    if fits:
-        quantization.check({"quant_method": "gptq"}, None, "org/name")
-    else:
-        with refusal(f"org/name needs gptqmodel{wanted} (gptq), which is not installed"):
-            quantization.check({"quant_method": "gptq"}, None, "org/name")
-
-
-@pytest.mark.parametrize(("load_in", "device_map"), [("4bit", {"": torch.device("cuda")}), (None, "auto")])
-def test_whether_a_model_fits_on_a_gpu_is_decided_by_what_is_loaded_not_by_the_size_of_its_files(
-    plain: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_in: str | None, device_map: object
-) -> None:
-    directory = copy_of(plain, tiny, tmp_path / "weights", **({"load_in": load_in} if load_in else {}))
-    free = (directory / "model.safetensors").stat().st_size // 3
-    placed = []
-
-    def from_pretrained(directory: Path, **options: object) -> None:
-        placed.append(options["device_map"])
-        raise ValueError("enough")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80_000_000))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with refusal("enough"):
-        load(directory, "bfloat16")
-    assert placed == [device_map]

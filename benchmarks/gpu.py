@@ -1,0 +1,301 @@
+"""What a GPU does: `script/benchmark --gpu`. Each part is written once it is done, so that a cut run still reports.
+
+The models are Llama's code with random weights, made on the spot. Nothing here has run on a GPU yet.
+"""
+
+import asyncio
+import gc
+import json
+import re
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks import prompts
+from benchmarks.plan import ROOT, say
+from lmtp.engine.engine import Engine, LoadedModel
+from lmtp.protocol import Generate, Operation, Score
+from lmtp.runners.model import limits_of
+from lmtp.runners.runner import Runner, open_runner
+from lmtp.runners.step import Step, Stream
+from lmtp.weights.load import describe, load
+
+TESTS = ("tests/runners/test_graphs.py", "tests/runners/test_packed.py")
+SIZES = {
+    "135M": (576, 30, 9, 3, 1536, 49152),
+    "1B": (2048, 16, 32, 8, 8192, 128256),
+    "8B": (4096, 32, 32, 8, 14336, 128256),
+}
+"""Hidden size, layers, heads, key heads, MLP size, vocabulary."""
+TINY = {"tiny": (64, 2, 4, 2, 128, 512)}
+DECODED = ((1, 128), (8, 128), (64, 128), (1, 4000), (64, 4000))
+"""Rows and columns."""
+PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuous batching", "syncs")
+NO_GPU = "not measured: there is no GPU"
+
+Part = Callable[[], Any]
+
+
+def main(directory: Path, quick: bool = False, device: str | None = None) -> int:
+    """Measure every part on a GPU, or on ``device``, and write the results into the directory. ``quick``: tiny sizes.
+
+    Returns 1 if a part failed. Without a GPU nothing is measured or written.
+    """
+    sizes: Mapping[str, tuple[int, ...]] = TINY if quick else SIZES
+    if not device and not torch.cuda.is_available():
+        for name in ("tests", "loading", *(f"{part} {size}" for size in sizes for part in PARTS)):
+            print(f"{name}: {NO_GPU}")
+        return 0
+    place = torch.device(device or "cuda")
+    found: dict[str, Any] = {"machine": describe(place), "torch": torch.__version__}
+    path = directory / f"gpu-{re.sub(r'[^a-z0-9]+', '-', found['machine'].lower()).strip('-')}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name, part in _parts(place, sizes, quick):
+        started = time.monotonic()
+        try:
+            found[name] = part()
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            failed = 1
+        say(f"{name}: {json.dumps(found[name])} ({time.monotonic() - started:.0f} s)")
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    return failed
+
+
+def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: bool) -> Iterator[tuple[str, Part]]:
+    if not quick:
+        yield "tests", _tests
+        yield "loading", partial(_loading, place)
+    for name, size in sizes.items():
+        model = Model(size, place, quick)
+        yield f"setup {name}", model.setup
+        for rows, columns in DECODED[: 2 if quick else None]:
+            yield f"decode {name} {rows}x{columns}", partial(model.decode, rows, columns)
+        yield f"prefill {name}", model.prefill
+        yield f"score {name}", model.score
+        for rows in (1, 8, 64)[: 2 if quick else None]:
+            yield f"engine {name} {rows}", partial(model.serve, rows)
+            yield f"generate {name} {rows}", partial(model.generate, rows)
+        yield f"continuous batching {name}", model.continuous_batching
+        yield f"syncs {name}", model.syncs
+        model.close()
+
+
+def _tests() -> str:
+    """The last line of the tests that need a GPU and those of the code that it runs."""
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stdout[-200:])
+    return run.stdout.strip().splitlines()[-1]
+
+
+def _loading(place: torch.device) -> dict[str, float]:
+    """Seconds and GB a second for the model in weights/."""
+    loaded = load(ROOT / "weights", device=str(place))
+    return {"seconds": round(loaded.seconds, 2), "GB/s": round(loaded.rate, 2)}
+
+
+class Growing(Stream):
+    """A stream that gets another token after each step."""
+
+    @property
+    def goal(self) -> int:
+        """All tokens."""
+        return len(self.tokens)
+
+    @property
+    def first_wanted(self) -> int:
+        """The last token."""
+        return len(self.tokens) - 1
+
+
+class Model:
+    """A random model, its engine, and what can be measured of them."""
+
+    def __init__(self, size: tuple[int, ...], place: torch.device, quick: bool) -> None:
+        self._size, self._place, self._quick = size, place, quick
+        self._vocabulary = size[5]
+        self._model: PreTrainedModel
+        self._engine: Engine
+
+    def setup(self) -> dict[str, Any]:
+        """Make the model and open its runner."""
+        self._model = _random_model(self._size, self._place)
+        started = time.perf_counter()
+        tokenizer: Any = None
+        self._engine = Engine(lambda: LoadedModel(self._model, tokenizer, open_runner(self._model)))
+        runner = self._engine.runner
+        return {"runner": runner.description, "reason": runner.reason, "seconds": time.perf_counter() - started}
+
+    def close(self) -> None:
+        """Free the memory."""
+        if hasattr(self, "_engine"):
+            self._engine.stop()
+            del self._engine, self._model
+            gc.collect()
+        if self._place.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def decode(self, rows: int, columns: int) -> dict[str, float]:
+        """Median milliseconds of a step of the model alone, and what reading what it reads takes at least."""
+        runner, steps = self._engine.runner, 4 if self._quick else 32
+        columns = min(columns, 32) if self._quick else columns
+        streams = self._admitted(runner, rows, columns, steps)
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            runner.prepare(Step(streams, [1] * rows))()
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+            for stream in streams:
+                stream.computed += 1
+                stream.tokens.append(7)
+        for stream in streams:
+            runner.release(stream, keep=False)
+        config: Any = self._model.config
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._itemsize
+        read = sum(p.numel() for p in self._model.parameters()) * self._itemsize + rows * columns * per_token
+        floor = read / self._bandwidth()
+        return {"ms": median(seconds) * 1e3, "floor ms": floor * 1e3, "of the floor": floor / median(seconds)}
+
+    @torch.inference_mode()
+    def prefill(self) -> float:
+        """Tokens a second of one long prompt."""
+        runner, columns = self._engine.runner, 64 if self._quick else 8000
+        started = time.perf_counter()
+        streams = self._admitted(runner, 1, columns, 1)
+        self._wait()
+        seconds = time.perf_counter() - started
+        runner.release(streams[0], keep=False)
+        return columns / seconds
+
+    def score(self) -> float:
+        """Seconds for 16 scores of five tokens after one prompt."""
+        (prompt,) = self._prompts(1, 64 if self._quick else 500, "score")
+        scores = [Score(stream_id=i, prompt=prompt, scored=self._prompts(1, 5, i)[0]) for i in range(16)]
+        return self._answer(scores)[1]
+
+    def serve(self, rows: int) -> float:
+        """Tokens a second of the engine, greedy."""
+        length = 8 if self._quick else 128
+        batch = self._prompts(rows, 32 if self._quick else 128, "serve")
+        tokens, seconds = self._answer(
+            [Generate(stream_id=i, prompt=prompt, max_tokens=length) for i, prompt in enumerate(batch)]
+        )
+        return tokens / seconds
+
+    @torch.inference_mode()
+    def generate(self, rows: int) -> float:
+        """Tokens a second of Transformers' generate."""
+        length = 8 if self._quick else 128
+        ids = torch.tensor(self._prompts(rows, 32 if self._quick else 128, "serve"), device=self._place)
+        generate: Any = self._model.generate
+        arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        generate(ids, max_new_tokens=2, **arguments)
+        self._wait()
+        started = time.perf_counter()
+        generate(ids, max_new_tokens=length, min_new_tokens=length, **arguments)
+        self._wait()
+        return rows * length / (time.perf_counter() - started)
+
+    def continuous_batching(self) -> float | str:
+        """Tokens a second of Transformers' continuous batching, 64 rows."""
+        if self._place.type != "cuda":
+            return NO_GPU
+        batch, model = self._prompts(64, 128, "serve"), self._model
+        config: Any = model.generation_config
+        config.max_new_tokens, config.do_sample = 128, False
+        started = time.perf_counter()
+        answers: Any = model.generate_batch(inputs=batch, generation_config=config)  # type: ignore[operator]
+        return sum(len(each.generated_tokens) for each in answers.values()) / (time.perf_counter() - started)
+
+    def syncs(self) -> dict[str, int] | str:
+        """What waits for the device in a greedy step of eight rows, by CUDA's own account."""
+        if self._place.type != "cuda":
+            return NO_GPU
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                self.serve(8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return dict(Counter(f"{Path(each.filename).name}:{each.lineno}" for each in told))
+
+    @property
+    def _itemsize(self) -> int:
+        return self._model.dtype.itemsize
+
+    def _wait(self) -> None:
+        if self._place.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _bandwidth(self) -> float:
+        """Bytes a second that a copy reads and writes."""
+        source = torch.empty(2**20 if self._quick else 2**30, dtype=torch.uint8, device=self._place)
+        target = torch.empty_like(source)
+        target.copy_(source)
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(8):
+            target.copy_(source)
+        self._wait()
+        return 16 * source.numel() / (time.perf_counter() - started)
+
+    def _prompts(self, rows: int, length: int, *salt: object) -> list[list[int]]:
+        return [[token % self._vocabulary for token in prompts.tokens(length, "gpu", *salt, i)] for i in range(rows)]
+
+    def _admitted(self, runner: Runner, rows: int, columns: int, more: int) -> list[Growing]:
+        """Streams that have computed so many tokens each, with one more to compute."""
+        streams = [Growing(tokens, columns + more + 1) for tokens in self._prompts(rows, columns, "decode", columns)]
+        for stream in streams:
+            if not runner.admit(stream):
+                raise RuntimeError(f"there is no memory for {rows} rows of {columns} columns")
+            while stream.pending:
+                count = min(stream.pending, runner.step_limits.chunk)
+                runner.prepare(Step([stream], [count]))()
+                stream.computed += count
+            stream.tokens.append(7)
+        return streams
+
+    def _answer(self, operations: list[Any]) -> tuple[int, float]:
+        """Tokens and seconds of a prediction."""
+        some: list[Operation] = operations
+        started = time.perf_counter()
+        prediction = asyncio.run(self._engine.predict(some))
+        tokens = sum(len(replies) for replies in prediction)
+        return tokens, time.perf_counter() - started
+
+
+def _random_model(size: tuple[int, ...], place: torch.device) -> PreTrainedModel:
+    hidden, layers, heads, key_heads, intermediate, vocabulary = size
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocabulary,
+        max_position_embeddings=16384,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device(place):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert limits_of(model).end_of_sequence == ()
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,123 @@
+"""What answers of OpenAI's API share: tokens read from a prediction, usage, and the form of a stream."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway import replies
+from gateway.model import Model
+from gateway.openai_requests import ApiError, Request
+from gateway.replies import Reply
+from gateway.target import Running, TargetError, failed
+
+Json = dict[str, Any]
+Parts = AsyncGenerator[list[Json], None]
+"""Choices in the order in which a stream sends them, those that come together in one list."""
+
+
+@dataclass
+class Usage:
+    """Tokens of a request."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    def count(self, running: Running, n: int = 1) -> None:
+        """Take the metrics of a prediction that has ended. ``n``: how often it counted the prompt."""
+        self.prompt = running.metrics.get("input_token_count", 0) // n
+        self.completion = running.metrics.get("output_token_count", 0)
+        self.cached = min(running.metrics.get("reused_token_count", 0), self.prompt)
+
+    def document(self) -> Json:
+        """As responses hold it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass
+class Choice:
+    """One completion, put together."""
+
+    tokens: list[Reply] = field(default_factory=list)
+    finish_reason: str = "length"
+
+    @property
+    def text(self) -> str:
+        """The text of its tokens."""
+        return "".join(token.text for token in self.tokens)
+
+
+def head(asked: Request, kind: str, prefix: str) -> Json:
+    """What every document of an answer begins with."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
+
+
+async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
+    """The tokens as they come. Raises TargetError if a stream failed."""
+    async for lines in replies.lines(running.chunks):
+        parsed = replies.parse(lines)
+        error = next((i for i, token in enumerate(parsed) if token.error is not None), len(parsed))
+        if error:
+            yield parsed[:error]
+        for token in parsed[error:]:
+            raise failed(token.error or "")
+
+
+async def gather(running: Running, choices: list[Choice]) -> None:
+    """Add the tokens of a prediction to the choices. Stream ids are their indexes."""
+    async for some in tokens(running):
+        for token in some:
+            choice = choices[int(token.stream_id or 0)]
+            choice.tokens.append(token)
+            choice.finish_reason = token.finish_reason or choice.finish_reason
+
+
+async def stream(request: web.Request, asked: Request, start: Json, parts: Parts, usage: Usage) -> web.StreamResponse:
+    """Send choices as server-sent events. What fails before the first one is raised."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    try:
+        async with aclosing(parts):
+            async for choices in parts:
+                if not response.prepared:
+                    await response.prepare(request)
+                await response.write(b"".join(_event(start | {"choices": [choice]}) for choice in choices))
+        if not response.prepared:
+            await response.prepare(request)
+        if asked.stream_options and asked.stream_options.include_usage:
+            await response.write(_event(start | {"choices": [], "usage": usage.document()}))
+        await response.write(b"data: [DONE]\n\n")
+    except TargetError as error:
+        if not response.prepared:
+            raise
+        await response.write(_event(ApiError(error.status, str(error)).document()))
+    return response
+
+
+def whole(start: Json, choices: list[Json], usage: Usage) -> web.Response:
+    """An answer in one document."""
+    return document(start | {"choices": choices, "usage": usage.document()})
+
+
+def document(content: Json) -> web.Response:
+    """A response of JSON."""
+    return web.Response(body=msgspec.json.encode(content), content_type="application/json")
+
+
+def spelt(model: Model, token: Reply) -> str:
+    """A token's text by itself."""
+    return model.text(token.token) if model.spellings is not None else token.text
+
+
+def _event(content: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"

@@ -1,0 +1,141 @@
+"""The gateway's HTTP server: routes, who may ask, limits, and errors that every protocol's clients understand."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from gateway import lmtp_websocket
+from gateway.inspector import inspect
+from gateway.model import Models
+from gateway.openai_chat import chat
+from gateway.openai_completions import complete
+from gateway.openai_models import get_model, list_models
+from gateway.openai_requests import ApiError
+from gateway.target import Target, TargetError
+
+MAX_BODY = 2**24
+"""Bytes of a request's body."""
+
+MAX_REQUESTS = 512
+"""Requests and WebSockets at once."""
+
+PAGE = Path(__file__).parent / "page.html"
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+PAGE_HEADERS = {
+    # The page is one file: its own script runs, and it asks nobody but this server.
+    "Content-Security-Policy": "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self';"
+    " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Gateway:
+    """An application in front of a target."""
+
+    def __init__(self, target: Target, name: str = "", api_key: str = "", local: bool = True) -> None:
+        """``name``: what clients call the model. ``api_key``: what they must present; empty asks for none. ``local``:
+        it listens on loopback, so requests for another host's name are attacks (DNS rebinding)."""
+        self._target = target
+        self._models = Models(target, name)
+        self._api_key = api_key.encode()
+        self._local = local
+        self._requests = 0
+
+    def application(self) -> web.Application:
+        """The routes."""
+        application = web.Application(client_max_size=MAX_BODY, middlewares=[self._guard])
+        router, target, models = application.router, self._target, self._models
+        router.add_get("/v1/models", partial(list_models, models=models))
+        router.add_get("/v1/models/{name:.+}", partial(get_model, models=models))
+        router.add_post("/v1/completions", partial(complete, target=target, models=models))
+        router.add_post("/v1/chat/completions", partial(chat, target=target, models=models))
+        router.add_post("/inspect", partial(inspect, target=target, models=models))
+        router.add_get("/", self._page)
+        router.add_route("*", "/{path:.*}", self._unknown)
+        application.on_cleanup.append(lambda _: self._target.close())
+        return application
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check the request, answer it, and put errors into words. A WebSocket is LMTP, whatever its path."""
+        self._requests += 1
+        try:
+            self._check(request)
+            if request.headers.get("Upgrade", "").lower() == "websocket":
+                return await lmtp_websocket.serve(request, self._target)
+            return await handler(request)
+        except ApiError as error:
+            return _answer(error)
+        except TargetError as error:
+            return _answer(ApiError(error.status, str(error)))
+        except web.HTTPRequestEntityTooLarge:
+            return _answer(ApiError(413, f"The body has more than {MAX_BODY} bytes."))
+        finally:
+            self._requests -= 1
+
+    def _check(self, request: web.Request) -> None:
+        """Raise ApiError for a request that is not to be answered."""
+        if self._requests > MAX_REQUESTS:
+            raise ApiError(503, f"{MAX_REQUESTS} requests are open; ask again later.")
+        if self._local and _hostname(f"//{request.host}") not in LOOPBACK:
+            raise ApiError(403, "This gateway answers only requests for localhost; start it with --host for others.")
+        origin = request.headers.get("Origin", "")
+        if origin and urlsplit(origin).netloc != request.host:
+            raise ApiError(403, "Pages of other sites may not use this gateway.")
+        if self._api_key and not hmac.compare_digest(_key(request), self._api_key):
+            raise ApiError(401, "Give the gateway's API key as a bearer token.", code="invalid_api_key")
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        page = PAGE.read_text(encoding="utf-8")
+        hashes = {name: _hash_of(page, name) for name in ("script", "style")}
+        headers = {name: value.format(**hashes) for name, value in PAGE_HEADERS.items()}
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    async def _unknown(self, request: web.Request) -> web.StreamResponse:
+        raise ApiError(404, f"There is no {request.method} {request.path[:200]} here.", code="unknown_url")
+
+
+def _answer(error: ApiError) -> web.Response:
+    # A browser asks for the key, as the password of any user, because of the header of 401.
+    headers = {401: {"WWW-Authenticate": 'Basic realm="gateway"'}, 503: {"Retry-After": "1"}}
+    return web.json_response(error.document(), status=error.status, headers=headers.get(error.status))
+
+
+def _hash_of(page: str, element: str) -> str:
+    """The source expression that lets the page's one element of a name run, and no other."""
+    content = page.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def _hostname(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _key(request: web.Request) -> bytes:
+    """The key of a request: a bearer token, or the password of basic authentication, which WebSocket clients and
+    browsers take from a URL or ask for."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(given, validate=True).partition(b":")[2]
+        except binascii.Error:
+            pass
+    return b""

@@ -107,16 +107,19 @@ def _why_unmixed(config: Mapping[str, Any]) -> str:
 
 
 def check_tensors(folder: Path, source: str) -> None:
-    """Raise WeightsError if the adapter brings weights of the model's own, which would replace them for all streams."""
+    """Raise WeightsError if the adapter's tensors cannot be mixed with those of others.
+
+    Weights of the model's own would replace them for all streams. Experts see tokens, but not whose they are.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            own = sorted(name for name in file.keys() if ".lora_" not in name)  # noqa: SIM118 - no mapping
+            names = sorted(file.keys())
     except SafetensorError as error:
         raise WeightsError(f"{source} has a malformed {WEIGHTS}: {ascii(str(error))[:100]}.") from None
-    if own:
-        raise WeightsError(f"{source} holds {ascii(own[0])[1:-1]:.99}{MERGE_IT.format(source)}")
+    if unmixed := next((name for name in names if ".lora_" not in name or ".experts." in name), None):
+        raise WeightsError(f"{source} holds {ascii(unmixed)[1:-1]:.99}{MERGE_IT.format(source)}")
 
 
 def check_quantized(path: Path, source: str) -> None:

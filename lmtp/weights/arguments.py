@@ -83,6 +83,7 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
             f"Transformers cannot read the config.json of {source}: {first_line(error)[:200]}"
         ) from error
     _check_values(model_args)
+    _check_kernels(config, model_args, source)
     return config
 
 
@@ -106,6 +107,17 @@ def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str
 def _check_values(model_args: Mapping[str, Any]) -> None:
     if model_args.get("dtype", "auto") not in DTYPES:
         raise WeightsError(f"The argument dtype is {model_args['dtype']!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def _check_kernels(config: Any, model_args: Mapping[str, Any], source: str) -> None:
+    """Raise WeightsError for an implementation that Transformers would import from a repository of kernels."""
+    for name in ("attn_implementation", "experts_implementation"):
+        chosen = str(model_args.get(name, getattr(config, f"_{name}", None)))
+        if "/" in chosen:
+            raise WeightsError(
+                f"{source} names {name} {chosen!a:.60}, which is code of a repository: give --model-arg"
+                f" '{name}=\"eager\"'."
+            )
 
 
 def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:

@@ -40,8 +40,8 @@ def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_co
     """
     config = arguments.configuration(directory, model_args, source, with_code)
     kind = kind_of(config, source)
-    if kind is Kind.MULTIMODAL:
-        refuse_without_text(config, source)
+    if kind in (Kind.CAUSAL, Kind.MULTIMODAL):
+        refuse_without_text(kind, config, source)
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(decoder=True), "quantization_config", None)
     quantization.check(stored, model_args, source)

@@ -308,3 +308,17 @@ def test_an_adapter_of_another_model_is_not_served_as_the_base(
     download(tiny, tmp_path / "weights", adapter=other)
     with refusal(f"The adapter {other} does not fit the model", "choose the model that it was trained for"):
         load(tmp_path / "weights", "float32", "cpu")
+
+
+def test_an_adapter_of_experts_that_names_them_as_modules_is_not_mixed_and_its_model_is_not_fetched(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    base = MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4))
+    get_peft_model(base, LoraConfig(r=2, target_modules=["w1", "w3"])).save_pretrained(str(tmp_path / "lora"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    # As older versions of Transformers had it, where each expert was a module.
+    config = {**json.loads(files["adapter_config.json"]), "target_parameters": None, "target_modules": ["w1", "w3"]}
+    adapted.repositories["org/experts"] = Repository(files | {"adapter_config.json": json.dumps(config).encode()})
+    with refusal("org/experts holds", ".experts.", "give --adapter org/experts without a name, which merges it"):
+        download("org/tiny", tmp_path / "weights", named={"a": "org/experts"})
+    assert adapted.fetched() == {"adapter_config.json", "adapter_model.safetensors"}

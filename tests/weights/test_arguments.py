@@ -101,3 +101,17 @@ def test_a_manifest_whose_trust_is_no_boolean_is_damaged(weights: Path) -> None:
     (weights / "manifest.json").write_text(json.dumps(manifest))
     with refusal("manifest.json is damaged (trust_remote_code is neither true nor false"):
         read_manifest(weights)
+
+
+def test_kernels_of_a_repository_are_refused_and_the_named_argument_takes_their_place(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["_attn_implementation"] = "org/kernels"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refusal(
+        "org/name names attn_implementation 'org/kernels'", "give --model-arg 'attn_implementation=\"eager\"'"
+    ):
+        configuration(tmp_path, {}, "org/name", "")
+    configuration(tmp_path, {"attn_implementation": "eager"}, "org/name", "")
+    with refusal("org/name names attn_implementation 'org/other'"):
+        configuration(tmp_path, {"attn_implementation": "org/other"}, "org/name", "")

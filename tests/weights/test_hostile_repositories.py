@@ -1,5 +1,6 @@
 """What a hostile repository, or a hostile hub, cannot do: write outside the target, run code, or destroy weights."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import WeightsError, read_manifest
 from lmtp.weights.quantization import bytes_loaded
-from tests.hub import Hub, Repository
+from tests.hub import TOKEN, Hub, Repository, serving
 from tests.weights.conftest import Download
 from tests.weights.helpers import contents, names_in, refusal, seal
 
@@ -100,6 +101,21 @@ def headers(name: str, **values: str) -> Prepare:
     return prepare
 
 
+def configured(**values: object) -> Prepare:
+    """config.json says this besides."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        before = json.loads(repository.files["config.json"])
+        repository.files["config.json"] = json.dumps(before | values).encode()
+
+    return prepare
+
+
+def code_of_the_tokenizer(repository: Repository, outside: Path) -> None:
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    repository.files |= {"tokenizer_config.json": json.dumps(settings).encode(), "evil.py": code(outside)}
+
+
 def another_file_in_its_place(repository: Repository, outside: Path) -> None:
     repository.files["other.json"] = b'{"model_type": "other"}'
     repository.headers["config.json"] = {"Location": "/store/org/tiny//other.json"}
@@ -157,6 +173,7 @@ def adapter(**values: object) -> Prepare:
 PLAIN = "is not safe to install: its model.safetensors.index.json names"
 MALFORMED = "has a malformed model.safetensors.index.json"
 OTHER = {"sha256": "0" * 64, "size": 1, "pointerSize": 134}
+KERNELS = "names attn_implementation '"
 ATTACKS = [
     # Shard names
     Attack("shard in the parent directory", index("../escaped.safetensors"), PLAIN),
@@ -233,6 +250,15 @@ ATTACKS = [
         "is quantized by",
     ),
     Attack("names with terminal control", extra("\x1b[2J.model", "a\nb.model", "tokenizer.model\r"), ""),
+    Attack("a name that leads elsewhere", configured(_name_or_path="../../a", name_or_path="/etc/passwd"), ""),
+    Attack("attention from a repository", configured(_attn_implementation="org/kernels"), KERNELS),
+    Attack("attention by its other name", configured(attn_implementation="paged|org/kernels:run"), KERNELS),
+    Attack("experts from a repository", configured(_experts_implementation="org/kernels"), "experts_implementation '"),
+    Attack("code of the tokenizer's", code_of_the_tokenizer, ""),
+    Attack("adapters of its own", extra("adapter/adapter_config.json", "adapters/a/adapter_model.safetensors"), ""),
+    Attack("a cache of its own", extra(".cache/huggingface/download/config.json.metadata", ".cache/a.safetensors"), ""),
+    Attack("startup code of Python's", extra("sitecustomize.py", "usercustomize.py", "a.pth", "__init__.py"), ""),
+    Attack("a redirect in circles", headers("config.json", Location="/org/tiny/resolve/main/config.json"), ""),
     # Adapters
     Attack("an adapter of a local directory", adapter(base_model_name_or_path="{outside}"), "which is no repository"),
     Attack("an adapter of a web page", adapter(base_model_name_or_path="http://a/b/c"), "which is no repository"),
@@ -279,7 +305,8 @@ def test_an_attack_writes_nothing_outside_runs_nothing_and_leaves_the_old_weight
         assert error.isprintable()
         assert len(error) < 400
         assert contents(weights) == before
-    if "evil" in (weights / "config.json").read_text():  # An auto_map: nothing follows it.
+    if any("evil" in (weights / name).read_text() for name in ("config.json", "tokenizer_config.json")):
+        # An auto_map: nothing follows it.
         with pytest.raises(WeightsError, match="code of its own"):
             load(weights)
     else:
@@ -375,3 +402,36 @@ def test_an_interrupted_first_run_does_not_make_a_repositorys_manifest_ours(
     assert not list(target.rglob("manifest.json"))
     assert not list(target.rglob("*.py"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_token_is_sent_to_the_hub_and_to_no_other_host(
+    hub: Hub, download: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    repository = hub.repositories["org/tiny"]
+    repository.gated = True
+    name = "model.safetensors"
+    content = repository.files[name]
+    with serving(Hub({"org/tiny": repository})) as other:
+        repository.headers[name] = {
+            "Location": f"{other.address}/store/org/tiny//{name}",
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+        download("org/tiny", tmp_path / "weights")
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert {*other.requests} == {f"/store/org/tiny//{name}"}
+    assert other.tokens == set()
+
+
+def test_a_link_in_a_directory_of_models_is_copied_as_the_file_it_names(
+    download: Download, tiny: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny.iterdir():
+        (source / path.name).symlink_to(path)
+    (source / "vocab.json").symlink_to(tmp_path / "absent")
+    download(source, tmp_path / "weights")
+    assert not any(path.is_symlink() for path in (tmp_path / "weights").iterdir())
+    assert not (tmp_path / "weights" / "vocab.json").exists()

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForMultimodalLM, BertConfig, LlamaConfig, PreTrainedConfig, T5Config
 
-from lmtp.weights.kinds import Kind, kind_of
+from lmtp.weights.kinds import Kind, kind_of, refuse_without_text
 from lmtp.weights.load import load
 from lmtp.weights.text_only import keep_text_only
 from tests.hub import Hub
@@ -168,3 +168,24 @@ def test_an_encoder_decoder_is_loaded_whole(tiny: Path, tmp_path: Path) -> None:
     assert torch.equal(
         loaded.model(input_ids=ids, decoder_input_ids=ids).logits, full(input_ids=ids, decoder_input_ids=ids).logits
     )
+
+
+def test_a_decoder_whose_tokens_see_those_that_follow_is_refused_and_one_of_images_only_is_not() -> None:
+    both = transformers.Gemma3TextConfig(use_bidirectional_attention=True)
+    with refusal("org/name is a Gemma3ForCausalLM, which lets all tokens of a prompt see each other"):
+        refuse_without_text(Kind.CAUSAL, both, "org/name")
+    images = transformers.Gemma4Config(text_config={"use_bidirectional_attention": "vision"})
+    refuse_without_text(Kind.MULTIMODAL, images, "org/name")
+
+
+def test_paligemma_is_no_decoder_for_its_prompt_depends_on_what_follows() -> None:
+    """The reason of the refusal: if Transformers changes this, PaliGemma can be served."""
+    config = transformers.PaliGemmaConfig(
+        text_config={**BASE, "model_type": "gemma", "head_dim": 8},
+        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
+        projection_dim=32,
+    )
+    model = seeded(AutoModelForMultimodalLM.from_config(config))
+    ids = torch.tensor([random_prompts(9)[0]])
+    difference = model(input_ids=ids).logits[:, :4] - model(input_ids=ids[:, :4]).logits
+    assert difference.abs().max() > 0.1

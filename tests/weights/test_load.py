@@ -269,7 +269,9 @@ def test_loading_takes_no_second_copy_of_the_weights_in_memory(weights: Path) ->
         num_attention_heads=16,
         eos_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
     assert sum(parameter.numel() for parameter in model.parameters()) > 500e6
     model.save_pretrained(weights)
     del model

@@ -121,7 +121,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16), "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"hidden_size": 48},
-    **{name: {"text_config.rope_parameters": ROPE} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "ernie4_5_vl_moe", "cosmos3_edge", "hunyuan_vl", "exaone4_5")},
+    **{name: {"text_config.rope_parameters": ROPE} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "ernie4_5_vl_moe", "cosmos3_edge", "hunyuan_vl")},
     "glm4v_moe": {"text_config.rope_parameters": {**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "text_config.rope_parameters": ROPE},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},

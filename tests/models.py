@@ -89,6 +89,7 @@ NEEDED = ("num_key_value_heads", "head_dim", "n_routed_experts", "num_experts_pe
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 DOTS = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8}  # fmt: skip
 QWEN4 = {"indexer_compress_ratio": 4, "indexer_budget": LENGTH, "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
@@ -118,6 +119,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "minimax": {"block_size": 8},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16), "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "lilt": {"hidden_size": 48},
+    **{name: {"text_config.rope_parameters": ROPE} for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "ernie4_5_vl_moe", "cosmos3_edge", "hunyuan_vl")},
+    "glm4v_moe": {"text_config.rope_parameters": {**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "text_config.rope_parameters": ROPE},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
+    "step3p7": {"text_config.sliding_window": LENGTH},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2]},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},

@@ -28,6 +28,7 @@ TOKENS = 30
 
 
 CAUSAL = "AutoModelForCausalLM"
+MULTIMODAL = "AutoModelForMultimodalLM"
 ENCODER_DECODER = "AutoModelForSeq2SeqLM"
 MASKED = "AutoModelForMaskedLM"
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -48,7 +49,7 @@ def probe(model_type: str, architecture: str, auto: str = CAUSAL) -> Row:
     """Build a tiny model with an Auto class of Transformers, serve it, and compare."""
     named = model_type, architecture
     try:
-        model = models.build(model_type, getattr(transformers, auto), decoder=auto == CAUSAL)
+        model = models.build(model_type, getattr(transformers, auto), decoder=auto in (CAUSAL, MULTIMODAL))
     except Exception as error:
         return Row(*named, UNBUILT, reason=said(error))
     try:

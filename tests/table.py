@@ -1,5 +1,6 @@
 """docs/models.md: written from what the probe found, and read back for tests."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import transformers
@@ -36,6 +37,8 @@ Masked language models and sequence classifiers read texts whole. *Exact* means 
 over each text within 0.001, beside others and alone. Texts share a pass **padded**, **by length** with those of equal
 length, or run **one by one**; a note says why not padded. Decoders with a classifier's head are among the classifiers.
 
+Of multimodal models text alone is served, and compared. The section has those that are not among the causal models.
+
 BERT and its like are served as decoders only if their configuration says `is_decoder`: the rows are for such models.
 """
 
@@ -69,8 +72,14 @@ def served(row: Row) -> str:
 
 def note(row: Row) -> str:
     """Why it is not served, or why not in slots."""
-    reason = f"Transformers makes no model of it here: {row.reason}" if row.verdict == UNBUILT else row.reason
-    reason = reason.removeprefix("slots do not serve it: ").partition(". Choose an")[0]
+    if row.verdict == UNBUILT:
+        package = re.search(r"requires the (\w+) library|No module named '(\w+)'", row.reason)
+        needed = package and (package[1] or package[2])
+        return (
+            f"it needs the package {needed}" if needed else "Transformers makes no model of such a small configuration"
+        )
+    reason = row.reason.removeprefix("slots do not serve it: ").partition(". Choose an")[0]
+    reason = re.sub(r"\w+Error: .*?(?=; nor do|$)", "its own code fails there", reason)
     return " ".join(reason.replace("|", "\\|").split())
 
 

@@ -26,6 +26,10 @@ MAX_STREAMS = 16
 IDLE_CACHES = 8
 """How many finished streams' caches are kept for prompts that continue them."""
 
+PROMPT_APART = ("unlimited_ocr",)
+"""Types of models whose caches keep the prompt whole and bound what follows it: a text that continues another one has a
+longer prompt, so nothing of the other is reused."""
+
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """The arguments in which models take their caches."""
 
@@ -72,6 +76,7 @@ class CacheRunner:
         self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors
         self._accepts_positions = accepts_positions(model)
+        self._keeps = mode is Mode.CACHES and model.config.model_type not in PROMPT_APART
         self._device = input_device(model)
         self._caches: list[ModelCache] = []
         self._idle: list[ModelCache] = []
@@ -101,7 +106,7 @@ class CacheRunner:
         """See Runner.release."""
         cache = self._caches[stream.slot]
         cache.tokens, cache.salt = stream.tokens[: stream.computed], stream.salt
-        if keep and cache.tokens and self._mode is Mode.CACHES:
+        if keep and cache.tokens and self._keeps:
             self._idle = [*self._idle[-IDLE_CACHES + 1 :], cache]
         del self.active[stream.slot], self._caches[stream.slot]
         for slot, other in enumerate(self.active):

@@ -164,8 +164,10 @@ class EncoderRunner:
 
     longest_source = 0
 
-    def __init__(self, forward: Forward, limits: Limits, device: torch.device, way: str, reason: str) -> None:
-        """``way``: one of WAYS."""
+    def __init__(
+        self, forward: Forward, limits: Limits, device: torch.device, way: str, reason: str, shortest: int = 1
+    ) -> None:
+        """``way``: one of WAYS. ``shortest``: the fewest tokens of a text that the model's code can read."""
         self.description = f"encoder, {way}"
         self.reason = reason
         self.refusal = ""
@@ -176,6 +178,8 @@ class EncoderRunner:
         self.step_limits = StepLimits(chunk=chunk, busy_chunk=chunk, logits=logits, drafts=False, whole=True)
         self._forward = forward
         self._batches = WAYS[way]
+        self._classes = 2 if limits.head and limits.head.independent else limits.classes
+        self._shortest = shortest
 
     def shared_prefix(self, stream: Stream) -> tuple[int, int]:
         """See Runner.shared_prefix. What an encoder computes of a token depends on those after it."""
@@ -202,36 +206,37 @@ class EncoderRunner:
 
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare. Equal texts are run once."""
-        wanted = [
-            Text(tuple(stream.tokens), tuple(stream.places(count)), stream.salt)
+        texts = [
+            (stream, Text(tuple(stream.tokens), tuple(stream.places(count)), stream.salt))
             for stream, count in zip(step.streams, step.counts, strict=True)
         ]
-        return functools.partial(self._run, [text for text in wanted if text.places])
+        return functools.partial(self._run, [(stream, text) for stream, text in texts if text.places])
 
-    def _run(self, wanted: Sequence[Text]) -> Tensor:
+    def _run(self, wanted: Sequence[tuple[Stream, Text]]) -> Tensor:
         got: dict[Text, Tensor] = {}
-        for batch in self._batches(dict.fromkeys(wanted)) if wanted else []:
-            got.update(zip(batch, self._pass(batch), strict=True))
-        return torch.cat([got[text] for text in wanted]) if wanted else torch.empty(0)
-
-    def _pass(self, batch: Sequence[Text]) -> list[Tensor]:
-        try:
-            return self._forward(batch)
-        except Exception:
-            if len(batch) == 1:
-                raise
-        # BART's classifiers refuse texts with different numbers of end tokens side by side, and any text without one.
-        got: dict[Text, Tensor] = {}
-        for text in batch:
+        problems: dict[Text, str] = {}
+        for batch in self._batches(dict.fromkeys(text for _, text in wanted)) if wanted else []:
             try:
-                (got[text],) = self._forward([text])
-            except Exception as error:
-                log.exception("a text failed")
-                failure = error
-        if not got:
-            raise failure
-        some = next(iter(got.values()))
-        return [got.get(text, some.new_full((len(text.places), some.shape[-1]), math.nan)) for text in batch]
+                got.update(zip(batch, self._forward(batch), strict=True))
+            except Exception:  # BART's classifiers refuse texts with different numbers of end tokens side by side
+                for text in batch:
+                    try:
+                        (got[text],) = self._forward([text])
+                    except Exception as error:  # of BART's, any text without an end token
+                        problems[text] = self._problem(text, error)
+        like = next(iter(got.values()), torch.empty(0))
+        for stream, text in wanted:
+            if text in problems:
+                stream.problem = problems[text]
+                got[text] = like.new_full((len(text.places), self._classes), math.nan)
+        return torch.cat([got[text] for _, text in wanted]) if wanted else torch.empty(0)
+
+    def _problem(self, text: Text, error: Exception) -> str:
+        """Why a text could not be computed, in one sentence."""
+        log.exception("a text failed")
+        if len(text.tokens) < self._shortest:
+            return f"its code cannot read a text of {len(text.tokens)} tokens; give at least {self._shortest}."
+        return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
@@ -259,7 +264,8 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
         except Exception as error:  # whatever the model's code raises, try the next way
             reason = f"not {way}: {in_words(error)}"
         else:
-            return EncoderRunner(forward, limits, model.device, way, with_tolerance(model, reason))
+            shortest = _shortest(forward, texts[0])
+            return EncoderRunner(forward, limits, model.device, way, with_tolerance(model, reason), shortest)
     raise UnsupportedModel(f"its own code does not answer a text the same way twice ({reason}); choose another model.")
 
 
@@ -279,6 +285,15 @@ def _random_texts(model: PreTrainedModel, limits: Limits) -> list[Text]:
         tokens = (*generator.choice(usual, size=length).tolist(), *ends)
         texts.append(Text(tokens, tuple(range(0, len(tokens), -(-len(tokens) // CHECKED_PLACES)))))
     return texts
+
+
+def _shortest(forward: Forward, text: Text) -> int:
+    """The fewest of the last tokens of a text that can be read: Funnel's pooling needs several."""
+    for length in range(1, len(text.tokens)):
+        with contextlib.suppress(Exception):  # whatever the model's code raises
+            forward.own(Text(text.tokens[-length:], (0,)))
+            return length
+    return len(text.tokens)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

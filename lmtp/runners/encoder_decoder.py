@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lmtp.runners import selfcheck
 from lmtp.runners.compiled import CompiledStep
-from lmtp.runners.model import Limits, UnsupportedModel, in_words, input_device, only_wanted
+from lmtp.runners.model import Limits, UnsupportedModel, input_device, only_wanted, why_refused
 from lmtp.runners.selfcheck import Reference
 from lmtp.runners.slot_runner import SlotCache, SlotRunner, SlotStep
 from lmtp.runners.slots import MIN_TOKENS, Memory, check_budget
@@ -244,9 +244,9 @@ class EncoderDecoder:
             )
             self.check()
         except Exception as error:  # the model's code can raise anything
+            why = why_refused(error, "its own code takes no text alone, or no keys and values that lie in slots")
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot be served exactly: {in_words(error)}; "
-                "choose another encoder-decoder model."
+                f"{type(model).__name__} cannot be served exactly: {why}; choose another encoder-decoder model."
             ) from error
 
     @torch.inference_mode()

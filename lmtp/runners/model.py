@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmtp.protocol import FORCE
+
+log = logging.getLogger(__name__)
 
 UNBOUNDED_CONTEXT = 2**20
 """Tokens, for a model whose configuration names no limit."""
@@ -39,6 +42,15 @@ class UnsupportedModel(Exception):
 def in_words(error: Exception) -> str:
     """What was found, whatever the model's code has raised."""
     return str(error) if isinstance(error, UnsupportedModel) else f"{type(error).__name__}: {error}"
+
+
+def why_refused(error: Exception, otherwise: str) -> str:
+    """What was found, for the person who reads why a model is refused: ``otherwise`` where the model's code has raised
+    something about itself, which the log keeps."""
+    if isinstance(error, UnsupportedModel | torch.OutOfMemoryError):
+        return str(error).splitlines()[0]
+    log.warning("%s: %s: %s", otherwise, type(error).__name__, error)
+    return otherwise
 
 
 @dataclass(frozen=True)
@@ -88,12 +100,16 @@ class Limits:
 def limits_of(model: PreTrainedModel) -> Limits:
     """Read the limits from the model's configuration and generation configuration.
 
-    Raises UnsupportedModel for a regression.
+    Raises UnsupportedModel for a regression, and for a model that has no layers for token ids.
     """
     if head := _head_of(model):
         return _encoder_limits(model, head)
     config = model.config.get_text_config(decoder=True)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    try:
+        model.get_input_embeddings()
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+    except Exception:  # whatever the model's code raises: BLIP has no such layers at its top
+        raise UnsupportedModel("it has no layers that read and write token ids; choose another model.") from None
     lengths = [getattr(config, name, None) for name in CONTEXT_NAMES]
     context = next((length for length in lengths if isinstance(length, int) and length > 0), UNBOUNDED_CONTEXT)
     if bound := CONSISTENT_UP_TO.get(config.model_type):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner
-from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, why_refused
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer, Memory
@@ -177,8 +177,11 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
         raise UnsupportedModel("its attention chooses at random what it sees")
     first, second = _random_texts(model, 9, 5)
     texts: list[Stream] = [Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)]
-    with runner.adapters.alone(adapter):
-        own = [_own_logits(model, text.tokens[:-1]) for text in texts]
+    try:
+        with runner.adapters.alone(adapter):
+            own = [_own_logits(model, text.tokens[:-1]) for text in texts]
+    except Exception as error:  # the model's code can raise anything
+        raise UnsupportedModel(why_refused(error, "its own code does not run on text alone")) from error
     precision = precision_of(model)
     if _differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")

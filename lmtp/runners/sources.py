@@ -3,17 +3,19 @@
 A row holds the keys and values that cross-attention reads, in tensors ``[rows, heads, capacity + 1, dim]`` beside the
 slots of the targets. Which source a row holds is remembered, and compared before each step: where it is another one,
 the right one is copied from a row that has it, or projected from what the encoder returned. That is kept while a
-running stream uses it, and after that within a budget, least recently used first to go.
+running stream uses it, and after that within a budget, least recently used first to go. A step encodes its new sources
+one by one and projects them together, since each projection reads the whole decoder.
 
 Behind its source a row holds zeros: padding has weight 0, but 0 times a NaN would be NaN.
 """
 
+import contextlib
 import inspect
 import logging
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 COLUMNS = 16
 """Rows have room for multiples of this many tokens, and cross-attention reads such."""
 
+MAX_PROJECTED = 1024
+"""Tokens of several sources that are projected at once. Their keys and values exist twice for a moment."""
+
 
 class EncoderOutput(BaseModelOutput):
     """What the model's decoder is given; mixtures of experts ask for the router's logits, which only training needs."""
@@ -49,6 +54,10 @@ class Encoded:
     def length(self) -> int:
         """Tokens of the source."""
         return self.states.shape[1]
+
+
+Projected = tuple[tuple[Tensor, Tensor], ...]
+"""Each layer's keys and values ``[heads, length, dim]`` of one source."""
 
 
 class Held(NamedTuple):
@@ -107,11 +116,16 @@ class Encoder:
         return Encoded(self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
 
     @torch.inference_mode()
-    def project(self, encoded: Encoded) -> list[Any]:
-        """The layers of the cache that the decoder makes of an encoded source: keys and values ``[1, heads, length,
-        dim]``."""
-        layers: list[Any] = self._cache_of(encoded).cross_attention_cache.layers
-        return layers
+    def project(self, several: Sequence[Encoded]) -> list[Projected]:
+        """What the decoder makes of encoded sources, one after the other as if they were one: cross-attention computes
+        its keys and values from each token alone. The self-check proves it."""
+        states = torch.cat([one.states for one in several], dim=1)
+        lengths = [one.length for one in several]
+        layers: list[Any] = self._cache_of(Encoded(states)).cross_attention_cache.layers
+        split = [
+            zip(layer.keys[0].split(lengths, 1), layer.values[0].split(lengths, 1), strict=True) for layer in layers
+        ]
+        return list(zip(*split, strict=True))
 
     def layers(self) -> tuple[list[Layer], list[Layer]]:
         """The decoder's layers, and those of its cross-attention.
@@ -200,7 +214,7 @@ class Sources:
         A stream whose source fails gets a ``problem`` and reads another one.
         """
         first, count = streams[0].slot, len(streams)
-        lengths = torch.tensor([self._ready(stream).length for stream in streams])
+        lengths = torch.tensor([encoded.length for encoded in self._ready(streams)])
         columns = -(-int(lengths.max()) // COLUMNS) * COLUMNS
         behind = torch.arange(columns)[None, :] >= lengths[:, None]
         dtype, device = self._encoder.dtype, self._encoder.device
@@ -216,18 +230,33 @@ class Sources:
             if row == stream.slot or held.source() is stream.encoded is not None:
                 self._empty(row)
 
-    def _ready(self, stream: Stream) -> Encoded:
-        """The stream's source, encoded and in its row."""
-        try:
-            encoded = self._of(stream)
-            self._place(stream.slot, encoded)
-        except Exception as error:  # whatever the model's code raises, and no memory: other sources may well succeed
-            log.exception("a source failed")
-            stream.problem = (str(error).splitlines() or [type(error).__name__])[0]
-            self._empty(stream.slot)
-            self._place(stream.slot, self._nothing)
-            return self._nothing
-        return encoded
+    def _ready(self, streams: Sequence[Stream]) -> list[Encoded]:
+        """The streams' sources, encoded and in their rows."""
+        ready = [self._nothing] * len(streams)
+        for i, stream in enumerate(streams):
+            with _noted(stream):
+                ready[i] = self._of(stream)
+        projected = self._projected(streams, ready)
+        for i, stream in enumerate(streams):
+            with _noted(stream):
+                self._place(stream.slot, ready[i], projected)
+            if stream.problem:
+                self._empty(stream.slot)
+                self._place(stream.slot, self._nothing, projected)
+                ready[i] = self._nothing
+        return ready
+
+    def _projected(self, streams: Sequence[Stream], ready: Sequence[Encoded]) -> dict[Encoded, Projected]:
+        """What no row holds that stays as it is. Where that fails for several at once, they are left to `_place`."""
+        wanted = {stream.slot: one for stream, one in zip(streams, ready, strict=True)}
+        sources = [held.source() for held in self._held]
+        staying = [one for row, one in enumerate(sources) if wanted.get(row, one) is one]
+        new = [one for one in dict.fromkeys(ready) if one not in staying]
+        projected: dict[Encoded, Projected] = {}
+        for group in _groups(new) if len(new) > 1 else ():
+            with contextlib.suppress(Exception):
+                projected.update(zip(group, self._encoder.project(group), strict=True))
+        return projected
 
     def _of(self, stream: Stream) -> Encoded:
         if isinstance(stream.encoded, Encoded):
@@ -246,8 +275,8 @@ class Sources:
             size -= self._kept.popitem(last=False)[1].states.nbytes
         return encoded
 
-    def _place(self, row: int, encoded: Encoded) -> None:
-        """Let the row hold the source."""
+    def _place(self, row: int, encoded: Encoded, projected: Mapping[Encoded, Projected]) -> None:
+        """Let the row hold the source. ``projected``: what need not be projected here."""
         held = self._held[row]
         if held.source() is encoded:
             return
@@ -256,9 +285,10 @@ class Sources:
         if other is not None:
             self._rows.copy(other, row, length)
         else:
-            for index, layer in enumerate(self._encoder.project(encoded)):
-                self._rows.keys[index][row, :, :length] = layer.keys[0]
-                self._rows.values[index][row, :, :length] = layer.values[0]
+            layers = projected.get(encoded) or self._encoder.project([encoded])[0]
+            for index, (keys, values) in enumerate(layers):
+                self._rows.keys[index][row, :, :length] = keys
+                self._rows.values[index][row, :, :length] = values
         for tensors in (self._rows.keys, self._rows.values) if held.length > length else ():
             for tensor in tensors:
                 tensor[row, :, length : held.length] = 0
@@ -267,3 +297,25 @@ class Sources:
     def _empty(self, row: int) -> None:
         self._rows.clear(row)
         self._held[row] = EMPTY
+
+
+@contextlib.contextmanager
+def _noted(stream: Stream) -> Iterator[None]:
+    """Let what fails inside be the stream's problem: other sources may well succeed."""
+    try:
+        yield
+    except Exception as error:  # whatever the model's code raises, and no memory
+        log.exception("a source failed")
+        stream.problem = (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _groups(several: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    """The sources, in groups of few enough tokens."""
+    group: list[Encoded] = []
+    for one in several:
+        if group and sum(other.length for other in group) + one.length > MAX_PROJECTED:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group

@@ -1,6 +1,7 @@
 """Architectures of Transformers on tiny random models: equal to Transformers, or refused. docs/models.md lists all."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.runner import open_runner
 from tests import models, table
-from tests.probe import CAUSAL, CLASSIFIER, MASKED, probe
+from tests.probe import CAUSAL, CLASSIFIER, MASKED, MULTIMODAL, probe
 from tests.server import ROOT
 
 SLOTS = ("bert", "codegen", "doge", "falcon", "fuyu", "git", "moshi", "opt", "phi", "xglm")
@@ -68,3 +69,22 @@ def test_lengths_that_only_the_models_own_code_knows_keep_it_out_of_slots() -> N
     assert (
         runner.reason == "slots do not serve it: its configuration bounds attention by window_size, which masks do not"
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("llava", "LlavaForConditionalGeneration"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("unlimited_ocr", "UnlimitedOcrForConditionalGeneration"),
+        ("blip", "BlipForConditionalGeneration"),
+        ("idefics", "IdeficsForVisionText2Text"),
+    ],
+)
+def test_a_multimodal_models_text_is_served_as_the_page_says(model_type: str, architecture: str) -> None:
+    row = probe(model_type, architecture, MULTIMODAL)
+    assert table.served(row) == table.committed()[model_type, architecture], row.reason
+
+
+def test_the_page_quotes_no_error_of_python() -> None:
+    assert re.findall(r"\w+Error: .*", table.PAGE.read_text(encoding="utf-8")) == []

@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from typing_extensions import override
 
+from lmtp.protocol import Encode
 from lmtp.runners.encoder import MAX_STREAMS, Forward, Text
 from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.step import Step, Stream
-from tests.encoders import FIVE, build
+from tests import models
+from tests.encoders import FIVE, build, tokenizer_of
+from tests.tiny import answers, start
 
 HEADS = ("MaskedLM", "SequenceClassification")
 PADDED = "encoder, all texts of a step in one padded pass"
@@ -119,6 +122,17 @@ def test_texts_that_a_model_refuses_side_by_side_run_alone() -> None:
     one, two = texts(6, 9, end=3)
     two[4] = 3
     torch.testing.assert_close(run(runner, [one, two]), own(model, [one, two]), rtol=0, atol=1e-4)
+
+
+def test_a_text_too_short_for_a_models_pooling_fails_alone_and_in_a_sentence() -> None:
+    model = models.build("funnel", AutoModelForSequenceClassification, decoder=False)
+    engine = start(model, tokenizer_of("bert"))
+    short, long = [5, 6, 7], [5, 6, 7, 8, 9]
+    batch = answers(engine, *(Encode(stream_id=i, prompt=p) for i, p in enumerate([short, long, short])))
+    engine.stop()
+    assert batch.error(0) == batch.error(2)
+    assert batch.error(0) == "the model failed: its code cannot read a text of 3 tokens; give at least 5."
+    assert len(batch.tokens(1)) == 1
 
 
 def test_a_model_that_answers_differently_each_time_is_refused() -> None:

@@ -359,6 +359,45 @@ def test_few_sources_are_encoded_beside_streams_that_decode() -> None:
     assert len(admitted()) == 2  # the first of them is encoded by now
 
 
+def test_the_new_sources_of_a_step_are_projected_in_one_pass() -> None:
+    model = build("t5")
+    runner: Any = open_runner(model)
+    sources = random_prompts(20, 3, 31, 20, seed=12)
+    target = [5, 6, 7]
+    texts = [running_text(runner, source, target) for source in [*sources, sources[2]]]
+    passes: list[int] = []
+    handle = model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    logits = step(runner, *texts)
+    assert sum(passes) == 2  # and that of the step
+    step(runner, *texts)
+    handle.remove()
+    assert sum(passes) == 3
+    for row, source in zip(logits, [*sources, sources[2]], strict=True):
+        expected = own_logprobs(model, source, target)[0]
+        torch.testing.assert_close(torch.log_softmax(row, -1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sources_that_cannot_be_projected_together_are_projected_alone() -> None:
+    model = build("t5")
+    runner: Any = open_runner(model)
+    sources = random_prompts(20, 3, 31, seed=13)
+    texts = [running_text(runner, source, [5, 6]) for source in sources]
+    project = runner._sources._encoder.project
+    refused = [20 + 3 + 31, 31]
+
+    def scarce(several: Sequence[Encoded]) -> Any:
+        if sum(one.length for one in several) in refused:
+            raise torch.OutOfMemoryError("no memory is left.")
+        return project(several)
+
+    runner._sources._encoder.project = scarce
+    logits = step(runner, *texts)
+    assert [text.problem for text in texts] == ["", "", "no memory is left."]
+    for row, source in zip(logits[:2], sources, strict=False):
+        expected = own_logprobs(model, source, [5, 6])[0]
+        torch.testing.assert_close(torch.log_softmax(row, -1), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_kept_of_sources_stays_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: weakref.WeakSet[Encoded] = weakref.WeakSet()
     encode = Encoder.__call__

@@ -62,7 +62,7 @@ class Predictor(BasePredictor):
             runner = open_runner(loaded.model, chosen.kv_budget, step, chosen.compile, names)
             reason = f" ({runner.reason})" if runner.reason else ""
             print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
-            return LoadedModel(loaded.model, loaded.tokenizer, runner, names)
+            return LoadedModel(loaded.model, loaded.tokenizer, runner, names, loaded.manifest.source)
 
         self.engine = Engine(open_model, chosen.bounds)
         self.places.watch()

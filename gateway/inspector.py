@@ -11,6 +11,7 @@ from aiohttp import web
 
 from gateway import replies
 from gateway.model import Model, Models
+from gateway.openai_answers import document
 from gateway.openai_requests import ApiError
 from gateway.replies import Reply
 from gateway.target import Target, TargetError, failed
@@ -33,6 +34,12 @@ class _Document(msgspec.Struct):
     choices: list[Choice]
     distribution: list[Json] = []
     prompt_logprobs: list[Reply] = []
+
+
+async def describe(request: web.Request, models: Models) -> web.Response:
+    """`GET /inspect`: what the page has to know of the model."""
+    model = await models.get()
+    return document({"model": model.name, "scores_prompts": model.scores_prompts})
 
 
 async def inspect(request: web.Request, target: Target, models: Models) -> web.StreamResponse:

@@ -1,11 +1,14 @@
 """What the gateway knows about the served model: its names, its limits, and what its tokens spell."""
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from gateway import replies
 from gateway.target import Target, TargetError, failed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Model:
     """What its generation_config.json sets for prompts."""
     spellings: list[str | list[int]] | None
     """Each token's text, or its bytes if they are no whole characters. None if the container does not tell."""
+    scores_prompts: bool
+    """Whether it has log-probabilities for a prompt: it does not encode the prompt."""
 
     def text(self, token: int) -> str:
         """A token's text; bytes that are no characters are escaped, as OpenAI does."""
@@ -61,14 +66,17 @@ class Models:
         except TargetError as error:
             if error.status != 400:
                 raise
-            info = await self._info('"data":null')  # an older container, or a tokenizer that cannot be spelt
+            # An older container, or a tokenizer that cannot be spelt.
+            log.warning("The target does not spell its tokens, so clients see token_id:N for some: %s", error)
+            info = await self._info('"data":null')
         return Model(
-            name=self._name or info["model"].rstrip("/").rpartition("/")[2],
+            name=self._name or _name(info["model"]),
             adapters=tuple(info.get("adapters", ())),
             context=info["context"],
             end_of_sequence=frozenset(info["end_of_sequence"]),
             defaults=info.get("generation_defaults", {}),
             spellings=info.get("tokens"),
+            scores_prompts=not info.get("kind") and not info.get("longest_source"),
         )
 
     async def _info(self, field: str) -> dict[str, Any]:
@@ -81,3 +89,8 @@ class Models:
                     if reply.model_info is not None:
                         return reply.model_info
         raise TargetError(502, f"The target {self._target.name} does not describe its model.")
+
+
+def _name(model: str) -> str:
+    """A repository's name, or the last part of a directory's."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith("/") else model

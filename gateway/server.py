@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from gateway import lmtp_websocket
-from gateway.inspector import inspect
+from gateway.inspector import describe, inspect
 from gateway.model import Models
 from gateway.openai_chat import chat
 from gateway.openai_completions import complete
@@ -62,6 +62,7 @@ class Gateway:
         router.add_get("/v1/models/{name:.+}", partial(get_model, models=models))
         router.add_post("/v1/completions", partial(complete, target=target, models=models))
         router.add_post("/v1/chat/completions", partial(chat, target=target, models=models))
+        router.add_get("/inspect", partial(describe, models=models))
         router.add_post("/inspect", partial(inspect, target=target, models=models))
         router.add_get("/", self._page)
         router.add_route("*", "/{path:.*}", self._unknown)

@@ -85,6 +85,8 @@ class LoadedModel(NamedTuple):
     runner: Runner
     adapters: Sequence[str] = ()
     """The names of the adapters beside the model."""
+    name: str = ""
+    """What MODEL_INFO calls the model; by default what its configuration says."""
 
 
 class Prepared(NamedTuple):
@@ -149,7 +151,7 @@ class Engine:
         opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
-        self._model, self.tokenizer, self.runner, self.adapters = opened.result()
+        self._model, self.tokenizer, self.runner, self.adapters, self._name = opened.result()
         self.limits = limits_of(self._model)
         self.defaults = defaults_of(self._model)
         self.longest_input = max(self.limits.context, self.runner.longest_source)
@@ -258,7 +260,7 @@ class Engine:
         """What MODEL_INFO answers."""
         config = self._model.config
         return {
-            "model": getattr(config, "name_or_path", "") or config.model_type,
+            "model": self._name or getattr(config, "name_or_path", "") or config.model_type,
             "model_type": config.model_type,
             **(describe(self.limits.head, self.tokenizer) if self.limits.head else {}),
             "dtype": str(self._model.dtype).removeprefix("torch."),

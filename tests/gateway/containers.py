@@ -30,6 +30,10 @@ class Fake:
     """The answer to a prediction, one chunk each."""
     refusals: list[int] = field(default_factory=list)
     """Statuses of the next answers, before it accepts any."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What MODEL_INFO says otherwise than INFO."""
+    spells: bool = True
+    """Whether MODEL_INFO can list what tokens spell."""
     failure: str = ""
     """Why each prediction fails."""
     endless: bool = False
@@ -48,8 +52,13 @@ class Fake:
         async def send(event: str, data: Any) -> None:
             await response.write(f"event: {event}\ndata: {json.dumps(data)}\n\n".encode())
 
-        if "MODEL_INFO" in given.get("ops_batch_json", ""):
-            await send("output", {"chunk": "MSG " + json.dumps({"stream_id": 0, "model_info": INFO}) + "\n"})
+        if "MODEL_INFO" in (batch := given.get("ops_batch_json", "")):
+            answer: dict[str, Any] = {"model_info": INFO | self.info}
+            if not self.spells:
+                answer["model_info"].pop("tokens")
+                if '"tokens"' in batch:
+                    answer = {"error": "tokens: no"}
+            await send("output", {"chunk": "MSG " + json.dumps({"stream_id": 0, **answer}) + "\n"})
             await send("completed", {"status": "succeeded"})
             return response
         self.inputs.append(given)

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerBase
 
 from lmtp.engine import compiler as compiling
@@ -449,7 +448,8 @@ async def test_however_much_some_predictions_hold_others_find_room(
 def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
     compiler: Compiler, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "LIMITS", LLParserLimits(verbose_errors=False, max_lexer_states=50_000))
+    monkeypatch.setattr(compiling, "states_of", lambda _: 50_000)
+    monkeypatch.setitem(Source._field_defaults, "states", 50_000)
     regex = ".*[a-m].{20}x.*"
     text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
     assert compiler.check(Generate(stream_id=0, prompt="x", regex=regex), [text[:5]]) == [False]
@@ -466,6 +466,32 @@ def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
     assert compiled.broken
     assert compiling._follows(compiled, compiler._open()[0], text) is None
     assert ask(compiler, regex=regex).matcher.compute_bitmask()
+
+
+def test_the_constraints_of_a_prediction_share_a_number_of_lexer_states(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    regexes = [f".*[a-m].{{20}}x{i}.*" for i in range(256)]
+    operations = [Generate(stream_id=i, prompt="x", regex=regex) for i, regex in enumerate(regexes)]
+    assert source.states_of(256) * 256 <= source.PREDICTION_STATES
+    assert source.states_of(1) == source.states_of(8) == source.MAX_STATES
+    assert len({source.states_of(count) for count in range(257)}) <= 6
+    same = [Generate(stream_id=i, prompt="x", regex="the same") for i in range(256)]
+    assert compiler.batch(same)._states == source.MAX_STATES
+    share = compiler.batch(operations)
+    text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
+
+    def follow(grammar: Grammar | None) -> None:
+        assert grammar is not None
+        for token in tokenizer.encode(text):
+            grammar.matcher.compute_bitmask()
+            grammar.advance(token)
+
+    with pytest.raises(RequestError, match=rf"too many states; {source.states_of(256)} are the most"):
+        follow(asyncio.run(share.grammar(operations[0])))
+    # What another prediction compiles alone has all of them.
+    with pytest.raises(RequestError, match=rf"too many states; {source.MAX_STATES} are the most"):
+        follow(asyncio.run(compiler.batch().grammar(operations[0])))
 
 
 @pytest.mark.parametrize("count", [501, 1_500])

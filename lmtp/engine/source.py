@@ -195,6 +195,7 @@ def _written_out(escape: re.Match[str]) -> str:
 _REGEX_ERROR = re.compile(r"regex parse error:\n    (.*)\n    ( *)(\^+)\s*\nerror: (.*)")
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _STATES = re.compile(r"too many states: (\d+)")
+_LONG_NAME = re.compile(r"(\w{60})\w+")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
@@ -206,13 +207,13 @@ def explain(error: str) -> str:
         pattern, before, carets, reason = found.groups()
         start = len(before)
         part, around = pattern[start : start + len(carets)], pattern[max(start - 40, 0) : start + len(carets) + 40]
-        return one_line(f"{reason}: {part!r} in {around!r}")
+        return _cut(f"{reason}: {part!r} in {around!r}")
     if found := _STATES.search(error):
         return (
             f"its lexer has too many states; {found[1]} are the most, and more where a prediction has few constraints"
         )
     if found := _KEYWORDS.search(error):
-        return f"unsupported keywords: {found[1]}"
+        return one_line(f"unsupported keywords: {found[1]}")
     if found := _PLACE.match(error):
         line, column, reason = found.groups()
         written = re.search(rf"^ *{line} \| (.*)$", error, re.MULTILINE)
@@ -223,6 +224,10 @@ def explain(error: str) -> str:
 
 
 def one_line(error: str) -> str:
-    """The message on one line, cut if it is long."""
+    """The message on one line, cut if it is long, and so are names in it."""
+    return _cut(_LONG_NAME.sub(r"\1…", error))
+
+
+def _cut(error: str) -> str:
     line = " ".join(error.replace("<non-verbose/>", "").split()).rstrip(".")
     return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]} …"

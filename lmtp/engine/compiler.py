@@ -18,7 +18,7 @@ from typing import TypeVar
 from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmtp.engine.constraint_cache import ConstraintCache, size_of
+from lmtp.engine.constraint_cache import OVERHEAD, ConstraintCache
 from lmtp.engine.grammar import Compiled, Grammar
 from lmtp.engine.lanes import Lanes
 from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of, states_of
@@ -45,6 +45,10 @@ STACK = 2**30
 
 CACHE_BYTES = 2**28
 """Memory for compiled constraints that were used lately."""
+
+STATE_RESERVE = 32
+"""Bytes of the cache for each state that a lexer may have. A state takes 250 to 450, but few lexers have many. So the
+cache keeps 50 constraints of `MAX_STATES` at least, and they take less than 4 GB whatever streams did with them."""
 
 LIVE_BYTES = 2**30
 """Memory for compiled constraints that streams use."""
@@ -111,7 +115,7 @@ class Compiler:
 
         It may use a quarter of what others leave, so that something is left for whoever comes next.
         """
-        size = size_of(compiled)
+        size = OVERHEAD + compiled.size
         with self._lock:
             if batch.size + size > (LIVE_BYTES - (self._in_use - batch.size)) // 4:
                 return False
@@ -213,7 +217,8 @@ class Compiler:
             ) from None
         except OSError as error:
             raise Later(f"{source.field}: cannot be compiled now: {error}; ask again later.") from error
-        return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size)
+        reserve = 0 if source.field == "choices" else source.states * STATE_RESERVE
+        return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size, reserve)
 
     def _check(self, schema: str, texts: Sequence[str], seconds: float) -> list[bool | None]:
         return self._open()[1].check(schema, texts, seconds)

@@ -24,6 +24,8 @@ class Compiled:
     matcher: LLMatcher
     size: int
     """Bytes of memory."""
+    reserve: int = 0
+    """Bytes that are set aside in the cache for what its lexer grows by, while streams follow it and for good."""
     broken: bool = False
     """Whether its lexer has reached its limits: no stream can follow it any more."""
 

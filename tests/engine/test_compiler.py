@@ -197,6 +197,26 @@ def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_s
     assert fake.most_at_once == lanes.MAX_SLOW
 
 
+def test_a_check_whose_turn_does_not_come_claims_nothing(
+    compiler: Compiler, fake: FakeVetter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "QUEUE_SECONDS", 0.05)
+    operations = [Generate(stream_id=i, prompt="x", json_schema={"title": f"slow {i}"}) for i in range(63)]
+    with ThreadPoolExecutor(63) as pool:
+        checks = list(pool.map(lambda operation: compiler.check(operation, ["1"]), operations))
+    assert checks == [[None]] * 63
+    assert fake.at_once <= lanes.MAX_SLOW
+    regex = Generate(stream_id=0, prompt="x", regex="slow")
+    assert compiler.check(regex, ["slow"]) == [None]
+
+
+def test_the_cache_sets_memory_aside_for_lexers_that_grow(compiler: Compiler) -> None:
+    grown = ask(compiler, regex="a lexer that may grow")._compiled
+    words = ask(compiler, choices=["a lexer", "that does not"])._compiled
+    assert grown.reserve * 64 > compiling.CACHE_BYTES
+    assert words.reserve == 0
+
+
 def test_a_constraint_that_is_in_the_slow_lane_is_compiled_once_for_all_who_ask(
     compiler: Compiler, fake: FakeVetter
 ) -> None:

@@ -200,8 +200,7 @@ class Predictor(BasePredictor):
         ),
     ) -> AsyncConcatenateIterator[str]:
         """Answer a prompt, or run a batch of LMTP operations."""
-        from lmtp import text
-        from lmtp.completions import Completions
+        from lmtp.completions import Completions, generate_of
         from lmtp.runners.model import Defaults
 
         started = time.monotonic()
@@ -235,38 +234,33 @@ class Predictor(BasePredictor):
                         prompt or "", system_prompt, prompt_template, allow_special_tokens
                     )
                 # Choices are compared and masks filled as they are; only `generate` has defaults.
-                own = Defaults() if head or choices else engine.defaults
-
-                def read() -> Generate:
-                    bias = {**own.logit_bias, **(protocol.parse_logit_bias(logit_bias) or {})}
-                    return protocol.generate(  # the runtime lets 3.0 pass for an integer
-                        Encode if head else Generate,
-                        stream_id=0,
-                        prompt=ids,
-                        max_tokens=int(max_tokens),
-                        min_tokens=min(own.min_tokens if min_tokens is None else int(min_tokens), int(max_tokens)),
-                        temperature=own.temperature if temperature is None else temperature,
-                        top_p=own.top_p if top_p is None else max(top_p, 1e-9),  # 0 keeps the most likely token alone
-                        top_k=own.top_k if top_k is None else int(top_k),
-                        min_p=own.min_p if min_p is None else min_p,
-                        repetition_penalty=own.repetition_penalty if repetition_penalty is None else repetition_penalty,
-                        presence_penalty=presence_penalty or None,
-                        frequency_penalty=frequency_penalty or None,
-                        seed=None if seed is None else int(seed),
-                        stop=text.parse_stop_sequences(stop_sequences),
-                        logit_bias=bias or None,
-                        choices=protocol.parse_choices(choices),
-                        regex=regex or None,
-                        json_schema=protocol.parse_json_schema(json_schema),
-                        grammar=grammar or None,
-                        top_logprobs=int(top_logprobs),
-                        text=True,
-                        adapter=adapter,
-                        cache_salt=cache_salt,
-                    )
-
-                length = sum(map(len, (logit_bias, choices, json_schema, stop_sequences)))
-                generate = await engine.tokenizers.parse(length, read)
+                defaults = Defaults() if head or choices else engine.defaults
+                generate = await engine.tokenizers.parse(
+                    sum(map(len, (logit_bias, choices, json_schema, stop_sequences))),
+                    generate_of,
+                    Encode if head else Generate,
+                    ids,
+                    defaults,
+                    max_tokens=max_tokens,
+                    min_tokens=min_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                    presence_penalty=presence_penalty,
+                    frequency_penalty=frequency_penalty,
+                    seed=seed,
+                    stop_sequences=stop_sequences,
+                    logit_bias=logit_bias,
+                    choices=choices,
+                    regex=regex,
+                    json_schema=json_schema,
+                    grammar=grammar,
+                    top_logprobs=top_logprobs,
+                    adapter=adapter,
+                    cache_salt=cache_salt,
+                )
                 labels = head.labels if head else ()
                 encoded = engine.limits.source is not None
                 completions = Completions(

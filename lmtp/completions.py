@@ -18,7 +18,8 @@ from lmtp import protocol
 from lmtp.engine.sampling import random_of
 from lmtp.engine.source import MAX_SOURCE
 from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
-from lmtp.text import Tokenizers
+from lmtp.runners.model import Defaults
+from lmtp.text import Tokenizers, parse_stop_sequences
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
@@ -31,6 +32,61 @@ MAX_KEPT = 2**20
 
 Check = Callable[[Generate, Sequence[str]], Sequence[bool | None]]
 """Tells whether finished texts satisfy an operation's constraint; None where that cannot be told."""
+
+
+def generate_of(
+    kind: type[Generate],
+    prompt: list[int],
+    defaults: Defaults,
+    *,
+    max_tokens: float,
+    min_tokens: float | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    presence_penalty: float,
+    frequency_penalty: float,
+    seed: float | None,
+    stop_sequences: str,
+    logit_bias: str,
+    choices: str,
+    regex: str,
+    json_schema: str,
+    grammar: str,
+    top_logprobs: float,
+    adapter: str,
+    cache_salt: str,
+) -> Generate:
+    """The operation that answers a prompt, from the inputs of a prediction: None or empty where the model's defaults
+    hold. The runtime lets 3.0 pass for an integer. Raises RequestError, naming the input."""
+    bias = {**defaults.logit_bias, **(protocol.parse_logit_bias(logit_bias) or {})}
+    return protocol.generate(
+        kind,
+        stream_id=0,
+        prompt=prompt,
+        max_tokens=int(max_tokens),
+        min_tokens=min(defaults.min_tokens if min_tokens is None else int(min_tokens), int(max_tokens)),
+        temperature=defaults.temperature if temperature is None else temperature,
+        top_p=defaults.top_p if top_p is None else max(top_p, 1e-9),  # 0 keeps the most likely token alone
+        top_k=defaults.top_k if top_k is None else int(top_k),
+        min_p=defaults.min_p if min_p is None else min_p,
+        repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        presence_penalty=presence_penalty or None,
+        frequency_penalty=frequency_penalty or None,
+        seed=None if seed is None else int(seed),
+        stop=parse_stop_sequences(stop_sequences),
+        logit_bias=bias or None,
+        choices=protocol.parse_choices(choices),
+        regex=regex or None,
+        json_schema=protocol.parse_json_schema(json_schema),
+        grammar=grammar or None,
+        top_logprobs=int(top_logprobs),
+        text=True,
+        adapter=adapter,
+        cache_salt=cache_salt,
+    )
 
 
 class Completions:

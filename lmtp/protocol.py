@@ -505,13 +505,24 @@ def parse_json_schema(text: str) -> dict[str, Any] | bool | None:
 
 
 def _parse(text: str, kind: Any, expected: str) -> Any:
-    if not text.strip():
-        return None
+    return parse_json(text, kind, expected) if text.strip() else None
+
+
+def parse_json(text: str, kind: Any, expected: str) -> Any:
+    """Parse JSON of a type. Raises RequestError, which begins with what was expected."""
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        reason = str(error).replace("`", "") if isinstance(error, msgspec.DecodeError) else _unreadable(error, text)
-        raise RequestError(f"{expected}: {reason}.") from None
+        raise RequestError(f"{expected}: {reason_of(error, text)}.") from None
+
+
+def reason_of(error: Exception, text: str) -> str:
+    """What is wrong with JSON text, in msgspec's words; of a long name its beginning."""
+    if not isinstance(error, msgspec.ValidationError):
+        return _unreadable(error, text)
+    reason = str(error).replace("`", "")
+    most = 3 * MAX_QUOTED
+    return reason if len(reason) <= most else f"{reason[: most // 2]} … {reason[-most // 3 :]}"
 
 
 def finite(logprob: float) -> float:

@@ -43,7 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Lane:
+class CallQueue:
     """Threads that run calls in order of arrival, but for their lengths: a call lets one later call go first for each
     ``AGE`` characters that it reads."""
 
@@ -54,19 +54,29 @@ class Lane:
             threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     async def run(self, length: int, call: Callable[[], T]) -> T:
-        """Wait for what the call returns. ``length``: characters of what it reads."""
+        """Wait for what the call returns. ``length``: characters of what it reads.
+
+        A native panic, which is no Exception, is raised as RuntimeError.
+        """
         future: Future[T] = Future()
+        calls = [call]  # emptied when nobody waits any more: what it reads would stay in memory until its turn
+        del call
 
         def answer() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(call())
-                except BaseException as error:
+                    future.set_result(calls.pop()())
+                except Exception as error:
                     future.set_exception(error)
+                except BaseException as error:
+                    future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
 
         arrival = next(self._arrivals)
         self._calls.put((arrival + length // AGE, arrival, answer))
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            calls.clear()
 
     def _serve(self) -> None:
         while True:
@@ -90,8 +100,8 @@ class Tokenizers:
         self._unused = queue.SimpleQueue[PreTrainedTokenizerBase]()
         self._unused.put(tokenizer)
         self._local = threading.local()
-        self._long = Lane("tokenize", max(threads - 1, 1))
-        self._short = Lane("tokenize-short", 1) if threads > 1 else self._long
+        self._long = CallQueue("tokenize", max(threads - 1, 1))
+        self._short = CallQueue("tokenize-short", 1) if threads > 1 else self._long
 
     @property
     def _own(self) -> PreTrainedTokenizerBase:
@@ -219,12 +229,8 @@ _MESSAGES = Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=10_0
 def parse_messages(value: str) -> list[dict[str, str]]:
     """Parse a conversation given as a JSON list of objects with role and content, as OpenAI's clients write it. The
     content is text, or a list of parts that are text. Raises RequestError."""
-    try:
-        messages = msgspec.json.decode(value, type=_MESSAGES)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        reason = str(error).replace("`", "")
-        expected = 'messages must be a JSON list like [{"role": "user", "content": "Hello"}]'
-        raise RequestError(f"{expected}: {reason}.") from None
+    expected = 'messages must be a JSON list like [{"role": "user", "content": "Hello"}]'
+    messages: list[_Message] = protocol.parse_json(value, _MESSAGES, expected)
     conversation = []
     for message in messages:
         parts = message.content if isinstance(message.content, list) else [message]
@@ -457,11 +463,10 @@ class TextDecoder:
 
 def parse_stop_sequences(value: str) -> list[str] | None:
     """Parse stop sequences given as a JSON list of strings, or separated by commas. Raises RequestError."""
+    expected = 'stop_sequences must be a JSON list like ["\\n", "END"] or texts separated by commas'
+    if value.startswith("["):
+        return protocol.parse_json(value, protocol.Stops, expected) or None
     try:
-        if value.startswith("["):
-            return msgspec.json.decode(value, type=protocol.Stops) or None
         return msgspec.convert([part for part in value.split(",") if part], protocol.Stops) or None
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        reason = str(error).replace("`", "")
-        expected = 'stop_sequences must be a JSON list like ["\\n", "END"] or texts separated by commas'
-        raise RequestError(f"{expected}: {reason}.") from None
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{expected}: {protocol.reason_of(error, value)}.") from None

@@ -2,9 +2,12 @@
 
 import asyncio
 import copy
+import gc
 import json
 import random
 import threading
+import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp import text as text_module
-from lmtp.protocol import RequestError
+from lmtp.protocol import RequestError, parse_choices
 from lmtp.text import (
     AGE,
-    Lane,
+    CallQueue,
     TextDecoder,
     Tokenizers,
     encode,
@@ -26,6 +29,10 @@ from lmtp.text import (
     render_messages,
     render_prompt,
 )
+
+
+class Text(str):
+    """Text that a weak reference can watch."""
 
 
 @pytest.fixture(scope="module")
@@ -369,14 +376,14 @@ async def test_a_long_text_does_not_keep_a_short_one_waiting(tokenizer: PreTrain
 
 
 async def test_calls_run_in_order_of_arrival_but_for_their_lengths() -> None:
-    lane = Lane("test", 1)
+    waiting = CallQueue("test", 1)
     begin = threading.Event()
     order: list[str] = []
-    blocking = asyncio.create_task(lane.run(0, lambda: begin.wait() and None))
+    blocking = asyncio.create_task(waiting.run(0, lambda: begin.wait() and None))
     calls = [("long", 100 * AGE), ("short", 10), ("longer", 101 * AGE), ("next", 10), ("middle", 2 * AGE)]
-    tasks = [asyncio.create_task(lane.run(length, partial(order.append, name))) for name, length in calls]
+    tasks = [asyncio.create_task(waiting.run(length, partial(order.append, name))) for name, length in calls]
     await asyncio.sleep(0)
-    cancelled = asyncio.create_task(lane.run(0, partial(order.append, "cancelled")))
+    cancelled = asyncio.create_task(waiting.run(0, partial(order.append, "cancelled")))
     await asyncio.sleep(0)
     cancelled.cancel()
     await asyncio.gather(cancelled, return_exceptions=True)
@@ -385,12 +392,46 @@ async def test_calls_run_in_order_of_arrival_but_for_their_lengths() -> None:
     assert order == ["short", "next", "middle", "long", "longer"]
 
 
+async def test_no_error_of_a_call_ends_its_thread() -> None:
+    waiting = CallQueue("test", 1)
+
+    def fail(error: type[BaseException]) -> None:
+        raise error("a reason")
+
+    for error in (RequestError, MemoryError):
+        with pytest.raises(error):
+            await waiting.run(0, partial(fail, error))
+    for fatal in (SystemExit, KeyboardInterrupt, asyncio.CancelledError):  # which would end the event loop or its task
+        with pytest.raises(RuntimeError, match=fatal.__name__):
+            await waiting.run(0, partial(fail, fatal))
+    assert await waiting.run(0, lambda: "still here") == "still here"
+
+
+async def test_a_cancelled_call_leaves_nothing_behind() -> None:
+    waiting = CallQueue("test", 1)
+    begin = threading.Event()
+    blocking = asyncio.create_task(waiting.run(0, lambda: begin.wait() and None))
+    await asyncio.sleep(0)
+    text = Text("a long one")
+    gone = weakref.ref(text)
+    cancelled = asyncio.create_task(waiting.run(0, partial(len, text)))
+    del text
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    del cancelled
+    gc.collect()
+    assert gone() is None
+    begin.set()
+    await blocking
+
+
 async def test_a_long_text_is_passed_by_a_bounded_number_of_short_ones() -> None:
-    lane = Lane("test", 1)
+    waiting = CallQueue("test", 1)
     begin = threading.Event()
     order: list[int] = []
-    blocking = asyncio.create_task(lane.run(0, lambda: begin.wait() and None))
-    tasks = [asyncio.create_task(lane.run(3 * AGE if i == 0 else 1, partial(order.append, i))) for i in range(9)]
+    blocking = asyncio.create_task(waiting.run(0, lambda: begin.wait() and None))
+    tasks = [asyncio.create_task(waiting.run(3 * AGE if i == 0 else 1, partial(order.append, i))) for i in range(9)]
     await asyncio.sleep(0)
     begin.set()
     await asyncio.gather(blocking, *tasks)
@@ -404,6 +445,21 @@ async def test_a_short_text_has_a_thread_that_no_long_one_takes(tokenizer: PreTr
     assert await tokenizers.encode("prompt", "Hello there") == encode(tokenizer, "Hello there")
     begin.set()
     await asyncio.gather(*blocking)
+
+
+@pytest.mark.parametrize("parse", [parse_messages, parse_stop_sequences, parse_choices])
+def test_a_lone_surrogate_is_called_so_wherever_json_holds_it(parse: Callable[[str], Any]) -> None:
+    for end in ("b", "and more text"):
+        with pytest.raises(RequestError, match="a string holds a lone surrogate"):
+            parse('["\\ud800' + end + '"]' if parse is not parse_messages else '[{"role": "user\\ud800' + end + '"}]')
+
+
+def test_a_long_name_in_messages_is_quoted_in_part() -> None:
+    for field in ('"type": "NAME", "text": ""', '"type": "text", "NAME": ""'):
+        with pytest.raises(RequestError) as refused:
+            parse_messages('[{"role": "user", "content": [{' + field.replace("NAME", "long " * 20_000) + "}]}]")
+        assert len(str(refused.value)) < 300
+        assert "$[0].content[0]" in str(refused.value)
 
 
 def test_spellings_of_special_tokens_are_tokenized_together(

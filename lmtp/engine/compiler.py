@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from typing import TypeVar
 from llguidance import LLTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmtp.engine.constraint_cache import ConstraintCache, size_of
+from lmtp.engine.constraint_cache import OVERHEAD, ConstraintCache
 from lmtp.engine.grammar import Compiled, Grammar
 from lmtp.engine.lanes import Lanes
-from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of
+from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of, states_of
 from lmtp.engine.vetting import Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -45,6 +45,10 @@ STACK = 2**30
 
 CACHE_BYTES = 2**28
 """Memory for compiled constraints that were used lately."""
+
+STATE_RESERVE = 32
+"""Bytes of the cache for each state that a lexer may have. A state takes 250 to 450, but few lexers have many. So the
+cache keeps 50 constraints of `MAX_STATES` at least, and they take less than 4 GB whatever streams did with them."""
 
 LIVE_BYTES = 2**30
 """Memory for compiled constraints that streams use."""
@@ -87,9 +91,14 @@ class Compiler:
         self._in_use = 0
         self._lock = threading.RLock()  # a batch may be released by whoever holds it
 
-    def batch(self) -> Batch:
-        """For the constraints of one prediction."""
-        return Batch(self)
+    def batch(self, operations: Iterable[object] = ()) -> Batch:
+        """For the constraints of one prediction's operations."""
+        different = set()
+        for operation in operations:
+            if isinstance(operation, Generate):
+                with contextlib.suppress(RequestError):  # its stream will get it
+                    different.add(source_of(operation, self.space))
+        return Batch(self, states_of(len(different)))
 
     async def compile(self, source: Source, batch: Batch) -> Compiled:
         """Compile a constraint. Raises RequestError for one that cannot be used or whose turn does not come."""
@@ -106,7 +115,7 @@ class Compiler:
 
         It may use a quarter of what others leave, so that something is left for whoever comes next.
         """
-        size = size_of(compiled)
+        size = OVERHEAD + compiled.size
         with self._lock:
             if batch.size + size > (LIVE_BYTES - (self._in_use - batch.size)) // 4:
                 return False
@@ -175,7 +184,7 @@ class Compiler:
     @contextlib.contextmanager
     def _asking(self, source: Source, owner: object) -> Iterator[Future[Compiled]]:
         """The constraint, which is compiled when its owner's turn comes, unless nobody asks for it any more by then."""
-        key = hashlib.sha256("\0".join(source).encode()).digest()
+        key = hashlib.sha256("\0".join(map(str, source)).encode()).digest()
         with self._lock:
             asked = self._compiling.get(key) or self._ask(key, source, owner)
             asked.askers += 1
@@ -208,7 +217,8 @@ class Compiler:
             ) from None
         except OSError as error:
             raise Later(f"{source.field}: cannot be compiled now: {error}; ask again later.") from error
-        return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size)
+        reserve = 0 if source.field == "choices" else source.states * STATE_RESERVE
+        return Compiled(_with_deep_stack(partial(compile_source, source, tokenizer)), size, reserve)
 
     def _check(self, schema: str, texts: Sequence[str], seconds: float) -> list[bool | None]:
         return self._open()[1].check(schema, texts, seconds)
@@ -232,8 +242,10 @@ class Compiler:
 class Batch:
     """The constraints of one prediction. All stay in memory until the last stream that follows one is gone."""
 
-    def __init__(self, compiler: Compiler) -> None:
+    def __init__(self, compiler: Compiler, states: int) -> None:
+        """``states``: the most that the lexer of each may have."""
         self._compiler = compiler
+        self._states = states
         self._turns = asyncio.Semaphore(MAX_COMPILING)
         self._held: set[Compiled] = set()
         self.size = 0
@@ -247,6 +259,8 @@ class Batch:
         source = source_of(operation, self._compiler.space)
         if source is None:
             return None
+        if source.field != "choices":
+            source = source._replace(states=self._states)
         async with self._turns:
             compiled = await self._compiler.compile(source, self)
         if compiled not in self._held:

@@ -61,5 +61,5 @@ class _Recent(OrderedDict[bytes, Compiled | str]):
 
 
 def size_of(value: Compiled | str) -> int:
-    """Bytes of memory of a compiled constraint or a refusal."""
-    return OVERHEAD + (value.size if isinstance(value, Compiled) else len(value))
+    """Bytes that a compiled constraint or a refusal takes of the cache."""
+    return OVERHEAD + (value.size + value.reserve if isinstance(value, Compiled) else len(value))

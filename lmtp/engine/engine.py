@@ -197,7 +197,7 @@ class Engine:
         prediction.turns.began = self._clock() if began is None else began
         # One text at a time, so that a batch of long ones leaves the other threads to other predictions.
         read = [await self._read(operation) for operation in operations]
-        constraints = self.compiler.batch()
+        constraints = self.compiler.batch(each.operation for each in read)
         prepared = await asyncio.gather(*(self._compile(each, constraints) for each in read))
         self._commands.put(Begin(prediction, prepared))
         return prediction

@@ -13,7 +13,7 @@ import torch
 from llguidance import LLExecutor, LLMatcher
 from torch import Tensor
 
-from lmtp.engine.source import one_line
+from lmtp.engine.source import explain
 from lmtp.protocol import RequestError
 
 
@@ -24,6 +24,8 @@ class Compiled:
     matcher: LLMatcher
     size: int
     """Bytes of memory."""
+    reserve: int = 0
+    """Bytes that are set aside in the cache for what its lexer grows by, while streams follow it and for good."""
     broken: bool = False
     """Whether its lexer has reached its limits: no stream can follow it any more."""
 
@@ -63,7 +65,7 @@ class Grammar:
         """Raise RequestError if the grammar has exceeded the compiler's limits."""
         if self.matcher.is_error():
             self._compiled.broken = True
-            raise RequestError(f"the constraint cannot be followed here: {one_line(self.matcher.get_error())}.")
+            raise RequestError(f"the constraint cannot be followed here: {explain(self.matcher.get_error())}.")
 
 
 class Drafted(NamedTuple):

@@ -23,9 +23,15 @@ MAX_SOURCE = {"choices": 2**22, "regex": 2**20, "json_schema": 2**20, "grammar":
 MAX_QUOTED = 400
 """Characters of an error message."""
 
-LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=20_000, max_lexer_states=150_000)
-"""llguidance's own. An optional property takes four items of a row. A lexer grows while streams follow it: 50,000
-states were measured to take 12 to 22 MB. A string with a large ``maxLength`` takes about 20 states a token."""
+MAX_STATES = 150_000
+"""States of one constraint's lexer, which grows while streams follow it: 150,000 were measured to take 36 to 66 MB. A
+string with a large ``maxLength`` takes about 20 states a token."""
+
+PREDICTION_STATES = 1_200_000
+"""States of the lexers of all constraints of one prediction."""
+
+MAX_ITEMS = 20_000
+"""llguidance's items of a row. An optional property takes four."""
 
 CHOICES_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=40_000_000)
 """100,000 choices take a twentieth of the fuel."""
@@ -38,6 +44,17 @@ class Source(NamedTuple):
     text: str
     space: str = ""
     """What may come before a text that ``choices`` or ``regex`` constrain; see `leading_space`."""
+    states: int = MAX_STATES
+    """The most states of its lexer. It does not apply to ``choices``: few of theirs are ever reached."""
+
+
+def states_of(constraints: int) -> int:
+    """The most states for each of a prediction's constraints: equal shares, in steps so that predictions with about as
+    many constraints can use the same compiled ones."""
+    share = MAX_STATES
+    while share * constraints > PREDICTION_STATES:
+        share //= 2
+    return share
 
 
 def leading_space(tokenizer: str) -> str:
@@ -70,7 +87,9 @@ def compile_source(source: Source, tokenizer: LLTokenizer) -> LLMatcher:
     """Compile a constraint. Raises RequestError for one that cannot be used."""
     field = source.field
     try:
-        limits = CHOICES_LIMITS if field == "choices" else LIMITS
+        limits = CHOICES_LIMITS
+        if field != "choices":
+            limits = LLParserLimits(verbose_errors=False, max_items_in_row=MAX_ITEMS, max_lexer_states=source.states)
         matcher = LLMatcher(tokenizer, _grammar(source), log_level=0, limits=limits)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
@@ -86,7 +105,7 @@ def compile_source(source: Source, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _grammar(source: Source) -> str:
     """The constraint in llguidance's own form."""
-    field, text, space = source
+    field, text, space, _ = source
     if field == "choices":
         return LLMatcher.grammar_from_lark(_one_of(json.loads(text), space))
     if field == "regex":
@@ -175,6 +194,8 @@ def _written_out(escape: re.Match[str]) -> str:
 
 _REGEX_ERROR = re.compile(r"regex parse error:\n    (.*)\n    ( *)(\^+)\s*\nerror: (.*)")
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
+_STATES = re.compile(r"too many states: (\d+)")
+_LONG_NAME = re.compile(r"(\w{60})\w+")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
@@ -186,9 +207,13 @@ def explain(error: str) -> str:
         pattern, before, carets, reason = found.groups()
         start = len(before)
         part, around = pattern[start : start + len(carets)], pattern[max(start - 40, 0) : start + len(carets) + 40]
-        return one_line(f"{reason}: {part!r} in {around!r}")
+        return _cut(f"{reason}: {part!r} in {around!r}")
+    if found := _STATES.search(error):
+        return (
+            f"its lexer has too many states; {found[1]} are the most, and more where a prediction has few constraints"
+        )
     if found := _KEYWORDS.search(error):
-        return f"unsupported keywords: {found[1]}"
+        return one_line(f"unsupported keywords: {found[1]}")
     if found := _PLACE.match(error):
         line, column, reason = found.groups()
         written = re.search(rf"^ *{line} \| (.*)$", error, re.MULTILINE)
@@ -199,6 +224,10 @@ def explain(error: str) -> str:
 
 
 def one_line(error: str) -> str:
-    """The message on one line, cut if it is long."""
+    """The message on one line, cut if it is long, and so are names in it."""
+    return _cut(_LONG_NAME.sub(r"\1…", error))
+
+
+def _cut(error: str) -> str:
     line = " ".join(error.replace("<non-verbose/>", "").split()).rstrip(".")
     return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]} …"

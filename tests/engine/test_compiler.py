@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerBase
 
 from lmtp.engine import compiler as compiling
@@ -196,6 +195,26 @@ def test_finished_texts_are_checked_few_at_a_time_and_no_quick_check_waits_for_s
         fake.allowed.set()
         assert [check.result() for check in slow] == [[True]] * 20
     assert fake.most_at_once == lanes.MAX_SLOW
+
+
+def test_a_check_whose_turn_does_not_come_claims_nothing(
+    compiler: Compiler, fake: FakeVetter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "QUEUE_SECONDS", 0.05)
+    operations = [Generate(stream_id=i, prompt="x", json_schema={"title": f"slow {i}"}) for i in range(63)]
+    with ThreadPoolExecutor(63) as pool:
+        checks = list(pool.map(lambda operation: compiler.check(operation, ["1"]), operations))
+    assert checks == [[None]] * 63
+    assert fake.at_once <= lanes.MAX_SLOW
+    regex = Generate(stream_id=0, prompt="x", regex="slow")
+    assert compiler.check(regex, ["slow"]) == [None]
+
+
+def test_the_cache_sets_memory_aside_for_lexers_that_grow(compiler: Compiler) -> None:
+    grown = ask(compiler, regex="a lexer that may grow")._compiled
+    words = ask(compiler, choices=["a lexer", "that does not"])._compiled
+    assert grown.reserve * 64 > compiling.CACHE_BYTES
+    assert words.reserve == 0
 
 
 def test_a_constraint_that_is_in_the_slow_lane_is_compiled_once_for_all_who_ask(
@@ -449,7 +468,8 @@ async def test_however_much_some_predictions_hold_others_find_room(
 def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
     compiler: Compiler, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "LIMITS", LLParserLimits(verbose_errors=False, max_lexer_states=50_000))
+    monkeypatch.setattr(compiling, "states_of", lambda _: 50_000)
+    monkeypatch.setitem(Source._field_defaults, "states", 50_000)
     regex = ".*[a-m].{20}x.*"
     text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
     assert compiler.check(Generate(stream_id=0, prompt="x", regex=regex), [text[:5]]) == [False]
@@ -466,6 +486,32 @@ def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
     assert compiled.broken
     assert compiling._follows(compiled, compiler._open()[0], text) is None
     assert ask(compiler, regex=regex).matcher.compute_bitmask()
+
+
+def test_the_constraints_of_a_prediction_share_a_number_of_lexer_states(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    regexes = [f".*[a-m].{{20}}x{i}.*" for i in range(256)]
+    operations = [Generate(stream_id=i, prompt="x", regex=regex) for i, regex in enumerate(regexes)]
+    assert source.states_of(256) * 256 <= source.PREDICTION_STATES
+    assert source.states_of(1) == source.states_of(8) == source.MAX_STATES
+    assert len({source.states_of(count) for count in range(257)}) <= 6
+    same = [Generate(stream_id=i, prompt="x", regex="the same") for i in range(256)]
+    assert compiler.batch(same)._states == source.MAX_STATES
+    share = compiler.batch(operations)
+    text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
+
+    def follow(grammar: Grammar | None) -> None:
+        assert grammar is not None
+        for token in tokenizer.encode(text):
+            grammar.matcher.compute_bitmask()
+            grammar.advance(token)
+
+    with pytest.raises(RequestError, match=rf"too many states; {source.states_of(256)} are the most"):
+        follow(asyncio.run(share.grammar(operations[0])))
+    # What another prediction compiles alone has all of them.
+    with pytest.raises(RequestError, match=rf"too many states; {source.MAX_STATES} are the most"):
+        follow(asyncio.run(compiler.batch().grammar(operations[0])))
 
 
 @pytest.mark.parametrize("count", [501, 1_500])

@@ -41,7 +41,8 @@ def test_special_tokens_keep_their_ids_and_no_text_spells_them(model: WordLevel 
         ("panic: assertion failed at /build/x.rs <backtrace> 0: ...", "too large or complex to compile"),
         ('Unimplemented keys: ["if", "then"]', 'unsupported keywords: "if", "then"'),
         ("Failed <non-verbose/>\n  at   two lines.", "Failed at two lines"),
-        ("x" * 500, "x" * 400 + " …"),
+        ("x " * 250, "x " * 200 + " …"),
+        ("unknown name: " + "x" * 500 + " here", "unknown name: " + "x" * 60 + "… here"),
         (json.dumps("NoExtension"), "no text can satisfy it"),
     ],
 )

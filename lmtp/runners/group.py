@@ -124,7 +124,7 @@ class Leader(Group):
         self.problem = ""
         """Why the group can compute no more; empty while it can."""
         self.count = count
-        self._closing = False
+        self._closed = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._threads = torch.get_num_threads()
@@ -189,14 +189,15 @@ class Leader(Group):
             raise GroupError(self.problem)
 
     def close(self) -> None:
-        """End the other processes, and wait until they are gone."""
-        self._closing = True
+        """End the other processes, and wait until they are gone. The first process can then start another group."""
         self._end("the group of processes is closed")
         for watcher in self._watchers:
             watcher.join()
-        torch.set_num_threads(self._threads)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if not self._closed:
+            self._closed = True
+            torch.set_num_threads(self._threads)
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     def _wait_for(self, store: Store) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -4,30 +4,34 @@ The processes compute on a CPU, with one thread each, and are connected by gloo.
 architectures one after the other.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Generate, ModelInfo, Score
 from lmtp.runners import parallel
 from lmtp.runners.group import GroupError, Leader
 from lmtp.runners.slot_runner import SlotRunner
-from lmtp.settings import ROOT
+from lmtp.settings import ROOT, SettingsError
 from lmtp.weights.manifest import WeightsError
-from tests.tiny import BASE, EXPERTS, answers, begin, collect, own_greedy, own_logits, randomize
+from tests.server import Server, serving
+from tests.tiny import ARCHITECTURES, BASE, answers, begin, collect, own_greedy, own_logits, randomize
 from tests.tiny import random_prompts as prompts
 from tests.weights.helpers import seal
 
@@ -58,8 +62,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Ca
     def save(config: Config) -> Path:
         directory = tmp_path_factory.mktemp("weights")
         kind, arguments = config
+        auto = AutoModelForMaskedLM if kind == "BertConfig" else AutoModelForCausalLM
         torch.manual_seed(0)
-        randomize(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments))).save_pretrained(directory)
+        randomize(auto.from_config(getattr(transformers, kind)(**arguments))).save_pretrained(directory)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer_files / name, directory)
         seal(directory)
@@ -71,6 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Ca
 @pytest.fixture(scope="module")
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -79,6 +85,7 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
     directory = tmp_path_factory.mktemp("tokenizer")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(directory)
@@ -150,12 +157,14 @@ def llama(two: Leader, saved: Callable[[Config], Path]) -> Iterator[Served]:
 
 
 def test_accepted_drafts_change_nothing_but_the_number_of_steps(llama: Served) -> None:
-    prompt = prompts(6)[0] * 6
-    result = answers(llama.engine, Generate(stream_id=0, prompt=prompt, max_tokens=60, min_tokens=60))
-    assert result.counters.drafted_tokens > 0
-    logits = own_logits(llama.model, prompt + result.ids())
-    logits[:, 2] = -torch.inf  # min_tokens forbids the end
-    assert result.ids() == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    (prompt,) = prompts(20, seed=4)
+    few = [20, 21, 22, 23]
+    operation = Generate(stream_id=0, prompt=prompt, max_tokens=40, logit_bias=dict.fromkeys(few, 100.0))
+    result = answers(llama.engine, operation)
+    assert result.counters.accepted_tokens > 0
+    assert result.counters.steps < len(result.ids()) == 40
+    own = own_logits(llama.model, prompt + result.ids())[len(prompt) - 1 : -1, few].argmax(-1)
+    assert result.ids() == [few[i] for i in own.tolist()]
 
 
 def test_a_grammar_allows_only_what_it_describes(llama: Served) -> None:
@@ -217,12 +226,138 @@ def test_a_process_without_memory_for_more_leaves_all_as_they_were(
     )
 
 
-def test_numbers_of_heads_that_do_not_divide_are_refused_with_those_that_do(saved: Callable[[Config], Path]) -> None:
-    nine = saved(NINE_HEADS)
-    with pytest.raises(
-        WeightsError,
-        match="has 9 attention heads and 3 key value heads, which 2 processes cannot share equally: set PARALLEL to 3 or off",
-    ):
+def test_a_process_that_hangs_ends_the_group_and_every_prediction_gets_an_error(llama: Served) -> None:
+    (process,) = llama.group.processes
+    with begin(llama.engine, Generate(stream_id=0, prompt=[5], max_tokens=400, min_tokens=400)) as running:
+        next(iter(running))
+        process.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        failed = collect(running)
+    assert "2 that compute the model failed or did not answer" in str(failed.replies[0][-1])
+    while not llama.engine.problem and time.monotonic() < stopped + 6:
+        time.sleep(0.05)
+    assert "the engine has stopped and must be restarted: GroupError: " in llama.engine.problem
+    assert process.wait(5) == -signal.SIGKILL
+    with pytest.raises(GroupError, match="did not answer"):
+        llama.group.check()
+    llama.group.close()
+
+
+@pytest.fixture(scope="module")
+def nine(saved: Callable[[Config], Path]) -> Path:
+    return saved(NINE_HEADS)
+
+
+def test_three_processes_share_nine_heads_and_one_that_is_killed_is_reported_and_leaves_nothing(
+    two: Leader, nine: Path
+) -> None:
+    two.close()
+    group = Leader(3, parallel.__name__)
+    try:
+        opened = serve(group, nine)
+        several = prompts(3, 41, 9)
+        batch = answers(opened.engine, *(Generate(stream_id=i, prompt=p, max_tokens=16) for i, p in enumerate(several)))
+        for i, prompt in enumerate(several):
+            assert batch.ids(i) == own_greedy(opened.model, prompt, 16)
+            logprobs = torch.log_softmax(own_logits(opened.model, prompt + batch.ids(i)), -1)[len(prompt) - 1 :]
+            expected = [row[token].item() for row, token in zip(logprobs, batch.ids(i), strict=False)]
+            assert [token.logprob for token in batch.tokens(i)] == pytest.approx(expected, abs=1e-4)
+
+        group.processes[0].kill()
+        killed = time.monotonic()
+        while not opened.engine.problem and time.monotonic() < killed + 5:
+            time.sleep(0.05)
+        assert opened.engine.problem.endswith("GroupError: process 2 of 3 that compute the model was ended by SIGKILL")
+        assert [process.wait(5) for process in group.processes] == [-signal.SIGKILL] * 2
+        assert opened.engine.problem in answers(opened.engine, Generate(stream_id=0, prompt=[5])).error()
+    finally:
+        group.close()
+
+
+def test_the_other_processes_end_with_the_first_however_it_ends() -> None:
+    code = """
+from lmtp.runners.group import Leader
+group = Leader(2, "tests.runners.follower")
+group.tell(0)
+print(group.processes[0].pid, flush=True)
+input()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        other = psutil.Process(int(first.stdout.readline()))
+        first.kill()
+        psutil.wait_procs([other], 5)
+        assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_process_that_does_not_start_is_reported() -> None:
+    with pytest.raises(GroupError, match="process 2 of 2 that compute the model ended with exit code 1; see its log"):
+        Leader(2, "tests.runners.none")
+
+
+def test_numbers_of_heads_that_do_not_divide_are_refused_with_those_that_do(nine: Path) -> None:
+    found = "has 9 attention heads and 3 key value heads, which 2 processes cannot share equally"
+    with pytest.raises(WeightsError, match=f"{found}: set PARALLEL to 3 or off"):
         parallel.processes_for(2, nine, "auto")
     assert parallel.processes_for(3, nine, "auto") == 3
     assert parallel.processes_for(1, nine, "auto") == parallel.processes_for(None, nine, "auto") == 1
+
+
+def test_auto_takes_as_many_gpus_as_can_share_a_model_that_one_has_no_room_for(
+    nine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for fits, processes in ((True, 1), (False, 3)):
+        monkeypatch.setattr("lmtp.weights.load.fits", lambda *_, fits=fits: fits)
+        assert parallel.processes_for(None, nine, "auto") == processes
+    with pytest.raises(SettingsError, match="PARALLEL is 6, and there are 4 GPUs"):
+        parallel.processes_for(6, nine, "auto")
+
+
+@pytest.mark.parametrize(
+    ("config", "model_args", "message"),
+    [
+        (ARCHITECTURES["gpt2"], {}, "Transformers has no plan to share gpt2 among processes: set PARALLEL=off"),
+        (("BertConfig", {**BASE, "num_key_value_heads": None}), {}, "is no decoder"),
+        (MODELS["llama"], {"load_in": "int8"}, "is quantized, which several processes do not compute"),
+    ],
+    ids=["without a plan", "encoder", "quantized"],
+)
+def test_what_several_processes_do_not_serve_is_refused_before_they_start(
+    saved: Callable[[Config], Path], config: Config, model_args: dict[str, Any], message: str
+) -> None:
+    directory = saved(config)
+    (directory / "manifest.json").unlink()
+    seal(directory, model_args=model_args)
+    with pytest.raises(WeightsError, match=message):
+        parallel.processes_for(2, directory, "auto")
+
+
+@pytest.mark.skipif("NIGHTLY" not in os.environ, reason="starts two servers: NIGHTLY=1")
+def test_a_server_shares_the_demo_model_among_three_processes_and_says_when_one_dies(demo_weights: Path) -> None:
+    settings = {"WEIGHTS_DIR": str(demo_weights), "DTYPE": "float32", "COMPILE": "off"}
+    inputs = {"prompt": "Why is the sky blue?", "max_tokens": 24}
+    with serving(**settings) as one:
+        expected = asked(one, "/predictions", {"input": inputs})["output"]
+    with serving(**settings, PARALLEL="3") as three:
+        assert asked(three, "/predictions", {"input": inputs})["output"] == expected
+        tree = psutil.Process(three.process.pid).children(recursive=True)
+        others = [process for process in tree if parallel.__name__ in process.cmdline()]
+        assert len(others) == 2
+        others[1].kill()
+        killed = time.monotonic()
+        health: dict[str, Any] = {}
+        while health.get("status") != "UNHEALTHY" and time.monotonic() < killed + 5:
+            health = asked(three, "/health-check")
+        assert "that compute the model was ended by SIGKILL" in health["user_healthcheck_error"]
+        assert not psutil.wait_procs(others, 5)[1]
+
+
+def asked(server: Server, path: str, body: object = None) -> dict[str, Any]:
+    """What a server answers to a GET, or to the POST of a body."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer

@@ -336,7 +336,7 @@ def test_what_several_processes_do_not_serve_is_refused_before_they_start(
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="starts two servers: NIGHTLY=1")
 def test_a_server_shares_the_demo_model_among_three_processes_and_says_when_one_dies(demo_weights: Path) -> None:
-    settings = {"WEIGHTS_DIR": str(demo_weights), "DTYPE": "float32", "COMPILE": "off"}
+    settings: Any = {"WEIGHTS_DIR": str(demo_weights), "DTYPE": "float32", "COMPILE": "off"}
     inputs = {"prompt": "Why is the sky blue?", "max_tokens": 24}
     with serving(**settings) as one:
         expected = asked(one, "/predictions", {"input": inputs})["output"]

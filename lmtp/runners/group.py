@@ -94,8 +94,8 @@ class Group:
         return int(numbers)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """What is computed inside takes all processes."""
+    def computing(self, *passing: type[Exception]) -> Iterator[None]:
+        """What is computed inside takes all processes. All raise an error of ``passing`` at one point."""
         yield
 
     def loaded(self) -> None:
@@ -172,12 +172,14 @@ class Leader(Group):
                 dist.broadcast(body, 0, group=self._control)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """See Group.computing. Whatever is raised inside leaves the processes at different points, so it ends the
-        group, and GroupError is raised."""
+    def computing(self, *passing: type[Exception]) -> Iterator[None]:
+        """See Group.computing. Any other error leaves the processes at different points, so it ends the group, and
+        GroupError is raised."""
         self.check()
         try:
             yield
+        except passing:
+            raise
         except Exception as error:
             self._ended.wait(REPORT_SECONDS)
             self._end(f"a process of {self.count} that compute the model failed or did not answer: {_line(error)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from lmtp.runners.group import Group, GroupError, Leader, follow
+from lmtp.runners.group import Group, Leader, follow
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.runner import MAX_SLOTS, default_budget
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -143,14 +143,12 @@ def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None =
     """The runner of a model that was loaded by `load`: slots, if the self-check passes.
 
     ``kv_budget``: bytes of each process for keys and values; by default what the one with the least memory has.
-    Raises UnsupportedModel where slots do not serve it, and GroupError.
+    Raises UnsupportedModel where slots do not serve it.
     """
     group.tell(Told.OPEN)
     try:
         step, layers, reference, budget = _open(group, model)
         check_slots(step, layers, reference)
-    except GroupError:
-        raise
     except Exception as error:  # whatever the model's code raises
         raise UnsupportedModel(
             f"Several processes do not serve {type(model).__name__}: {in_words(error)}. Set PARALLEL=off."
@@ -226,7 +224,7 @@ def _load(group: Group, directory: Path, dtype: str) -> Loaded:
 def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:
     """What all processes do alike before the first step. The budget in bytes is what the least of them has."""
     step = ParallelStep(model, group)
-    with group.computing():
+    with group.computing(UnsupportedModel):
         layers, reference = layers_of(model), Reference.of(model)
     share = default_budget(model.device) // (1 if model.device.type == "cuda" else group.count)
     return step, layers, reference, group.least(share)

@@ -98,19 +98,8 @@ class Group:
         """What is computed inside takes all processes. All raise an error of ``passing`` at one point."""
         yield
 
-    def loaded(self) -> None:
-        """Wait until every process has loaded its part. From here on none may wait long for another."""
-        self._bound(LOAD_SECONDS)
-        with self.computing():
-            dist.barrier()
-        self._bound(HANG_SECONDS)
-
-    def loading(self) -> None:
-        """From here on processes may wait long for each other."""
-        self._bound(LOAD_SECONDS)
-
-    def _bound(self, seconds: float) -> None:
-        """How long every group of Transformers' plan waits, those that exist by now."""
+    def wait_at_most(self, seconds: float) -> None:
+        """Bound how long a process waits for the others in the middle of what they compute."""
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from lmtp.runners.group import Group, Leader, follow
+from lmtp.runners.group import HANG_SECONDS, LOAD_SECONDS, Group, Leader, follow
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.runner import MAX_SLOTS, default_budget
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -35,6 +35,9 @@ from lmtp.weights.manifest import WeightsError, read_manifest
 
 HEADS = re.compile(r"num_(attention|(\w+_)?key_value)_heads$")
 """How configurations name the heads that processes share."""
+
+WRONG_PLANS = ("youtu",)
+"""Types of models whose plan in Transformers computes other logits than one process. The nightly tests find them."""
 
 
 class Told(enum.IntEnum):
@@ -133,10 +136,18 @@ class ParallelStep(SlotStep):
 
 
 def load(group: Leader, directory: Path, dtype: str) -> Loaded:
-    """Load the first process's part of the model while the others load theirs. Raises as weights.load does, and
-    GroupError if another process cannot."""
+    """Load the first process's part of the model while the others load theirs.
+
+    Raises WeightsError as weights.load does, and UnsupportedModel where its code cannot run in parts. If another process
+    fails, `open_parallel` says so.
+    """
     group.tell(Told.LOAD, list(f"{dtype} {directory.resolve()}".encode()))
-    return _load(group, directory, dtype)
+    try:
+        return _load(group, directory, dtype)
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever the model's code raises: part of it already runs here
+        raise _not_served("this model", error) from error
 
 
 def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None = None) -> SlotRunner:
@@ -150,13 +161,15 @@ def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None =
         step, layers, reference, budget = _open(group, model)
         check_slots(step, layers, reference)
     except Exception as error:  # whatever the model's code raises
-        raise UnsupportedModel(
-            f"Several processes do not serve {type(model).__name__}: {in_words(error)}. Set PARALLEL=off."
-        ) from error
+        raise _not_served(type(model).__name__, error) from error
     budget = budget if kv_budget is None else kv_budget
     runner = SlotRunner(step, step.new_memory(layers), budget, MAX_SLOTS, limits_of(model).context)
     runner.description = f"slots over {group.count} processes"
     return runner
+
+
+def _not_served(what: str, error: Exception) -> UnsupportedModel:
+    return UnsupportedModel(f"Several processes do not serve {what}: {in_words(error)}. Set PARALLEL=off.")
 
 
 def processes_for(choice: int | None, directory: Path, dtype: str) -> int:
@@ -189,6 +202,8 @@ def refusal_of(directory: Path, processes: int) -> str:
     if plan.quantization or plan.load_in:
         return f"{manifest.source} is quantized, which several processes do not compute: {instead}."
     sharded: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    if config.model_type in WRONG_PLANS:
+        return f"Transformers' plan to share {config.model_type} among processes is wrong: {instead}."
     if not sharded:
         return f"Transformers has no plan to share {config.model_type} among processes: {instead}."
     heads = _heads(config)
@@ -215,17 +230,20 @@ def _heads(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _load(group: Group, directory: Path, dtype: str) -> Loaded:
-    group.loading()
+    group.wait_at_most(LOAD_SECONDS)
     loaded = weights.load(directory, dtype, processes=group.count)
-    group.loaded()
+    group.wait_at_most(LOAD_SECONDS)  # the plan has made groups of its own
     return loaded
 
 
 def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:
     """What all processes do alike before the first step. The budget in bytes is what the least of them has."""
+    if model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in open_runner
     step = ParallelStep(model, group)
-    with group.computing(UnsupportedModel):
+    with group.computing(UnsupportedModel):  # here the first process waits until the others have loaded their parts
         layers, reference = layers_of(model), Reference.of(model)
+    group.wait_at_most(HANG_SECONDS)
     share = default_budget(model.device) // (1 if model.device.type == "cuda" else group.count)
     return step, layers, reference, group.least(share)
 

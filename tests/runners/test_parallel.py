@@ -6,7 +6,6 @@ architectures one after the other.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,18 +20,23 @@ import psutil
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Generate, ModelInfo, Score
 from lmtp.runners import parallel
 from lmtp.runners.group import GroupError, Leader
+from lmtp.runners.model import UnsupportedModel
+from lmtp.runners.selfcheck import Reference, _check_texts
 from lmtp.runners.slot_runner import SlotRunner
 from lmtp.settings import ROOT, SettingsError
 from lmtp.weights.manifest import WeightsError
+from tests.models import config_of
 from tests.server import Server, serving
-from tests.tiny import ARCHITECTURES, BASE, answers, begin, collect, own_greedy, own_logits, randomize
+from tests.tiny import ARCHITECTURES, BASE, CACHE_MODELS, answers, begin, collect, own_greedy, own_logits, randomize
 from tests.tiny import random_prompts as prompts
+from tests.weights.helpers import saved as as_weights
 from tests.weights.helpers import seal
 
 Config = tuple[str, dict[str, Any]]
@@ -64,11 +68,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Ca
         kind, arguments = config
         auto = AutoModelForMaskedLM if kind == "BertConfig" else AutoModelForCausalLM
         torch.manual_seed(0)
-        randomize(auto.from_config(getattr(transformers, kind)(**arguments))).save_pretrained(directory)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tokenizer_files / name, directory)
-        seal(directory)
-        return directory
+        model = randomize(auto.from_config(getattr(transformers, kind)(**arguments)))
+        return as_weights(model, directory, tokenizer_files)
 
     return save
 
@@ -147,6 +148,15 @@ def test_logprobs_and_scores_are_those_of_one_forward_pass_of_one_process(served
         logprobs = torch.log_softmax(own_logits(served.model, prompt + batch.ids(stream)), -1)
         expected = [logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(batch.ids(stream))]
         assert [token.logprob for token in batch.tokens(stream)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_slots_do_not_serve_is_refused_and_the_group_goes_on(
+    two: Leader, saved: Callable[[Config], Path]
+) -> None:
+    found = "do not serve Phi3ForCausalLM: its rotary embedding changes .* Set PARALLEL=off"
+    with pytest.raises(UnsupportedModel, match=found):
+        serve(two, saved(CACHE_MODELS["phi3_longrope"]))
+    two.check()
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +342,37 @@ def test_what_several_processes_do_not_serve_is_refused_before_they_start(
     seal(directory, model_args=model_args)
     with pytest.raises(WeightsError, match=message):
         parallel.processes_for(2, directory, "auto")
+
+
+@pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes minutes: NIGHTLY=1")
+def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(tmp_path: Path, tokenizer_files: Path) -> None:
+    group, exact = Leader(2, parallel.__name__), []
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if not getattr(CONFIG_MAPPING.get(model_type), "base_model_tp_plan", None):
+            continue
+        torch.manual_seed(0)
+        directory = tmp_path / model_type
+        try:
+            whole = randomize(AutoModelForCausalLM.from_config(config_of(model_type)))
+            reference = Reference.of(whole)
+        except Exception:  # Transformers makes no model of it (tests/models.py)
+            continue
+        as_weights(whole, directory, tokenizer_files)
+        if parallel.refusal_of(directory, 2):
+            continue
+        try:
+            loaded = parallel.load(group, directory, "float32")
+            runner = parallel.open_parallel(group, loaded.model, 2**26)
+        except UnsupportedModel:
+            if group.problem:
+                group.close()
+                group = Leader(2, parallel.__name__)
+            continue
+        with torch.inference_mode():
+            _check_texts(runner, reference, (1,))
+        exact.append(model_type)
+    group.close()
+    assert len(exact) > 70
 
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="starts two servers: NIGHTLY=1")

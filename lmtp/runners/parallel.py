@@ -138,8 +138,8 @@ class ParallelStep(SlotStep):
 def load(group: Leader, directory: Path, dtype: str) -> Loaded:
     """Load the first process's part of the model while the others load theirs.
 
-    Raises WeightsError as weights.load does, and UnsupportedModel where its code cannot run in parts. If another process
-    fails, `open_parallel` says so.
+    Raises WeightsError as weights.load does, and UnsupportedModel where its code cannot run in parts. If another
+    process fails, `open_parallel` says so.
     """
     group.tell(Told.LOAD, list(f"{dtype} {directory.resolve()}".encode()))
     try:

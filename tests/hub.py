@@ -46,6 +46,8 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     address: str = ""
     requests: list[str] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    """The `Authorization` headers that came with requests."""
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes sent of every file."""
     cuts: dict[str, int] = field(default_factory=dict)
@@ -101,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer like huggingface.co: the model API, a redirect to the file store, or the store."""
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(path)
+        if token := self.headers.get("authorization"):
+            self.hub.tokens.add(token)
         if self.hub.down:
             self.answer(503)
         elif path.startswith("/api/models/"):

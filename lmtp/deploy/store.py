@@ -104,7 +104,7 @@ def _fetch_model(model: Model, part: Part) -> None:
             hub.collect, repository, part.commit, trusted, chosen, check
         )
         if repository == "demo":
-            quantization.check(None, model.model_args.get("load_in"), "demo")
+            quantization.check(None, model.model_args, "demo")
             collect = demo.collect
         with exclusive(part.entry):
             try:

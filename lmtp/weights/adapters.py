@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmtp.weights.manifest import Adapter, WeightsError, first_line
+from lmtp.weights.manifest import Adapter, WeightsError, first_line, printable
+from lmtp.weights.quantization import check_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +25,12 @@ FILES = (CONFIG, WEIGHTS)
 MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "FOURIERFT", "HRA", "RANDLORA")
 """The kinds of adapters whose change can be added to the weights."""
 
+UNMERGED = ("LORA", "ADALORA", "IA3", "VERA", "OFT")
+"""The kinds that peft adds to quantized weights; it fails on the others, or gives other numbers."""
+
 UNMIXED = (
     "use_dora",
     "modules_to_save",
-    "layer_replication",
     "target_parameters",
     "trainable_token_indices",
 )
@@ -76,15 +78,16 @@ def read_config(path: Path, source: str, mixed: bool = False) -> dict[str, Any]:
         )
     if config.get("alora_invocation_tokens"):  # peft leaves it out where the caller does not say where it begins
         raise WeightsError(f"{source} is an activated LoRA, which begins within a text: choose one for whole texts.")
+    if config.get("layer_replication"):  # the repeated layers share their weights, and would get each other's change
+        raise WeightsError(
+            f"{source} sets layer_replication, so it cannot be merged: merge it with peft into a checkpoint, and fetch"
+            " that."
+        )
     if mixed and (why := _why_unmixed(config)):
         raise WeightsError(f"{source} {why}{MERGE_IT.format(source)}")
     if config.get("megatron_config"):  # peft would import a module that this file names
         raise WeightsError(f"{source} is an adapter for Megatron: choose one for Transformers.")
-    if util.find_spec("peft") is None:
-        raise WeightsError(
-            f"{source} needs peft==0.21.2 (adapter), which is not installed: run `python -m pip install -r"
-            " requirements/peft.txt`, and add the same to requirements.txt for the image."
-        )
+    check_package("adapter", source)
     return config
 
 
@@ -104,16 +107,30 @@ def _why_unmixed(config: Mapping[str, Any]) -> str:
 
 
 def check_tensors(folder: Path, source: str) -> None:
-    """Raise WeightsError if the adapter brings weights of the model's own, which would replace them for all streams."""
+    """Raise WeightsError if the adapter's tensors cannot be mixed with those of others.
+
+    Weights of the model's own would replace them for all streams. Experts see tokens, but not whose they are.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
-            own = sorted(name for name in file.keys() if ".lora_" not in name)  # noqa: SIM118 - no mapping
+            names = sorted(file.keys())
     except SafetensorError as error:
         raise WeightsError(f"{source} has a malformed {WEIGHTS}: {ascii(str(error))[:100]}.") from None
-    if own:
-        raise WeightsError(f"{source} holds {ascii(own[0])[1:-1]:.99}{MERGE_IT.format(source)}")
+    if unmixed := next((name for name in names if ".lora_" not in name or ".experts." in name), None):
+        raise WeightsError(f"{source} holds {ascii(unmixed)[1:-1]:.99}{MERGE_IT.format(source)}")
+
+
+def check_quantized(path: Path, source: str) -> None:
+    """Raise WeightsError if the adapter, of this configuration, cannot be added to quantized weights in each step."""
+    config = _parsed(path, source)
+    kind = config.get("peft_type")
+    if kind not in UNMERGED or config.get("use_dora"):
+        what = "uses DoRA" if kind in UNMERGED else f"is an adapter of type {ascii(kind)[:40]}"
+        raise WeightsError(
+            f"{source} {what}, which is not added to quantized weights: choose a LoRA, or load the model unquantized."
+        )
 
 
 def _parsed(path: Path, source: str) -> dict[str, Any]:
@@ -148,10 +165,17 @@ def apply(model: PreTrainedModel, folder: Path, quantized: bool, source: str) ->
     Over quantized weights the adapter stays beside them and is added in each step: merged, it would be rounded. Raises
     WeightsError if the adapter does not fit the model.
     """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if quantized:
+        check_quantized(folder / CONFIG, source)
     adapted = _load(model, None, folder, "default", source)
     base = adapted.get_base_model()
     embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
-    if model.config.get_text_config().tie_word_embeddings and any(hasattr(layer, "lora_A") for layer in embeddings):
+    if model.config.get_text_config().tie_word_embeddings and any(
+        isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer) for layer in embeddings
+    ):
         raise WeightsError(
             f"The adapter {source} changes one of two layers that share their weights, so it cannot be merged: merge it"
             " with peft into a checkpoint with tie_word_embeddings off, and fetch that."
@@ -196,7 +220,7 @@ def _load(model: PreTrainedModel, adapted: Any, folder: Path, name: str, source:
     wrong = sorted(loaded.missing_keys) + sorted(loaded.unexpected_keys)
     if wrong:
         raise WeightsError(
-            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ, {wrong[0][:200]} among them;"
-            " choose the model that it was trained for."
+            f"The adapter {source} does not fit the model: {len(wrong)} tensors differ,"
+            f" {printable(wrong[0])[:200]} among them; choose the model that it was trained for."
         )
     return adapted

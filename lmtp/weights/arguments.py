@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtp.weights.manifest import WeightsError, first_line
-from lmtp.weights.quantization import LOAD_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -84,6 +83,7 @@ def configuration(directory: Path, model_args: Mapping[str, Any], source: str, w
             f"Transformers cannot read the config.json of {source}: {first_line(error)[:200]}"
         ) from error
     _check_values(model_args)
+    _check_kernels(config, model_args, source)
     return config
 
 
@@ -94,7 +94,9 @@ def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str
             or name.startswith("_")
             or callable(getattr(text, name, 0))
         ):
-            known = sorted({*KEYWORDS, *ROPE, *text.to_dict(), *config.to_dict()})
+            known = sorted(
+                each for each in {*KEYWORDS, *ROPE, *text.to_dict(), *config.to_dict()} if not each.startswith("_")
+            )
             nearest = difflib.get_close_matches(name, known, 1)
             hint = (
                 f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(KEYWORDS)} and its config.json's."
@@ -105,10 +107,17 @@ def _check_names(changes: Mapping[str, Any], config: Any, text: Any, source: str
 def _check_values(model_args: Mapping[str, Any]) -> None:
     if model_args.get("dtype", "auto") not in DTYPES:
         raise WeightsError(f"The argument dtype is {model_args['dtype']!r}: choose one of {', '.join(DTYPES)}.")
-    if model_args.get("load_in") not in (None, *LOAD_IN):
-        raise WeightsError(f"--load-in is {model_args['load_in']!r}: choose one of {', '.join(LOAD_IN)}.")
-    if model_args.get("load_in") and "quantization_config" in model_args:
-        raise WeightsError("--load-in and --model-arg quantization_config exclude each other: give one of them.")
+
+
+def _check_kernels(config: Any, model_args: Mapping[str, Any], source: str) -> None:
+    """Raise WeightsError for an implementation that Transformers would import from a repository of kernels."""
+    for name in ("attn_implementation", "experts_implementation"):
+        chosen = str(model_args.get(name, getattr(config, f"_{name}", None)))
+        if "/" in chosen:
+            raise WeightsError(
+                f"{source} names {name} {chosen!a:.60}, which is code of a repository: give --model-arg"
+                f" '{name}=\"eager\"'."
+            )
 
 
 def _change(holder: dict[str, Any], name: str, value: Any, part: Any) -> None:

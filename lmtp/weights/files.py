@@ -7,12 +7,14 @@ from pathlib import Path
 import msgspec
 
 from lmtp.weights import adapters
-from lmtp.weights.manifest import ADAPTER_NAME, MANIFEST, STAGING, WeightsError
+from lmtp.weights.manifest import ADAPTER_NAME, MANIFEST, STAGING, WeightsError, first_line
 
 INDEX = "model.safetensors.index.json"
 """Lists the shards of a model stored in several files."""
 
 MAX_INDEX_BYTES = 100_000_000
+MAX_CONFIG_BYTES = 10_000_000
+"""Of config.json, whose tables of labels or speakers can be long."""
 
 _ADAPTER = re.compile(
     rf"({adapters.FOLDER}|{adapters.FOLDERS}/{ADAPTER_NAME.pattern})/({'|'.join(map(re.escape, adapters.FILES))})"
@@ -76,7 +78,7 @@ def shards_in(index: bytes, source: str) -> list[str]:
     try:
         shards = sorted(set(msgspec.json.decode(index, type=_Index).weight_map.values()))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WeightsError(f"{source} has a malformed {INDEX}: {error}.") from None
+        raise WeightsError(f"{source} has a malformed {INDEX}: {first_line(error)}.") from None
     if not shards:
         raise WeightsError(f"{source} has a malformed {INDEX}: it names no files.")
     for name in shards:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmtp.weights import adapters
-from lmtp.weights.files import INDEX, MAX_INDEX_BYTES, needed_files, read_index_in
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.files import INDEX, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, needed_files, read_index_in
+from lmtp.weights.manifest import WeightsError, first_line, printable
 from lmtp.weights.staging import require_space, verify
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = re.compile(r"[\w.\-/]{1,200}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -27,6 +28,8 @@ def commit_of(source: str, revision: str) -> str:
     """The commit that a branch, tag or abbreviated commit names now. A full commit needs no network."""
     if COMMIT.fullmatch(revision):
         return revision
+    if not REVISION.fullmatch(revision):
+        raise WeightsError(f"{ascii(revision)[:99]} is no revision of {source}: give a branch, a tag or a commit.")
     from huggingface_hub import HfApi
 
     with _errors_explained(source, revision):
@@ -88,6 +91,8 @@ def collect(
 
     names = needed_files(listed, read_index, source, trust_remote_code)
     claims = {name: _size_and_checksum(source, listed[name]) for name in names}
+    if claims["config.json"][0] > MAX_CONFIG_BYTES:
+        raise WeightsError(f"{source} has a malformed config.json: it is larger than {MAX_CONFIG_BYTES:,} bytes.")
     total = sum(size for size, _ in claims.values())
     require_space(directory, total - sum(claims[name][0] for name in claims if (directory / name).exists()))
     fetch(source, commit, {"config.json": claims["config.json"][0]}, directory)
@@ -164,19 +169,17 @@ def _explanation(error: BaseException, source: str, revision: str) -> str | None
         case errors.HfHubHTTPError():
             code = error.response.status_code
             rest = "check HF_TOKEN" if code in (401, 403) else "run the command again later, it resumes"
-            return f"{error.response.url.copy_with(query=None)} answered {code}: {rest}."
+            return f"{printable(str(error.response.url.copy_with(query=None)))} answered {code}: {rest}."
         case errors.OfflineModeIsEnabled():
             return f"HF_HUB_OFFLINE is set, so {source} cannot be fetched: unset it."
         case httpx2.HTTPError():
             return (
-                f"No connection to {constants.ENDPOINT} ({error}):"
+                f"No connection to {constants.ENDPOINT} ({first_line(error)}):"
                 " check the network and run the command again, it resumes."
             )
         # A file of another length than announced, or one without the headers a hub sends.
         case OSError() if error.errno is None:
-            return (
-                f"{constants.ENDPOINT}: {(str(error) or type(error).__name__).splitlines()[0]} Run the command again."
-            )
+            return f"{constants.ENDPOINT}: {first_line(error)} Run the command again."
         case ValueError() | TypeError() | LookupError() | AttributeError() | RecursionError() | httpx2.InvalidURL():
             return f"{constants.ENDPOINT} does not answer as a Hugging Face hub does: check HF_ENDPOINT."
     return None

@@ -19,6 +19,7 @@ from lmtp.weights.manifest import (
     WeightsError,
     download_command,
     fetch_command,
+    printable,
     read_manifest,
     write_manifest,
 )
@@ -112,13 +113,14 @@ def _download(
         )
     check = partial(_check, target, source, revision, loading, bool(named))
     trusted = loading["trust_remote_code"]
+    quantized = bool(loading.get("load_in") or loading.get("quantization_config"))
     chosen = adapter is not None or source in [each.source for each in named.values()]
     collect: Callable[[Path], Mapping[str, str | None]]
     if local:
         origin = Origin(source, None, trusted, adapter, named)
         collect = partial(_copy_model, Path(source), trusted, chosen, check)
     elif source == "demo":
-        quantization.check(None, loading.get("load_in"), source)
+        quantization.check(None, loading, source)
         origin = Origin("demo", demo.VERSION, False, adapter, named)
         collect = partial(_convert_demo, check)
     elif re.fullmatch(REPOSITORY, source):
@@ -126,10 +128,10 @@ def _download(
         collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
     else:
         raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
-    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect), check)
+    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect, quantized), check)
 
 
-REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
+REPOSITORY = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?"
 
 
 def _adapter(given: str) -> Adapter:
@@ -139,7 +141,9 @@ def _adapter(given: str) -> Adapter:
         return Adapter(str(path.resolve()), None)
     source, _, revision = given.partition("@")
     if not re.fullmatch(REPOSITORY, source):
-        raise WeightsError(f"--adapter {given} is neither a directory nor a repository's name, such as org/name.")
+        raise WeightsError(
+            f"--adapter {printable(given)} is neither a directory nor a repository's name, such as org/name."
+        )
     return Adapter(source, hub.commit_of(source, revision or "main"))
 
 
@@ -178,13 +182,18 @@ def _folders(adapter: Adapter | None, named: Mapping[str, Adapter]) -> dict[str,
 
 
 def _with_adapters(
-    folders: Mapping[str, Adapter], collect: Callable[[Path], Mapping[str, str | None]], directory: Path
+    folders: Mapping[str, Adapter],
+    collect: Callable[[Path], Mapping[str, str | None]],
+    quantized: bool,
+    directory: Path,
 ) -> Mapping[str, str | None]:
     """Collect the adapters, which are small, and then the model."""
     found: dict[str, str | None] = {}
     for folder, adapter in folders.items():
         mixed = folder != adapters.FOLDER
         names = _collect_adapter(adapter, mixed, directory / folder)
+        if quantized:
+            adapters.check_quantized(directory / folder / adapters.CONFIG, adapter.source)
         if mixed:
             adapters.check_tensors(directory / folder, adapter.source)
         found |= {f"{folder}/{name}": checksum for name, checksum in names.items()}
@@ -307,7 +316,7 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     origin = origin_of(manifest)
     folders = _folders(manifest.adapter, manifest.adapters)
     if manifest.source == "demo" and not all(map(belongs_to_an_adapter, broken)):
-        collect = partial(_with_adapters, folders, demo.collect)  # One conversion makes all its files.
+        collect = partial(_with_adapters, folders, demo.collect, False)  # One conversion makes all its files.
         install(origin, manifest.model_args, target, collect, again=True)
         return
     if Path(manifest.source) == target:

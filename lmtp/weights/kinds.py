@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,41 @@ def kind_of(config: PreTrainedConfig, source: str) -> Kind:
             " encoder-decoder or a masked language model, or a sequence classifier."
         )
     return kind
+
+
+def refuse_without_text(kind: Kind, config: PreTrainedConfig, source: str) -> None:
+    """Raise WeightsError if a decoder, multimodal or not, does not continue a plain text token by token.
+
+    The signature of a multimodal model's class tells what a forward pass needs. Classes of the model's own code are not
+    looked at.
+    """
+    import transformers
+
+    classes = _classes(AUTO_CLASSES[kind])
+    named = (config.architectures or [""])[0]
+    name = named if named in classes.values() else classes.get(config.model_type)
+    if name is None:
+        return
+    why = _why_not_text(getattr(transformers, name)) if kind is Kind.MULTIMODAL else ""
+    if not why and getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
+        why = "lets all tokens of a prompt see each other, which no runner computes (use_bidirectional_attention)"
+    if why:
+        raise WeightsError(f"{source} is a {name}, which {why}: choose a model that continues plain text.")
+
+
+def _why_not_text(model: Any) -> str:
+    """What keeps a class from continuing plain text; empty if nothing does."""
+    taken = inspect.signature(model.forward).parameters
+    needed = [
+        each.name
+        for each in list(taken.values())[1:]
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "input_ids"
+    ]
+    if "input_ids" not in taken or not model.can_generate():
+        return "does not generate text from text"
+    if needed:
+        return f"needs {needed[0]} besides text"
+    return "has a decoder apart from the part that reads its input" if "decoder_input_ids" in taken else ""
 
 
 def auto_class(kind: Kind) -> Any:

@@ -28,9 +28,14 @@ class WeightsError(Exception):
     """The weights cannot be fetched or loaded; the message says what to do about it."""
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what a library says, or the error's type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def printable(text: str) -> str:
+    """The text in one line: what a terminal would take for a command is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, printable, or the error's type if it says nothing."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9-]{1,64}", re.ASCII)

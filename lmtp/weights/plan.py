@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtp.weights import arguments, quantization
-from lmtp.weights.kinds import Kind, kind_of
+from lmtp.weights.kinds import Kind, kind_of, refuse_without_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,12 +40,13 @@ def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_co
     """
     config = arguments.configuration(directory, model_args, source, with_code)
     kind = kind_of(config, source)
-    load_in = model_args.get("load_in")
+    if kind in (Kind.CAUSAL, Kind.MULTIMODAL):
+        refuse_without_text(kind, config, source)
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    quantization.check(stored, load_in, source)
+    quantization.check(stored, model_args, source)
     keywords = {name: value for name, value in model_args.items() if name in arguments.KEYWORDS and name not in PLACED}
-    return Plan(kind, config, stored, load_in, keywords)
+    return Plan(kind, config, stored, model_args.get("load_in"), keywords)
 
 
 PLACED = ("dtype", "device_map")

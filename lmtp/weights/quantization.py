@@ -7,15 +7,13 @@ are fetched. Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.manifest import WeightsError, first_line, printable
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +35,11 @@ REQUIREMENTS = {
 }
 """The packages that a format needs. Those with an exact version are tested, and are in requirements/<format>.txt."""
 
+PACKAGES = {**REQUIREMENTS, "adapter": "peft==0.21.2"}
+
+QUANTIZING = ("bitsandbytes", "torchao", "quanto", "hqq")
+"""Formats that quantize a model while it is loaded, without data to measure."""
+
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 """Checkpoints that are loaded as 16 bits a weight: their kernels come from the hub when they first run."""
 
@@ -50,24 +53,62 @@ BITS = {"4bit": 4.5, "8bit": 8, "int8": 8, "fp8": 8}
 """Bits a weight, with scales; an estimate from above."""
 
 
-def check(quantization: Mapping[str, Any] | None, load_in: str | None, source: str) -> None:
-    """Raise WeightsError if the source cannot be loaded with this `quantization_config` of its config.json, or cannot
-    be quantized by `load_in`."""
-    stored = format_of(quantization) if quantization else None
-    if stored and load_in:
-        raise WeightsError(f"{source} is quantized already ({stored}): leave out --load-in.")
-    if stored and stored not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
+def check(stored: Mapping[str, Any] | None, model_args: Mapping[str, Any], source: str) -> None:
+    """Raise WeightsError if the source cannot be loaded with the `quantization_config` of its config.json, which is
+    `stored`, or cannot be quantized as the arguments say: by `load_in`, or by a `quantization_config` of their own."""
+    load_in = model_args.get("load_in")
+    if load_in not in (None, *LOAD_IN):
+        raise WeightsError(f"--load-in is {load_in!r}: choose one of {', '.join(LOAD_IN)}.")
+    given = "quantization_config" in model_args
+    if load_in and given:
+        raise WeightsError("--load-in and --model-arg quantization_config exclude each other: give one of them.")
+    if stored and (load_in or given):
+        option = "--load-in" if load_in else "--model-arg quantization_config"
+        raise WeightsError(f"{source} is quantized already ({printable(format_of(stored))}): leave out {option}.")
+    if given:
+        check_package(_format_given(model_args["quantization_config"]), source)
+        _check_given(model_args["quantization_config"])
+    elif load_in:
+        check_package(LOAD_IN[load_in], source)
+    elif stored:
+        method = format_of(stored)
+        if method not in (*REQUIREMENTS, *DEQUANTIZED, *SERVED_AS_THEY_ARE):
+            raise WeightsError(
+                f"{source} is quantized by {method!a:.40}, which is not loaded: choose one of"
+                f" {', '.join(REQUIREMENTS)}, or the original and --load-in."
+            )
+        check_package(method, source)
+
+
+def _format_given(given: Any) -> str:
+    method = format_of(given) if isinstance(given, dict) else None
+    if method not in QUANTIZING:
         raise WeightsError(
-            f"{source} is quantized by {stored!a:.40}, which is not loaded: choose one of {', '.join(REQUIREMENTS)}, or"
-            " the original and --load-in."
+            f"The argument quantization_config is {ascii(given)[:60]}: give an object whose quant_method is one of"
+            f" {', '.join(QUANTIZING)}, the formats that quantize while they load."
         )
-    if load_in:
-        stored = LOAD_IN[load_in]
-    if stored in REQUIREMENTS and (missing := _missing(REQUIREMENTS[stored])):
-        tested = "==" in REQUIREMENTS[stored]
-        what = f"-r requirements/{stored}.txt" if tested else " ".join(f"'{name}'" for name in missing)
+    return method
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        AutoQuantizationConfig.from_dict(dict(given))
+    except Exception as error:
         raise WeightsError(
-            f"{source} needs {' and '.join(missing)} ({stored}), which {'is' if len(missing) == 1 else 'are'} not"
+            f"Transformers refuses the argument quantization_config: {first_line(error)[:200]}"
+        ) from None
+
+
+def check_package(purpose: str, source: str) -> None:
+    """Raise WeightsError if packages are missing that a format, or `adapter`, needs."""
+    requirements = PACKAGES.get(purpose, "")
+    if missing := [each for each in filter(None, requirements.split(", ")) if not _installed(each)]:
+        file = "peft" if purpose == "adapter" else purpose
+        what = f"-r requirements/{file}.txt" if "==" in requirements else " ".join(f"'{name}'" for name in missing)
+        raise WeightsError(
+            f"{source} needs {' and '.join(missing)} ({purpose}), which {'is' if len(missing) == 1 else 'are'} not"
             f" installed: run `python -m pip install {what}`, and add the same to requirements.txt for the image."
         )
 
@@ -97,23 +138,15 @@ def check_device(load_in: str | None, device: torch.device) -> None:
         )
 
 
-def _missing(requirements: str) -> list[str]:
-    missing = []
-    for requirement in requirements.split(", "):
-        name, least = re.split("[=>]=|$", requirement, maxsplit=1)
-        try:
-            installed = metadata.version(name)
-            if ">=" in requirement and _release(installed) < _release(least):
-                missing.append(requirement)
-        except metadata.PackageNotFoundError:
-            missing.append(requirement)
-    return missing
+def _installed(requirement: str) -> bool:
+    """Whether the package is installed in a version that the requirement allows."""
+    from packaging.requirements import Requirement
 
-
-def _release(version: str) -> tuple[int, ...]:
-    from packaging.version import Version
-
-    return Version(version).release
+    wanted = Requirement(requirement)
+    try:
+        return wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _dequantized(method: str) -> Any:
@@ -171,11 +204,9 @@ def bytes_loaded(
     packed = unpacked.get(format_of(quantization), 1) if quantization else 1
     total = 0.0
     for path in paths:
-        for name, tensor in _header(path).items():
-            if name == "__metadata__":
-                continue
-            numbers, kind = math.prod(tensor["shape"]), tensor["dtype"]
-            matrix = len(tensor["shape"]) == 2 and name.endswith(".weight")
+        for name, shape, kind in _tensors(path):
+            numbers = math.prod(shape)
+            matrix = len(shape) == 2 and name.endswith(".weight")
             if load_in and matrix and not any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
                 total += numbers * BITS[load_in] / 8
             elif kind in ("F64", "F32", "F16", "BF16"):
@@ -185,9 +216,14 @@ def bytes_loaded(
     return math.ceil(total)
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's table of tensors. https://huggingface.co/docs/safetensors, Format."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        table: dict[str, Any] = json.loads(file.read(size))
-    return table
+def _tensors(path: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor of a safetensors file. Raises WeightsError if it is malformed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is malformed: {first_line(error)[:200]}.") from None

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lmtp.weights.manifest import WeightsError, first_line
+
 
 @torch.inference_mode()
 def keep_text_only(model: PreTrainedModel) -> list[str]:
@@ -15,10 +17,16 @@ def keep_text_only(model: PreTrainedModel) -> list[str]:
 
     The parts are looked for at the top of the model and of its base model. The logits afterwards are compared with
     those before; if they differ or the model then fails, it is left whole.
+    Raises WeightsError if the whole model fails.
     """
     ids = torch.tensor([[1, 2, 3]], device=model.device)
-    with _called(model) as called:
-        before = model(input_ids=ids).logits
+    try:
+        with _called(model) as called:
+            before = model(input_ids=ids).logits
+    except Exception as error:  # whatever the model's code raises without an image
+        raise WeightsError(
+            f"A {type(model).__name__} does not take plain text ({first_line(error)[:200]}): choose another model."
+        ) from error
     unused = [
         (parent, name, child)
         for parent in dict.fromkeys((model, model.base_model))

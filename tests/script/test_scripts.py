@@ -465,7 +465,7 @@ class TestEnvironment:
         "script", [path for path in (ROOT / "script").iterdir() if path.is_file() and not path.suffix]
     )
     def test_scripts_enter_it_before_they_import_what_only_it_has(self, script: Path) -> None:
-        before, found, _ = script.read_text().partition("\nenvironment.enter()\n")
+        before, found, _ = script.read_text().partition("\nenvironment.enter(")
         assert found
         imports = [node for node in ast.walk(ast.parse(before)) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}

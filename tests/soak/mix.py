@@ -405,10 +405,10 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
 """Operations that get an error reply: name, fields, and a word of the error."""
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({}, "prompt or ops_batch_json"),
+    ({}, "Give prompt, messages or ops_batch_json"),
     ({"prompt": ""}, "prompt is empty"),
     ({"prompt": 1}, "prompt"),
-    ({"prompt": "x", "ops_batch_json": "[]"}, "not both"),
+    ({"prompt": "x", "ops_batch_json": "[]"}, "give one of them"),
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "x", "temperature": "hot"}, "temperature"),
     ({"prompt": "x", "output": "xml"}, "output"),

@@ -1,5 +1,6 @@
 """An adapter is fetched with its base, kept under the rules of a model's files, and merged when the model is loaded."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lmtp.protocol import Generate
+from lmtp.weights.adapters import apply
 from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import Adapter, fetch_command, read_manifest
 from tests.hub import Hub, Repository
-from tests.tiny import answers, own_greedy, random_prompts, start
+from tests.tiny import BASE, answers, own_greedy, random_prompts, start
 from tests.weights.conftest import Download
-from tests.weights.helpers import NEEDED, contents, refusal, served
+from tests.weights.helpers import NEEDED, contents, refusal, saved, seeded, served
 
 PROMPTS = random_prompts(4, 11)
 FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -203,6 +205,13 @@ def content(name: str, value: bytes | None) -> Callable[[Repository], None]:
         (change(peft_type="\x1b[2J"), "which cannot be merged"),
         (change(megatron_config={"a": 1}, megatron_core="antigravity"), "is an adapter for Megatron"),
         (change(alora_invocation_tokens=[5, 6]), "is an activated LoRA, which begins within a text"),
+        (change(layer_replication=[[0, 2], [1, 2]]), "sets layer_replication, so it cannot be merged"),
+        (change(revision="\x1b[2J"), r"'\x1b[2J' is no revision of org/tiny: give a branch, a tag or a commit"),
+        (change(revision="main\nAll is well."), r"'main\nAll is well.' is no revision of org/tiny"),
+        (change(revision="a" * 300), "is no revision of org/tiny"),
+        (change(base_model_name_or_path="https://evil.example/model"), "which is no repository"),
+        (change(base_model_name_or_path="org/n\u0430me"), "which is no repository"),
+        (change(base_model_name_or_path="a" * 300), "which is no repository"),
         (change(base_model_name_or_path="/etc"), "is an adapter of '/etc', which is no repository"),
         (change(base_model_name_or_path="../../x"), "which is no repository"),
         (change(base_model_name_or_path="demo"), "which is no repository"),
@@ -231,6 +240,63 @@ def test_adapter_weights_other_than_announced_are_refused(adapted: Hub, download
         download("org/tiny", weights, adapter="org/lora")
 
 
+@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"target_parameters": ["mlp.experts.down_proj"]}])
+def test_what_cannot_be_served_beside_others_is_refused_before_the_base_is_fetched(
+    change: dict[str, object], adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    config = json.loads(adapted.repositories["org/lora"].files["adapter_config.json"])
+    adapted.repositories["org/lora"].files["adapter_config.json"] = json.dumps({**config, **change}).encode()
+    with refusal("org/lora", "is not served beside other adapters: give --adapter org/lora without a name"):
+        download("org/tiny", tmp_path, named={"a": "org/lora"})
+    assert adapted.fetched() == {"adapter_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"peft_type": "HRA"}, "is an adapter of type 'HRA'"), ({"use_dora": True}, "uses DoRA")]
+)
+def test_what_is_not_added_to_quantized_weights_is_refused_before_the_base_is_fetched(
+    change: dict[str, object], said: str, adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    config = json.loads(adapted.repositories["org/lora"].files["adapter_config.json"])
+    adapted.repositories["org/lora"].files["adapter_config.json"] = json.dumps({**config, **change}).encode()
+    with refusal(f"org/lora {said}, which is not added to quantized weights: choose a LoRA"):
+        download("org/tiny", tmp_path, adapter="org/lora", load_in="4bit")
+    assert "model.safetensors" not in adapted.fetched()
+
+
+def test_an_adapter_of_experts_is_merged(tiny: Path, tmp_path: Path) -> None:
+    base = seeded(MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4)))
+    directory = saved(base, tmp_path / "base", tiny)
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    own = trained(base, config, tmp_path / "lora")
+    model = apply(load(directory, "float32", "cpu").model, tmp_path / "lora", False, "org/lora")
+    ids = torch.tensor([PROMPTS[1]])
+    assert torch.allclose(model(input_ids=ids).logits, own(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [(LoraConfig, "lm_head"), (LoraConfig, "embed_tokens"), (LoHaConfig, "lm_head")]
+)
+def test_an_adapter_of_one_of_two_layers_that_share_their_weights_is_refused(
+    kind: Any, layer: str, tmp_path: Path
+) -> None:
+    base = seeded(LlamaForCausalLM(LlamaConfig(**BASE, tie_word_embeddings=True)))
+    trained(copy.deepcopy(base), kind(r=4, target_modules=[layer]), tmp_path / "lora")
+    with refusal("org/lora changes one of two layers that share their weights", "with tie_word_embeddings off"):
+        apply(base, tmp_path / "lora", False, "org/lora")
+
+
+def trained(base: Any, config: Any, directory: Path) -> Any:
+    """The model with a random adapter, which is saved to the directory."""
+    torch.manual_seed(1)
+    model: Any = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(str(directory))
+    return model.eval()
+
+
 def test_an_adapter_of_another_model_is_not_served_as_the_base(
     download: Download, tiny: Path, lora: Path, tmp_path: Path
 ) -> None:
@@ -242,3 +308,17 @@ def test_an_adapter_of_another_model_is_not_served_as_the_base(
     download(tiny, tmp_path / "weights", adapter=other)
     with refusal(f"The adapter {other} does not fit the model", "choose the model that it was trained for"):
         load(tmp_path / "weights", "float32", "cpu")
+
+
+def test_an_adapter_of_experts_that_names_them_as_modules_is_not_mixed_and_its_model_is_not_fetched(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    base = MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4))
+    get_peft_model(base, LoraConfig(r=2, target_modules=["w1", "w3"])).save_pretrained(str(tmp_path / "lora"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    # As older versions of Transformers had it, where each expert was a module.
+    config = {**json.loads(files["adapter_config.json"]), "target_parameters": None, "target_modules": ["w1", "w3"]}
+    adapted.repositories["org/experts"] = Repository(files | {"adapter_config.json": json.dumps(config).encode()})
+    with refusal("org/experts holds", ".experts.", "give --adapter org/experts without a name, which merges it"):
+        download("org/tiny", tmp_path / "weights", named={"a": "org/experts"})
+    assert adapted.fetched() == {"adapter_config.json", "adapter_model.safetensors"}

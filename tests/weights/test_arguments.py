@@ -10,7 +10,7 @@ from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM
 
 from lmtp.weights.arguments import configuration, parse
 from lmtp.weights.load import load
-from lmtp.weights.manifest import fetch_command, read_manifest
+from lmtp.weights.manifest import WeightsError, fetch_command, read_manifest
 from tests.hub import Hub
 from tests.tiny import BASE
 from tests.weights.conftest import Download, Script
@@ -71,6 +71,8 @@ def test_an_unknown_argument_is_refused_with_a_suggestion_before_the_weights_are
         download("org/tiny", tmp_path, atn_implementation="eager")
     with refusal("org/tiny takes no argument 'max_positions_embeddings': did you mean max_position_embeddings?"):
         download("org/tiny", tmp_path, max_positions_embeddings=5)
+    with pytest.raises(WeightsError, match=r"'_name_or_path': (?!did you mean _)"):
+        download("org/tiny", tmp_path, _name_or_path="x")
     for name in ("cache_dir", "state_dict", "__class__", "to_dict", "config"):
         with refusal("org/tiny takes no argument"):
             download("org/tiny", tmp_path, **{name: "x"})
@@ -99,3 +101,17 @@ def test_a_manifest_whose_trust_is_no_boolean_is_damaged(weights: Path) -> None:
     (weights / "manifest.json").write_text(json.dumps(manifest))
     with refusal("manifest.json is damaged (trust_remote_code is neither true nor false"):
         read_manifest(weights)
+
+
+def test_kernels_of_a_repository_are_refused_and_the_named_argument_takes_their_place(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["_attn_implementation"] = "org/kernels"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with refusal(
+        "org/name names attn_implementation 'org/kernels'", "give --model-arg 'attn_implementation=\"eager\"'"
+    ):
+        configuration(tmp_path, {}, "org/name", "")
+    configuration(tmp_path, {"attn_implementation": "eager"}, "org/name", "")
+    with refusal("org/name names attn_implementation 'org/other'"):
+        configuration(tmp_path, {"attn_implementation": "org/other"}, "org/name", "")

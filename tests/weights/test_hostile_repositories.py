@@ -1,5 +1,6 @@
 """What a hostile repository, or a hostile hub, cannot do: write outside the target, run code, or destroy weights."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,9 +12,10 @@ import pytest
 from lmtp.weights.install import verify
 from lmtp.weights.load import load
 from lmtp.weights.manifest import WeightsError, read_manifest
-from tests.hub import Hub, Repository
+from lmtp.weights.quantization import bytes_loaded
+from tests.hub import TOKEN, Hub, Repository, serving
 from tests.weights.conftest import Download
-from tests.weights.helpers import contents, names_in
+from tests.weights.helpers import contents, names_in, refusal, seal
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00001.safetensors"
@@ -99,6 +101,21 @@ def headers(name: str, **values: str) -> Prepare:
     return prepare
 
 
+def configured(**values: object) -> Prepare:
+    """config.json says this besides."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        before = json.loads(repository.files["config.json"])
+        repository.files["config.json"] = json.dumps(before | values).encode()
+
+    return prepare
+
+
+def code_of_the_tokenizer(repository: Repository, outside: Path) -> None:
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    repository.files |= {"tokenizer_config.json": json.dumps(settings).encode(), "evil.py": code(outside)}
+
+
 def another_file_in_its_place(repository: Repository, outside: Path) -> None:
     repository.files["other.json"] = b'{"model_type": "other"}'
     repository.headers["config.json"] = {"Location": "/store/org/tiny//other.json"}
@@ -132,8 +149,31 @@ def commit(value: str) -> Prepare:
     return prepare
 
 
+def config(content: bytes, **claims: object) -> Prepare:
+    """The config.json is this, and the listing claims so much of it."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        repository.files["config.json"] = content
+        repository.announced["config.json"] = claims
+
+    return prepare
+
+
+def adapter(**values: object) -> Prepare:
+    """The repository is no model but an adapter with this configuration."""
+
+    def prepare(repository: Repository, outside: Path) -> None:
+        configuration = {"peft_type": "LORA", "base_model_name_or_path": "org/tiny", **values}
+        written = json.dumps(configuration).replace("{outside}", str(outside))
+        repository.files = {"adapter_config.json": written.encode(), "adapter_model.safetensors": b"!"}
+
+    return prepare
+
+
 PLAIN = "is not safe to install: its model.safetensors.index.json names"
 MALFORMED = "has a malformed model.safetensors.index.json"
+OTHER = {"sha256": "0" * 64, "size": 1, "pointerSize": 134}
+KERNELS = "names attn_implementation '"
 ATTACKS = [
     # Shard names
     Attack("shard in the parent directory", index("../escaped.safetensors"), PLAIN),
@@ -193,6 +233,38 @@ ATTACKS = [
     Attack("another file in its place", another_file_in_its_place, "config.json arrived damaged"),
     Attack("a redirect to a local file", headers("config.json", Location="file:///etc/passwd"), ""),
     Attack("an ETag that is a path", headers("config.json", ETag='"/../../../../escaped"'), ""),
+    Attack("a redirect to another host", headers("config.json", Location="http://127.0.0.1:9/evil"), ""),
+    Attack("a shard that ends early", served("model.safetensors", b""), "model.safetensors"),
+    Attack("a checksum of another shard", announced("model.safetensors", lfs=OTHER), "model.safetensors"),
+    # The configuration
+    Attack("a config.json that is huge", config(b"{}", size=10**10), "has a malformed config.json"),
+    Attack("a config.json that is nested deeply", config(b'{"a":' * 100_000), "cannot read the config.json"),
+    Attack("a config.json that is a list", config(b"[]"), "cannot read the config.json"),
+    Attack("a config.json of numbers that are none", config(b'{"model_type": NaN}'), "the config.json"),
+    Attack(
+        "a config.json with terminal control", config(b'{"model_type": "\\u001b[2J\\nAll is well."}'), "the config.json"
+    ),
+    Attack(
+        "a quantization with terminal control",
+        config(b'{"model_type": "llama", "quantization_config": {"quant_method": "\\u001b[2J"}}'),
+        "is quantized by",
+    ),
+    Attack("names with terminal control", extra("\x1b[2J.model", "a\nb.model", "tokenizer.model\r"), ""),
+    Attack("a name that leads elsewhere", configured(_name_or_path="../../a", name_or_path="/etc/passwd"), ""),
+    Attack("attention from a repository", configured(_attn_implementation="org/kernels"), KERNELS),
+    Attack("attention by its other name", configured(attn_implementation="paged|org/kernels:run"), KERNELS),
+    Attack("experts from a repository", configured(_experts_implementation="org/kernels"), "experts_implementation '"),
+    Attack("code of the tokenizer's", code_of_the_tokenizer, ""),
+    Attack("adapters of its own", extra("adapter/adapter_config.json", "adapters/a/adapter_model.safetensors"), ""),
+    Attack("a cache of its own", extra(".cache/huggingface/download/config.json.metadata", ".cache/a.safetensors"), ""),
+    Attack("startup code of Python's", extra("sitecustomize.py", "usercustomize.py", "a.pth", "__init__.py"), ""),
+    Attack("a redirect in circles", headers("config.json", Location="/org/tiny/resolve/main/config.json"), ""),
+    # Adapters
+    Attack("an adapter of a local directory", adapter(base_model_name_or_path="{outside}"), "which is no repository"),
+    Attack("an adapter of a web page", adapter(base_model_name_or_path="http://a/b/c"), "which is no repository"),
+    Attack("an adapter of a hostile revision", adapter(revision="\x1b[2J\n"), "is no revision"),
+    Attack("an adapter of a path as revision", adapter(revision="../../../escaped"), "has no revision"),
+    Attack("an adapter that imports a module", adapter(megatron_config={}, megatron_core="evil"), ""),
     Attack("a commit that is a path", commit("../../escaped"), "does not answer as a Hugging Face hub"),
     Attack("a commit that is empty", commit(""), "does not answer as a Hugging Face hub"),
 ]
@@ -233,7 +305,8 @@ def test_an_attack_writes_nothing_outside_runs_nothing_and_leaves_the_old_weight
         assert error.isprintable()
         assert len(error) < 400
         assert contents(weights) == before
-    if "evil" in (weights / "config.json").read_text():  # An auto_map: nothing follows it.
+    if any("evil" in (weights / name).read_text() for name in ("config.json", "tokenizer_config.json")):
+        # An auto_map: nothing follows it.
         with pytest.raises(WeightsError, match="code of its own"):
             load(weights)
     else:
@@ -260,6 +333,35 @@ def test_a_directory_with_such_an_index_is_refused_too(
         download(source, weights)
     assert contents(weights) == before
     assert tree(outside) == {}
+
+
+def header(length: int, content: bytes) -> bytes:
+    return length.to_bytes(8, "little") + content
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        b"",
+        b"\x01",
+        header(2**63, b"{}"),
+        header(10**6, b"{}"),
+        header(0, b""),
+        header(2, b"[]"),
+        header(2, b"\xff\xff"),
+        header(500_000, b'{"a":' * 100_000),
+        header(68, b'{"a":{"dtype":"F32","shape":[999999999],"data_offsets":[0,9999999]}}'),
+    ],
+    ids=["empty", "short", "beyond 64 bits", "beyond the file", "none", "list", "no text", "deep", "offsets"],
+)
+def test_a_shard_whose_header_lies_is_refused_when_it_is_loaded(shard: bytes, weights: Path) -> None:
+    (weights / "model.safetensors").write_bytes(shard)
+    seal(weights)
+    with refusal("Transformers cannot load org/old from"):
+        load(weights, "float32", "cpu")
+    if shard != header(2, b"[]"):  # which is a table of no tensors, to safetensors
+        with refusal("model.safetensors is malformed"):
+            bytes_loaded([weights / "model.safetensors"], 4, None, None)
 
 
 def test_code_is_taken_from_plain_names_only_even_where_it_is_trusted(
@@ -300,3 +402,36 @@ def test_an_interrupted_first_run_does_not_make_a_repositorys_manifest_ours(
     assert not list(target.rglob("manifest.json"))
     assert not list(target.rglob("*.py"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_token_is_sent_to_the_hub_and_to_no_other_host(
+    hub: Hub, download: Download, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    repository = hub.repositories["org/tiny"]
+    repository.gated = True
+    name = "model.safetensors"
+    content = repository.files[name]
+    with serving(Hub({"org/tiny": repository})) as other:
+        repository.headers[name] = {
+            "Location": f"{other.address}/store/org/tiny//{name}",
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+        download("org/tiny", tmp_path / "weights")
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert {*other.requests} == {f"/store/org/tiny//{name}"}
+    assert other.tokens == set()
+
+
+def test_a_link_in_a_directory_of_models_is_copied_as_the_file_it_names(
+    download: Download, tiny: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny.iterdir():
+        (source / path.name).symlink_to(path)
+    (source / "vocab.json").symlink_to(tmp_path / "absent")
+    download(source, tmp_path / "weights")
+    assert not any(path.is_symlink() for path in (tmp_path / "weights").iterdir())
+    assert not (tmp_path / "weights" / "vocab.json").exists()

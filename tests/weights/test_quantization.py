@@ -207,6 +207,64 @@ def test_an_unknown_format_and_quantizing_twice_are_refused_before_the_weights_a
     assert hub.fetched() == {"config.json"}
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "The argument quantization_config is None: give an object whose quant_method is one of bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "give an object whose quant_method is one of bitsandbytes, torchao"),
+        ({"quant_method": "fp8"}, "the formats that quantize while they load"),
+        ({"load_in_4bit": "yes"}, "Transformers refuses the argument quantization_config"),
+    ],
+)
+def test_an_argument_that_does_not_quantize_is_refused_before_the_weights_are_fetched(
+    given: object, said: str, hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    with refusal(said):
+        download("org/tiny", tmp_path, quantization_config=given)
+    assert hub.fetched() == {"config.json"}
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_the_argument_needs_the_package_of_its_format(hub: Hub, download: Download, tmp_path: Path) -> None:
+    with refusal("org/tiny needs bitsandbytes==0.50.2 (bitsandbytes), which is not installed"):
+        download("org/tiny", tmp_path, quantization_config={"load_in_4bit": True})
+    assert hub.fetched() == {"config.json"}
+
+
+def test_the_argument_does_not_quantize_a_quantized_checkpoint_again(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    repository = hub.repositories["org/tiny"]
+    config = json.loads(repository.files["config.json"])
+    for method in ("fp8", "bitsandbytes"):
+        stored = {"quant_method": method, "load_in_4bit": method != "fp8"}
+        repository.files["config.json"] = json.dumps({**config, "quantization_config": stored}).encode()
+        with refusal(f"org/tiny is quantized already ({method}): leave out --model-arg quantization_config"):
+            download("org/tiny", tmp_path / method, quantization_config={"load_in_8bit": True})
+    assert hub.fetched() == {"config.json"}
+
+
+def test_the_argument_quantizes_as_transformers_does(plain: Path, tiny: Path, tmp_path: Path) -> None:
+    given = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    own = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**given)
+    )
+    loaded = load(copy_of(plain, tiny, tmp_path / "weights", quantization_config=given), "float32", "cpu")
+    assert served(loaded, *PROMPTS) == [own_greedy(own, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.49.0", True), ("0.50.2", False), ("0.51.0", True)])
+def test_a_package_of_another_version_than_the_tested_one_is_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    if refused:
+        with refusal("org/a needs bitsandbytes==0.50.2"):
+            quantization.check(None, {"load_in": "4bit"}, "org/a")
+    else:
+        quantization.check(None, {"load_in": "4bit"}, "org/a")
+
+
 def test_how_to_load_is_recorded_and_can_be_changed_without_fetching_again(
     hub: Hub, download: Download, tmp_path: Path
 ) -> None:
@@ -233,4 +291,4 @@ def test_the_packages_of_each_tested_format_are_in_its_requirements_and_in_those
     assert {f"-r requirements/{name}.txt" for name in own} <= {
         *(ROOT / "requirements-dev.txt").read_text().splitlines()
     }
-    assert not {*own.values()} & {*(ROOT / "requirements.txt").read_text().splitlines()}
+    assert not {own[name] for name in tested} & {*(ROOT / "requirements.txt").read_text().splitlines()}

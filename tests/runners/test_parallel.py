@@ -346,18 +346,17 @@ def test_what_several_processes_do_not_serve_is_refused_before_they_start(
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes minutes: NIGHTLY=1")
 def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(tmp_path: Path, tokenizer_files: Path) -> None:
-    group, exact = Leader(2, parallel.__name__), []
+    group, exact, wrong = Leader(2, parallel.__name__), [], []
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[model_type].base_model_tp_plan:
             continue
         torch.manual_seed(0)
         directory = tmp_path / model_type
         try:
-            whole = randomize(AutoModelForCausalLM.from_config(config_of(model_type)))
-            reference = Reference.of(whole)
+            as_weights(randomize(AutoModelForCausalLM.from_config(config_of(model_type))), directory, tokenizer_files)
+            reference = Reference.of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
         except Exception:  # Transformers makes no model of it (tests/models.py)
             continue
-        as_weights(whole, directory, tokenizer_files)
         if parallel.refusal_of(directory, 2):
             continue
         try:
@@ -368,10 +367,14 @@ def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(tmp_path: Pat
                 group.close()
                 group = Leader(2, parallel.__name__)
             continue
-        with torch.inference_mode():
-            _check_texts(runner, reference, (1,))
-        exact.append(model_type)
+        try:
+            with torch.inference_mode():
+                _check_texts(runner, reference, (1,))
+            exact.append(model_type)
+        except UnsupportedModel:
+            wrong.append(model_type)
     group.close()
+    assert wrong == []
     assert len(exact) > 70
 
 

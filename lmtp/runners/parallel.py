@@ -37,7 +37,8 @@ HEADS = re.compile(r"num_(attention|(\w+_)?key_value)_heads$")
 """How configurations name the heads that processes share."""
 
 WRONG_PLANS = ("hrm_text", "youtu")
-"""Types of models that by their plan in Transformers compute other logits than in one process. Nightly tests find them."""
+"""Types of models that by their plan in Transformers compute other logits than in one process; nightly tests find
+them."""
 
 
 class Told(enum.IntEnum):

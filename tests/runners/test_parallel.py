@@ -345,7 +345,10 @@ def test_what_several_processes_do_not_serve_is_refused_before_they_start(
 
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes minutes: NIGHTLY=1")
-def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(tmp_path: Path, tokenizer_files: Path) -> None:
+def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(
+    two: Leader, tmp_path: Path, tokenizer_files: Path
+) -> None:
+    two.close()
     group, exact, wrong = Leader(2, parallel.__name__), [], []
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[model_type].base_model_tp_plan:

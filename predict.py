@@ -39,9 +39,10 @@ class Predictor(BasePredictor):
         """Load the weights and start the engine."""
         gc.disable()  # collecting garbage takes a tenth of the start
         from lmtp.engine.engine import Engine, LoadedModel
-        from lmtp.runners import compiled
+        from lmtp.runners import compiled, parallel
+        from lmtp.runners.group import Leader
         from lmtp.runners.model import defaults_of
-        from lmtp.runners.runner import open_runner
+        from lmtp.runners.runner import Runner, open_runner
         from lmtp.weights import load as weights
 
         cancellation.install()
@@ -49,7 +50,12 @@ class Predictor(BasePredictor):
         chosen = settings.read()
 
         def open_model() -> LoadedModel:
-            loaded = weights.load(chosen.weights, dtype=chosen.dtype)
+            processes = parallel.processes_for(chosen.parallel, chosen.weights, chosen.dtype)
+            group = Leader(processes, parallel.__name__) if processes > 1 else None
+            if group:
+                loaded = parallel.load(group, chosen.weights, chosen.dtype)
+            else:
+                loaded = weights.load(chosen.weights, dtype=chosen.dtype)
             computes = f"{loaded.dtype} on {weights.describe(loaded.device)}".removeprefix("torch.")
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
             took = f"loaded in {loaded.seconds:.1f} s ({loaded.rate:.1f} GB/s)"
@@ -58,11 +64,16 @@ class Predictor(BasePredictor):
                 print(f"generation_config.json: {json.dumps(defaults)}", flush=True)
             started = time.monotonic()
             names = list(loaded.manifest.adapters)
-            step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest) if chosen.compile else None
-            runner = open_runner(loaded.model, chosen.kv_budget, step, chosen.compile, names)
+            runner: Runner
+            if group:
+                runner = parallel.open_parallel(group, loaded.model, chosen.kv_budget)
+            else:
+                step = compiled.path_of(chosen.compiled, loaded.model, loaded.manifest) if chosen.compile else None
+                runner = open_runner(loaded.model, chosen.kv_budget, step, chosen.compile, names)
             reason = f" ({runner.reason})" if runner.reason else ""
             print(f"runner: {runner.description}{reason}; checked in {time.monotonic() - started:.1f} s", flush=True)
-            return LoadedModel(loaded.model, loaded.tokenizer, runner, names, loaded.manifest.source)
+            check = group.check if group else lambda: None
+            return LoadedModel(loaded.model, loaded.tokenizer, runner, names, loaded.manifest.source, check)
 
         self.engine = Engine(open_model, chosen.bounds)
         self.places.watch()

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_CHOICES = ("auto", "off")
+MAX_PROCESSES = 64
 PREFIX_REUSE_CHOICES = ("shared", "salted", "off")
 
 
@@ -49,6 +50,8 @@ class Settings:
     compiled: Path
     """The directory that holds compiled steps."""
     bounds: Bounds
+    parallel: int | None = 1
+    """How many processes share the model; None: as many as there are GPUs, if one has no room for it."""
 
 
 def read() -> Settings:
@@ -75,7 +78,17 @@ def read() -> Settings:
             max_prompt_bytes=None if prompt_bytes is None else int(prompt_bytes),
             tokenizer_threads=max(int(_number("TOKENIZER_THREADS", Bounds.tokenizer_threads, "a number such as 2")), 1),
         ),
+        parallel=_parallel(),
     )
+
+
+def _parallel() -> int | None:
+    value = os.environ.get("PARALLEL") or "off"
+    if value in ("off", "auto"):
+        return 1 if value == "off" else None
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= MAX_PROCESSES):
+        raise SettingsError(f"PARALLEL is {value!r}; use off, auto or a number of processes such as 2.")
+    return int(value)
 
 
 def _choice(name: str, choices: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from lmtp.settings import Bounds, SettingsError
 
 NAMES = (
     "MAX_SECONDS", "MAX_UNREAD_SECONDS", "MAX_UNREAD_MB", "MAX_TOP_LOGPROBS", "MAX_PROMPT_BYTES", "TOKENIZER_THREADS",
-    "PREFIX_REUSE", "KV_CACHE_GB", "COMPILE",
+    "PREFIX_REUSE", "KV_CACHE_GB", "COMPILE", "PARALLEL",
 )  # fmt: skip
 
 

@@ -87,6 +87,8 @@ class LoadedModel(NamedTuple):
     """The names of the adapters beside the model."""
     name: str = ""
     """What MODEL_INFO calls the model; by default what its configuration says."""
+    check: Callable[[], None] = lambda: None
+    """Raises once the model can run no more steps."""
 
 
 class Prepared(NamedTuple):
@@ -151,7 +153,7 @@ class Engine:
         opened: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._serve, args=(open_model, opened), name="engine", daemon=True)
         self._thread.start()
-        self._model, self.tokenizer, self.runner, self.adapters, self._name = opened.result()
+        self._model, self.tokenizer, self.runner, self.adapters, self._name, _ = opened.result()
         self.limits = limits_of(self._model)
         self.defaults = defaults_of(self._model)
         self.longest_input = max(self.limits.context, self.runner.longest_source)
@@ -292,7 +294,7 @@ class Engine:
             opened.set_exception(error)
             return
         try:
-            self._loop()
+            self._loop(made.check)
         except BaseException as error:
             # The loop handles the errors of a step. Here not even the memory can be tidied up: after a GPU fault every
             # call fails. So all open and future streams fail.
@@ -306,8 +308,9 @@ class Engine:
                 pass
 
     @torch.inference_mode()
-    def _loop(self) -> None:
+    def _loop(self, check: Callable[[], None]) -> None:
         while self._obey():
+            check()
             self._bound()
             self._advance()
         self._fail(self._all_streams(), "the server is stopping.")

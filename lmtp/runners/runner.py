@@ -97,7 +97,7 @@ def open_runner(
     on_gpu = model.device.type == "cuda"
     if on_gpu:  # its attention with masks plans anew for each new length
         torch.backends.cuda.enable_cudnn_sdp(False)
-    budget = kv_budget if kv_budget is not None else _default_budget(model.device)
+    budget = kv_budget if kv_budget is not None else default_budget(model.device)
     if limits.source:
         return open_encoder_decoder(model, limits, budget, MAX_SLOTS, compiled)
     adapters = Adapters(model, names)
@@ -163,7 +163,8 @@ def _open_packed(step: PackedStep, reference: Reference, tokens: int, context: i
     return runner
 
 
-def _default_budget(device: torch.device) -> int:
+def default_budget(device: torch.device) -> int:
+    """Bytes for keys and values where KV_CACHE_GB does not say."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the model left counts as used
         free, total = torch.cuda.mem_get_info(device)

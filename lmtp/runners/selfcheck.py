@@ -22,7 +22,7 @@ from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, why_refused
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
-from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, Stream
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -122,7 +122,7 @@ def check_slots(step: SlotStep, layers: Sequence[Layer], reference: Reference, f
     ``fast`` runs the texts twice, the second time in other rows: it may have recorded what it did first.
     Raises UnsupportedModel where they disagree.
     """
-    memory = Memory(layers, step.model.dtype)
+    memory = step.new_memory(layers)
     runner = SlotRunner(step, memory, memory.bytes_per_token * TOKENS, SLOTS, CONTEXT, fast)
     _check_texts(runner, reference, (1, -1) if fast else (1,))
 

@@ -100,6 +100,18 @@ class SlotStep(nn.Module):
         self.rules = _mask_rules(model)
         self._accepts_positions = accepts_positions(model)
 
+    def new_memory(self, layers: Sequence[Layer]) -> Memory:
+        """Memory for the steps that follow."""
+        return Memory(layers, self.model.dtype)
+
+    def masks(self, positions: Tensor, columns: int) -> list[Tensor]:
+        """For each kind of layer an additive mask ``[rows, 1, q, columns]``."""
+        dtype = self.model.dtype
+        column = torch.arange(columns, device=positions.device)
+        position = positions[:, None, :, None]
+        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=positions.device)
+        return [torch.where(visible(column, position), 0.0, hidden) for visible in self.rules.values()]
+
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions. The masks are those of ``rules``, in order."""
         rows, q = inputs.ids.shape
@@ -142,7 +154,6 @@ class SlotRunner(Slots):
         self.step = step
         self.fast = fast
         self._device = input_device(step.model)
-        self._dtype = step.model.dtype
 
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
@@ -186,11 +197,7 @@ class SlotRunner(Slots):
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _masks(self, positions: Tensor, columns: int) -> list[Tensor]:
-        """For each kind of layer an additive mask ``[rows, 1, q, columns]``."""
-        column = torch.arange(columns, device=positions.device)
-        position = positions[:, None, :, None]
-        hidden = torch.tensor(torch.finfo(self._dtype).min, dtype=self._dtype, device=positions.device)
-        return [torch.where(visible(column, position), 0.0, hidden) for visible in self.step.rules.values()]
+        return self.step.masks(positions, columns)
 
 
 def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:

@@ -73,6 +73,12 @@ class Memory:
     def resize(self, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
         """Make room for ``slots`` slots of ``capacity`` tokens. Each of the first slots keeps what fits of its first
         ``held[slot]`` tokens."""
+        self._tensors = self._made(slots, capacity, held)  # only once all exist: memory may run out on the way
+        self.slots, self.capacity = slots, capacity
+        views = [self._tensors[key][index] for key, index in self._members]
+        self.keys, self.values = views[0::2], views[1::2]
+
+    def _made(self, slots: int, capacity: int, held: Sequence[int]) -> dict[tuple[int, int, torch.device], Tensor]:
         tensors = {}
         for (heads, dim, device), count in self._groups.items():
             # Zeros, since padding is read: a masked column has weight 0, but 0 times a stray NaN would be NaN.
@@ -82,10 +88,7 @@ class Memory:
                 if columns:
                     tensor[:, slot, :, :columns] = self._tensors[heads, dim, device][:, slot, :, :columns]
             tensors[heads, dim, device] = tensor
-        self._tensors = tensors  # only once all of them exist: memory may run out on the way
-        self.slots, self.capacity = slots, capacity
-        views = [self._tensors[key][index] for key, index in self._members]
-        self.keys, self.values = views[0::2], views[1::2]
+        return tensors
 
     def from_slot(self, first: int) -> tuple[list[Tensor], list[Tensor]]:
         """Each layer's keys and values ``[slots - first, heads, capacity + 1, dim]``, without the first slots."""

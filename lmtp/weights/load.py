@@ -49,14 +49,16 @@ class Loaded:
         return sum(shards) / self.seconds / 1e9
 
 
-def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loaded:
+def load(directory: Path, dtype: str = "auto", device: str | None = None, processes: int = 1) -> Loaded:
     """Load the directory's model and tokenizer, without network, ready for inference.
 
     `dtype` is one of DTYPES. `auto` is what the manifest says; without that bfloat16 on hardware that computes it, else
     float16 on a GPU and float32 on a CPU.
     `device` is what torch takes, such as `cpu` or `cuda:1`. None is the first GPU if there is one, several GPUs if the
-    model does not fit on one, else the CPU. Raises WeightsError if a GPU cannot be used, if the dtype is unknown, if
-    files are missing or differ in size from the manifest, or if they are no model that is served.
+    model does not fit on one, else the CPU. With several `processes`, which torch.distributed connects and which all
+    call this, each gets its part of the model by Transformers' plan. Raises WeightsError if a GPU cannot be used, if
+    the dtype is unknown, if files are missing or differ in size from the manifest, or if they are no model that is
+    served.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -66,24 +68,27 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
 
     # Set before huggingface_hub is imported, so that no code path of Transformers asks the hub anything.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
     from transformers import AutoTokenizer
 
-    plan = plan_of(
-        directory, manifest.model_args, manifest.source, fetch_command(directory, manifest, "--trust-remote-code")
-    )
+    plan = read_plan(directory, manifest)
     place = _device(device)
     quantization.check_device(plan.load_in, place)
-    if dtype == "auto":
-        dtype = manifest.model_args.get("dtype", "auto")
-    number = _auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    number = _dtype(dtype, place, manifest)
     device_map = manifest.model_args.get("device_map") if device is None else None
+    placed: dict[str, Any] = {}
+    if processes > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        placed["distributed_config"] = DistributedConfig(tp_size=processes, tp_plan="auto")
+    else:
+        chosen = device is not None
+        placed["device_map"] = device_map or _device_map(place, chosen, number, directory, manifest, plan)
     try:
         loaded: Any = auto_class(plan.kind).from_pretrained(
             directory,
             config=plan.config,
             dtype=number,
-            device_map=device_map or _device_map(place, device is not None, number, directory, manifest, plan),
+            **placed,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=manifest.trust_remote_code,
@@ -114,6 +119,20 @@ def load(directory: Path, dtype: str = "auto", device: str | None = None) -> Loa
 
         keep_text_only(model)
     return Loaded(model, tokenizer, manifest, model.dtype, model.device, time.perf_counter() - started)
+
+
+def read_plan(directory: Path, manifest: Manifest) -> Plan:
+    """How the directory's model is loaded. Raises as plan_of."""
+    with_code = fetch_command(directory, manifest, "--trust-remote-code")
+    return plan_of(directory, manifest.model_args, manifest.source, with_code)
+
+
+def fits(directory: Path, dtype: str) -> bool:
+    """Whether the first GPU has room for the directory's model."""
+    manifest = read_manifest(directory)
+    place = _device(None)
+    number = _dtype(dtype, place, manifest)
+    return _device_map(place, False, number, directory, manifest, read_plan(directory, manifest)) != "auto"
 
 
 def describe(device: torch.device) -> str:
@@ -151,6 +170,16 @@ def _device(chosen: str | None) -> torch.device:
             " Update its driver, or set CUDA_VISIBLE_DEVICES=-1 to serve from the CPU."
         )
     return torch.device("cpu")
+
+
+def _dtype(chosen: str, device: torch.device, manifest: Manifest) -> torch.dtype:
+    """One of DTYPES as torch's: `auto` is the manifest's."""
+    import torch
+
+    if chosen == "auto":
+        chosen = manifest.model_args.get("dtype", "auto")
+    number: torch.dtype = _auto_dtype(device) if chosen == "auto" else getattr(torch, chosen)
+    return number
 
 
 def _auto_dtype(device: torch.device) -> torch.dtype:

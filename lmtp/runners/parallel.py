@@ -1,0 +1,295 @@
+"""One model over several processes, one for each GPU: Transformers' own plan for tensor parallelism.
+
+Each process has some heads of every attention layer and a slice of every matrix. The first process is the server's. Its
+runner schedules, keeps prefixes and samples as over one model. What it does to its keys and values, and each step's
+inputs, it tells the others, which do the same to theirs; the plan adds up what the layers compute. So the logits are
+whole everywhere, and only the first process uses them.
+
+`python -m lmtp.runners.parallel` is one of the other processes.
+"""
+
+import enum
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import override
+
+from lmtp.runners.group import HANG_SECONDS, LOAD_SECONDS, Group, Leader, follow
+from lmtp.runners.model import UnsupportedModel, in_words, limits_of
+from lmtp.runners.runner import MAX_SLOTS, default_budget
+from lmtp.runners.selfcheck import Reference, check_slots
+from lmtp.runners.slot_runner import SlotRunner, SlotStep, layers_of
+from lmtp.runners.slots import Layer, Memory
+from lmtp.runners.step import StepInputs
+from lmtp.settings import SettingsError
+from lmtp.weights import load as weights
+from lmtp.weights.kinds import Kind
+from lmtp.weights.load import Loaded
+from lmtp.weights.manifest import WeightsError, read_manifest
+
+HEADS = re.compile(r"num_(attention|(\w+_)?key_value)_heads$")
+"""How configurations name the heads that processes share."""
+
+WRONG_PLANS = ("hrm_text", "youtu")
+"""Types of models that by their plan in Transformers compute other logits than in one process; nightly tests find
+them."""
+
+
+class Told(enum.IntEnum):
+    """What the first process tells the others to do."""
+
+    LOAD = 0
+    """Load a part of the model; the numbers are the bytes of its directory and dtype."""
+    OPEN = 1
+    """Prepare for steps."""
+    MEMORY = 2
+    """Begin with new memory for keys and values."""
+    RESIZE = 3
+    COPY = 4
+    CLEAR = 5
+    SWAP = 6
+    STEP = 7
+    """Run a step. The numbers are its rows, tokens a row, wanted positions, columns of masks and first slot; then its
+    ids, positions, writes and wanted positions themselves."""
+
+
+class SharedMemory(Memory):
+    """Keys and values of this process's heads; what happens to the first process's, happens to all."""
+
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, group: Group) -> None:
+        super().__init__(layers, dtype)
+        self._group = group
+        self.first = 0
+        """The slot that the next step begins with."""
+        group.tell(Told.MEMORY)
+
+    @override
+    def resize(self, slots: int, capacity: int, held: Sequence[int] = ()) -> None:
+        self._group.tell(Told.RESIZE, [slots, capacity, *held])
+        super().resize(slots, capacity, held)
+
+    @override
+    def _made(self, slots: int, capacity: int, held: Sequence[int]) -> Any:
+        try:
+            made, refusal = super()._made(slots, capacity, held), ""
+        except torch.OutOfMemoryError as error:
+            made, refusal = None, str(error)
+        if not self._group.least(int(made is not None)):
+            raise torch.OutOfMemoryError(refusal or "another process has no memory for keys and values")
+        return made
+
+    @override
+    def from_slot(self, first: int) -> tuple[list[Tensor], list[Tensor]]:
+        self.first = first
+        return super().from_slot(first)
+
+    @override
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._group.tell(Told.COPY, [source, target, length])
+        super().copy(source, target, length)
+
+    @override
+    def clear(self, slot: int) -> None:
+        self._group.tell(Told.CLEAR, [slot])
+        super().clear(slot)
+
+    @override
+    def swap(self, one: int, other: int, length: int) -> None:
+        self._group.tell(Told.SWAP, [one, other, length])
+        super().swap(one, other, length)
+
+
+class ParallelStep(SlotStep):
+    """A step of all processes: a ModelStep. It uses the memory that was made last."""
+
+    def __init__(self, model: PreTrainedModel, group: Group) -> None:
+        super().__init__(model)
+        self.group = group
+
+    @override
+    def new_memory(self, layers: Sequence[Layer]) -> SharedMemory:
+        self.memory = SharedMemory(layers, self.model.dtype, self.group)
+        return self.memory
+
+    @override
+    def forward(self, inputs: StepInputs) -> Tensor:
+        columns = inputs.masks[0].shape[3] if inputs.masks else 0
+        sizes = torch.tensor([*inputs.ids.shape, len(inputs.wanted), columns, self.memory.first])
+        with self.group.computing():
+            self.group.tell(Told.STEP, torch.cat([sizes, *(tensor.flatten().cpu() for tensor in inputs[:4])]))
+            return super().forward(inputs)
+
+    def follow(self, numbers: Tensor, device: torch.device) -> None:
+        """Run the step that the first process runs."""
+        rows, q, wanted, columns, first = numbers[:5].tolist()
+        ids, positions, writes, indices = numbers[5:].to(device).split([rows * q] * 3 + [wanted])
+        at = positions.view(rows, q)
+        masks = self.masks(at, columns) if columns else []
+        super().forward(
+            StepInputs(ids.view(rows, q), at, writes.view(rows, q), indices, masks, *self.memory.from_slot(first))
+        )
+
+
+def load(group: Leader, directory: Path, dtype: str) -> Loaded:
+    """Load the first process's part of the model while the others load theirs.
+
+    Raises WeightsError as weights.load does, and UnsupportedModel where its code cannot run in parts. If another
+    process fails, `open_parallel` says so.
+    """
+    group.tell(Told.LOAD, list(f"{dtype} {directory.resolve()}".encode()))
+    try:
+        return _load(group, directory, dtype)
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever the model's code raises: part of it already runs here
+        raise _not_served("this model", error) from error
+
+
+def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None = None) -> SlotRunner:
+    """The runner of a model that was loaded by `load`: slots, if the self-check passes.
+
+    ``kv_budget``: bytes of each process for keys and values; by default what the one with the least memory has.
+    Raises UnsupportedModel where slots do not serve it.
+    """
+    group.tell(Told.OPEN)
+    try:
+        step, layers, reference, budget = _open(group, model)
+        check_slots(step, layers, reference)
+    except Exception as error:  # whatever the model's code raises
+        raise _not_served(type(model).__name__, error) from error
+    budget = budget if kv_budget is None else kv_budget
+    runner = SlotRunner(step, step.new_memory(layers), budget, MAX_SLOTS, limits_of(model).context)
+    runner.description = f"slots over {group.count} processes"
+    return runner
+
+
+def _not_served(what: str, error: Exception) -> UnsupportedModel:
+    return UnsupportedModel(f"Several processes do not serve {what}: {in_words(error)}. Set PARALLEL=off.")
+
+
+def processes_for(choice: int | None, directory: Path, dtype: str) -> int:
+    """How many processes compute the model of a directory. None, for PARALLEL=auto, is all GPUs that can share it if
+    one has no room for it, else 1.
+
+    Raises WeightsError for a model that cannot be shared by so many, SettingsError where there are too few GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if choice == 1 or (choice is None and (gpus < 2 or weights.fits(directory, dtype))):
+        return 1
+    if choice is None:
+        return next((n for n in range(gpus, 1, -1) if not refusal_of(directory, n)), 1)
+    if gpus and choice > gpus:
+        raise SettingsError(f"PARALLEL is {choice}, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}.")
+    if refusal := refusal_of(directory, choice):
+        raise WeightsError(refusal)
+    return choice
+
+
+def refusal_of(directory: Path, processes: int) -> str:
+    """Why so many processes cannot share the model; empty if they can."""
+    manifest = read_manifest(directory)
+    plan = weights.read_plan(directory, manifest)
+    config, instead = plan.config.get_text_config(decoder=True), "set PARALLEL=off"
+    if plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
+        return f"{manifest.source} is no decoder, and only decoders run in several processes: {instead}."
+    if manifest.adapter is not None or manifest.adapters:
+        return f"{manifest.source} has an adapter, which several processes do not compute: {instead}."
+    if plan.quantization or plan.load_in:
+        return f"{manifest.source} is quantized, which several processes do not compute: {instead}."
+    sharded: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    if config.model_type in WRONG_PLANS:
+        return f"Transformers' plan to share {config.model_type} among processes is wrong: {instead}."
+    if not sharded:
+        return f"Transformers has no plan to share {config.model_type} among processes: {instead}."
+    heads = _heads(config)
+    common = math.gcd(*heads.values())
+    if not any("att" in name and style.startswith("colwise") for name, style in sharded.items()) or not (
+        common % processes
+    ):
+        return ""
+    counts = [str(n) for n in range(2, common + 1) if common % n == 0]
+    found = " and ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in heads.items())
+    instead = f"set PARALLEL to {' or '.join([*counts, 'off'])}"
+    return f"{manifest.source} has {found}, which {processes} processes cannot share equally: {instead}."
+
+
+def _heads(config: PreTrainedConfig) -> dict[str, int]:
+    """The numbers of heads that have to be divided, by their names."""
+    found = {}
+    for name in dir(config):
+        if HEADS.search(name):
+            value = getattr(config, name)
+            if isinstance(value, int | list) and value:
+                found[name] = value if isinstance(value, int) else math.gcd(*value)
+    return found
+
+
+def _load(group: Group, directory: Path, dtype: str) -> Loaded:
+    group.wait_at_most(LOAD_SECONDS)
+    loaded = weights.load(directory, dtype, processes=group.count)
+    group.wait_at_most(LOAD_SECONDS)  # the plan has made groups of its own
+    return loaded
+
+
+def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:
+    """What all processes do alike before the first step. The budget in bytes is what the least of them has."""
+    if model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in open_runner
+    step = ParallelStep(model, group)
+    with group.computing(UnsupportedModel):  # here the first process waits until the others have loaded their parts
+        layers, reference = layers_of(model), Reference.of(model)
+    group.wait_at_most(HANG_SECONDS)
+    share = default_budget(model.device) // (1 if model.device.type == "cuda" else group.count)
+    return step, layers, reference, group.least(share)
+
+
+def _main() -> None:
+    """Do what the first process tells, until it ends this one."""
+    group = follow()
+    opened: tuple[ParallelStep, list[Layer], Reference, int] | None = None
+    loaded: Loaded | None = None
+    while True:
+        code, numbers = group.receive()
+        if code == Told.LOAD:
+            dtype, _, directory = bytes(numbers.tolist()).decode().partition(" ")
+            opened, loaded = None, _load(group, Path(directory), dtype)
+            continue
+        assert loaded is not None
+        if code == Told.OPEN:
+            try:
+                opened = _open(group, loaded.model)
+            except UnsupportedModel:  # the first process has found the same
+                opened = None
+            continue
+        assert opened is not None
+        with torch.inference_mode():
+            _obey(opened[0], opened[1], Told(code), numbers, loaded.device)
+
+
+def _obey(step: ParallelStep, layers: Sequence[Layer], code: Told, numbers: Tensor, device: torch.device) -> None:
+    if code == Told.MEMORY:
+        step.new_memory(layers)
+    elif code == Told.STEP:
+        step.follow(numbers, device)
+    elif code == Told.RESIZE:
+        slots, capacity, *held = numbers.tolist()
+        try:
+            step.memory.resize(slots, capacity, held)
+        except torch.OutOfMemoryError:  # the first process knows; nothing has changed
+            torch.cuda.empty_cache()
+    elif code == Told.COPY:
+        step.memory.copy(*numbers.tolist())
+    elif code == Told.CLEAR:
+        step.memory.clear(*numbers.tolist())
+    else:
+        step.memory.swap(*numbers.tolist())
+
+
+if __name__ == "__main__":
+    _main()

@@ -175,20 +175,6 @@ def _answer(engine: Engine, operations: list[Any]) -> tuple[int, float]:
     return len(replies), time.perf_counter() - started
 
 
-class Growing(Stream):
-    """A stream that gets another token after each step."""
-
-    @property
-    def goal(self) -> int:
-        """All tokens."""
-        return len(self.tokens)
-
-    @property
-    def first_wanted(self) -> int:
-        """The last token."""
-        return len(self.tokens) - 1
-
-
 class Model:
     """A random model, its engine, and what can be measured of them."""
 
@@ -327,9 +313,9 @@ class Model:
     def _prompts(self, rows: int, length: int, *salt: object) -> list[list[int]]:
         return [[token % self._vocabulary for token in prompts.tokens(length, "gpu", *salt, i)] for i in range(rows)]
 
-    def _admitted(self, runner: Runner, rows: int, columns: int, more: int) -> list[Growing]:
+    def _admitted(self, runner: Runner, rows: int, columns: int, more: int) -> list[Stream]:
         """Streams that have computed so many tokens each, with one more to compute."""
-        streams = [Growing(tokens, columns + more + 1) for tokens in self._prompts(rows, columns, "decode", columns)]
+        streams = [Stream(tokens, columns + more + 1) for tokens in self._prompts(rows, columns, "decode", columns)]
         for stream in streams:
             if not runner.admit(stream):
                 raise RuntimeError(f"there is no memory for {rows} rows of {columns} columns")

@@ -169,7 +169,8 @@ class Completions:
     async def tokenize(self, tokenizers: Tokenizers, context: int) -> None:
         """Put token ids in place of the options' texts. Raises RequestError for one that cannot be scored."""
         prompt = 0 if self._begins else len(self._generate.prompt)
-        names = {text: f"choices[{i}]" for i, text in reversed(list(enumerate(self._generate.choices or [])))}
+        listed = reversed(list(enumerate(self._generate.choices or []))) if self._options else ()
+        names = {text: f"choices[{i}]" for i, text in listed}
         for place, operation in enumerate(self.operations):
             if not isinstance(operation, Score) or not isinstance(operation.scored, str):
                 continue

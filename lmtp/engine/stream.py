@@ -52,11 +52,6 @@ class OperationStream(Stream):
         return self.prompt_length + 1
 
     @property
-    @override
-    def goal(self) -> int:
-        return len(self.tokens)
-
-    @property
     def decoding(self) -> bool:
         """Whether its pending tokens are generated ones: the last one, or several that a grammar forced."""
         return False

@@ -44,13 +44,14 @@ class Stream:
 
     @property
     def goal(self) -> int:
-        """How many tokens have to be computed before the stream can go on or end."""
-        raise NotImplementedError
+        """How many tokens have to be computed before the stream can go on or end: all of them, by default."""
+        return len(self.tokens)
 
     @property
     def first_wanted(self) -> int:
-        """The first position whose logits are wanted. The positions before it are never computed twice."""
-        raise NotImplementedError
+        """The first position whose logits are wanted: the last one, by default. The positions before it are never
+        computed twice."""
+        return len(self.tokens) - 1
 
     @property
     def pending(self) -> int:

@@ -31,11 +31,6 @@ class Wanting(Stream):
         super().__init__(tokens, len(tokens))
         self.place = place
 
-    @property
-    @override
-    def goal(self) -> int:
-        return len(self.tokens)
-
     @override
     def wanted(self, count: int) -> int:
         return len(self.places(count))

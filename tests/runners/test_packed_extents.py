@@ -20,35 +20,23 @@ def make(tokens: int) -> Extents:
     return Extents(Pool(LAYERS, torch.float32, tokens), CONTEXT)
 
 
-class Text(Stream):
-    """A stream that has to compute all of its tokens and wants the last one's logits."""
-
-    @property
-    def goal(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def first_wanted(self) -> int:
-        return len(self.tokens) - 1
+def stream(prompt: list[int], max_tokens: int = 8) -> Stream:
+    return Stream(list(prompt), min(len(prompt) + max_tokens, CONTEXT))
 
 
-def stream(prompt: list[int], max_tokens: int = 8) -> Text:
-    return Text(list(prompt), min(len(prompt) + max_tokens, CONTEXT))
-
-
-def run(first: int, count: int, max_tokens: int = 8) -> Text:
+def run(first: int, count: int, max_tokens: int = 8) -> Stream:
     """A stream whose prompt is the numbers from ``first`` on."""
     return stream(list(range(first, first + count)), max_tokens)
 
 
-def held(extents: Extents, some: Text) -> torch.Tensor:
+def held(extents: Extents, some: Stream) -> torch.Tensor:
     start = extents.start_of(some)
     return torch.cat(
         [tensor[start : start + some.computed, 0, :2] for tensor in (*extents.pool.keys, *extents.pool.values)], dim=1
     )
 
 
-def compute(extents: Extents, some: Text) -> None:
+def compute(extents: Extents, some: Stream) -> None:
     """Write what the model would: here a token's keys and values are the token itself."""
     start = extents.start_of(some)
     ids = torch.tensor(some.tokens[some.computed :], dtype=torch.float32)[:, None, None]
@@ -57,19 +45,19 @@ def compute(extents: Extents, some: Text) -> None:
     some.computed = len(some.tokens)
 
 
-def check(extents: Extents, some: Text) -> None:
+def check(extents: Extents, some: Stream) -> None:
     ids = torch.tensor(some.tokens[: some.computed], dtype=torch.float32)[:, None]
     assert (held(extents, some) == ids).all()
 
 
-def admit(extents: Extents, some: Text) -> Text:
+def admit(extents: Extents, some: Stream) -> Stream:
     assert extents.admit(some)
     check(extents, some)
     compute(extents, some)
     return some
 
 
-def finish(extents: Extents, some: Text) -> None:
+def finish(extents: Extents, some: Stream) -> None:
     admit(extents, some)
     extents.release(some)
 
@@ -238,7 +226,7 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
     generator = random.Random(tokens)
     extents = make(tokens)
     texts = [[generator.randrange(900) for _ in range(300)] for _ in range(4)]
-    running: list[Text] = []
+    running: list[Stream] = []
     admitted = reused = 0
     for _ in range(4000):
         choice = generator.random()

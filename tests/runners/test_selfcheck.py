@@ -148,18 +148,10 @@ def test_a_model_that_no_runner_serves_is_refused_with_what_was_found_and_what_t
     )
 
 
-class Whole(Stream):
-    """A stream that wants its last position's logits."""
-
-    @property
-    def first_wanted(self) -> int:
-        return len(self.tokens) - 1
-
-
 def test_a_stream_waits_for_the_one_before_where_the_model_keeps_state_in_its_modules() -> None:
     runner = open_runner(models.build("recurrent_gemma"))
     assert runner.description == "the model's own state, one stream alone"
-    first, second = (Whole([5, 6, 7], 8) for _ in range(2))
+    first, second = (Stream([5, 6, 7], 8) for _ in range(2))
     assert runner.admit(first)
     assert not runner.admit(second)
     first.computed = 3

@@ -21,23 +21,11 @@ def make(tokens: int = 10_000, max_slots: int = 64) -> tuple[Memory, Slots]:
     return memory, Slots(memory, tokens * PER_TOKEN, max_slots, CONTEXT)
 
 
-class Text(Stream):
-    """A stream that has to compute all of its tokens and wants the last one's logits."""
-
-    @property
-    def goal(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def first_wanted(self) -> int:
-        return len(self.tokens) - 1
+def stream(prompt: list[int], max_tokens: int = 8) -> Stream:
+    return Stream(list(prompt), min(len(prompt) + max_tokens, CONTEXT))
 
 
-def stream(prompt: list[int], max_tokens: int = 8) -> Text:
-    return Text(list(prompt), min(len(prompt) + max_tokens, CONTEXT))
-
-
-def compute(memory: Memory, some: Text) -> None:
+def compute(memory: Memory, some: Stream) -> None:
     """Write what the model would: here a token's keys and values are the token itself."""
     ids = torch.tensor(some.tokens, dtype=torch.float32)[None, :, None]
     for tensor in (*memory.keys, *memory.values):
@@ -45,7 +33,7 @@ def compute(memory: Memory, some: Text) -> None:
     some.computed = len(some.tokens)
 
 
-def check(memory: Memory, some: Text) -> None:
+def check(memory: Memory, some: Stream) -> None:
     ids = torch.tensor(some.tokens[: some.computed], dtype=torch.float32)[None, :, None]
     for tensor in (*memory.keys, *memory.values):
         assert (tensor[some.slot, :, : some.computed] == ids).all()
@@ -137,7 +125,7 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
     generator = random.Random(tokens)
     memory, slots = make(tokens, max_slots=12)
     texts = [[generator.randrange(900) for _ in range(300)] for _ in range(4)]
-    running: list[Text] = []
+    running: list[Stream] = []
     admitted = 0
     for _ in range(600):
         if generator.random() < 0.5 or not running:

@@ -16,7 +16,8 @@ ANSWER = "The capital of France is Paris."
 def litellm(api: StandIn, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, with Replicate's address replaced by the stand-in's."""
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing it fetches a price list
-    pytest.importorskip("litellm", reason="litellm is not installed: it brings 60 packages")
+    # Its main module: a directory left by an uninstalled litellm would be imported as an empty package.
+    pytest.importorskip("litellm.main", reason="litellm is not installed: it brings 60 packages")
     send = httpx.Client.send
 
     def redirected(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:

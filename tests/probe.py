@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Encode, Generate, Score
-from lmtp.runners.model import UnsupportedModel, accepts_positions, limits_of
+from lmtp.runners.model import UnsupportedModel, accepts_positions, limits_of, token_types
+from lmtp.weights.kinds import PREFIX_LM
 from tests import models
 from tests.encoders import tokenizer_of
 from tests.tiny import answers, start
@@ -145,6 +146,10 @@ def forward_passes(
         yield model(input_ids=torch.tensor([prompt]), decoder_input_ids=target).logits[0, -len(scored) :].float()
         return
     ids = torch.tensor([prompt + scored[:-1]])
+    if model.config.model_type in PREFIX_LM:
+        types = token_types(ids, len(prompt))
+        yield model(input_ids=ids, token_type_ids=types, use_cache=False).logits[0, -len(scored) :].float()
+        return
     yield model(input_ids=ids, use_cache=False).logits[0, -len(scored) :].float()
     if accepts_positions(model):
         positions = torch.arange(ids.shape[1])[None]
@@ -156,6 +161,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[i
     ids = torch.tensor([prompt])
     generate: Any = model.generate  # typed as a tensor
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": max_tokens, "do_sample": False}
+    if model.config.model_type in PREFIX_LM:
+        arguments["token_type_ids"] = torch.zeros_like(ids)
     try:
         output = generate(ids, **arguments)
     except (AttributeError, TypeError, ValueError):  # some models' own caches do not work

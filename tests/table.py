@@ -30,6 +30,7 @@ is refused with the reason.
 - **own caches**: the model's own caches, one stream at a time. A finished stream is reused by a text that continues it.
 - **own state**: the model keeps its state in its modules. A stream waits for the end of the one before.
 - **no cache**: every token computes its whole text, since the model's own cache does not work.
+- **whole prompts**: the prompt attends both ways, as Transformers' token types say. It is computed whole, and not reused.
 
 The prompts of encoder-decoder models are their sources, which are encoded at once; log-probabilities are those of targets.
 
@@ -42,7 +43,7 @@ Of multimodal models text alone is served, and compared. The section has those t
 BERT and its like are served as decoders only if their configuration says `is_decoder`: the rows are for such models.
 """
 
-RUNNERS = {"slots": "slots", "the model's own caches": "own caches", "the model's own state": "own state", "no cache": "no cache"}  # fmt: skip
+RUNNERS = {"slots": "slots", "the model's own caches": "own caches", "the model's own state": "own state", "no cache": "no cache", "the model's own caches over whole prompts": "whole prompts"}  # fmt: skip
 
 WAYS = {"all texts of a step in one padded pass": "padded", "texts of equal length in one pass": "by length", "one text at a time": "one by one"}  # fmt: skip
 

@@ -16,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmtp.runners.adapters import Adapters
-from lmtp.runners.model import accepts_positions, input_device, only_wanted
+from lmtp.runners.model import accepts_positions, input_device, only_wanted, token_types
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
+from lmtp.weights.kinds import PREFIX_LM
 
 MAX_STREAMS = 16
 """Streams at once: each has its own cache, bounded only by the context."""
@@ -41,6 +42,14 @@ class Mode(StrEnum):
     STATE = "the model's own state, one stream alone"
     """It is in the model's modules, so the next stream waits for the end of one."""
     NOTHING = "no cache, so that every token computes its whole text"
+    PREFIX = "the model's own caches over whole prompts, one stream at a time"
+    """A prompt attends both ways: what is computed of it depends on its end, so nothing of it is reused."""
+
+
+def modes_of(model: PreTrainedModel) -> list[Mode]:
+    """The modes that may serve a model; the fastest comes first."""
+    prefixed = model.config.model_type in PREFIX_LM
+    return [mode for mode in Mode if (mode is Mode.PREFIX) == prefixed]
 
 
 @dataclass(eq=False)
@@ -133,26 +142,32 @@ class CacheRunner:
         for stream, count in zip(step.streams, step.counts, strict=True):
             cache = self._caches[stream.slot]
             first, last = stream.computed, stream.computed + count
+            if self._mode is Mode.PREFIX and first < stream.prompt_length:
+                if last < stream.prompt_length:  # wait for the whole prompt
+                    continue
+                first = 0
             positions = [(first, last)] if first == 0 else [(i, i + 1) for i in range(first, last)]
             for a, b in positions:
                 first_wanted = max(stream.first_wanted, a)
-                forward = functools.partial(self._forward, cache, stream.tokens, a, b, first_wanted)
+                forward = functools.partial(self._forward, cache, stream, a, b, first_wanted)
                 logits = self.adapters.run([stream.adapter], forward)
                 wanted.append(logits[: max(b - first_wanted, 0)])
-        return torch.cat(wanted)
+        return torch.cat(wanted) if wanted else torch.empty(0)
 
-    def _forward(self, cache: ModelCache, tokens: list[int], first: int, last: int, wanted: int) -> Tensor:
+    def _forward(self, cache: ModelCache, stream: Stream, first: int, last: int, wanted: int) -> Tensor:
         """Compute tokens ``first`` to ``last``; the cache then holds them. Returns the logits
         ``[last - wanted, vocabulary]``, at least the last one."""
         model = self._model
-        ids = torch.tensor([tokens[:last]], device=self._device)
+        ids = torch.tensor([stream.tokens[:last]], device=self._device)
         if first == 0:
             cache.arguments = self._new_cache(ids)
         elif not any(cache.arguments.get(name) is not None for name in CACHE_NAMES):
-            return self._forward(cache, tokens, 0, last, wanted)  # a model without a cache computes all of it again
+            return self._forward(cache, stream, 0, last, wanted)  # a model without a cache computes all of it again
         arguments = dict(cache.arguments)
         if self._accepts_positions:
             arguments["position_ids"] = torch.arange(last, device=self._device)[None]
+        if self._mode is Mode.PREFIX:
+            arguments["token_type_ids"] = token_types(ids, stream.prompt_length)
         inputs = model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=last - first,

@@ -276,6 +276,11 @@ def accepts_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def token_types(ids: Tensor, prompt_length: int) -> Tensor:
+    """The token types of texts ``ids`` ``[rows, tokens]`` for a prefix LM: 0 in the prompt, 1 after it."""
+    return (torch.arange(ids.shape[1], device=ids.device) >= prompt_length).long().expand_as(ids)
+
+
 @contextlib.contextmanager
 def only_wanted(model: PreTrainedModel, index: Tensor) -> Iterator[None]:
     """Let the output layer see only the positions ``index`` of the flattened batch, whatever the model does before and

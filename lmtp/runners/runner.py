@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmtp.runners.adapters import Adapters
-from lmtp.runners.cache_runner import CacheRunner, Mode
+from lmtp.runners.cache_runner import CacheRunner, modes_of
 from lmtp.runners.compiled import CompiledStep
 from lmtp.runners.encoder import open_encoder
 from lmtp.runners.encoder_decoder import open_encoder_decoder
@@ -131,7 +131,7 @@ def open_runner(
 
 def _open_cache_runner(model: PreTrainedModel, context: int, reason: str, adapters: Adapters) -> CacheRunner:
     found = []
-    for mode in Mode:
+    for mode in modes_of(model):
         try:
             for name in ("", *adapters.names):
                 check_caches(CacheRunner(model, context, reason, mode, adapters), model, name)

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner
-from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, why_refused
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, token_types, why_refused
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, Stream
+from lmtp.weights.kinds import PREFIX_LM
 
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """How far a position's logits may be from the model's own, relative to their spread. After random tokens a bfloat16
@@ -38,6 +39,9 @@ SHARED = 8
 
 ROW = 4
 """How many tokens of each text a recorded step is checked with."""
+
+GIVEN = (6, 1)
+"""How many tokens of two texts are the prompts of a prefix LM."""
 
 TOKENS, SLOTS, CONTEXT = 512, 8, 64
 """The size of the memory in which the check runs."""
@@ -101,7 +105,7 @@ class Text(Stream):
 
     def __init__(self, tokens: list[int], given: int = 1, adapter: str = "") -> None:
         super().__init__(tokens, len(tokens))
-        self._given = given
+        self.prompt_length = given
         self.adapter = adapter
 
     @property
@@ -112,7 +116,7 @@ class Text(Stream):
     @property
     def first_wanted(self) -> int:
         """The last given token."""
-        return self._given - 1
+        return self.prompt_length - 1
 
 
 @torch.inference_mode()
@@ -176,14 +180,21 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     if "lsh" in getattr(model.config, "attn_layers", ()):
         raise UnsupportedModel("its attention chooses at random what it sees")
     first, second = _random_texts(model, 9, 5)
-    texts: list[Stream] = [Text(first, 1, adapter), Text(second, 1, adapter), Text(first + second, len(first), adapter)]
+    prefixed = model.config.model_type in PREFIX_LM
+    given = GIVEN if prefixed else (1, 1)
+    texts: list[Stream] = [
+        Text(first, given[0], adapter),
+        Text(second, given[1], adapter),
+        Text(first + second, len(first), adapter),
+    ]
     try:
         with runner.adapters.alone(adapter):
-            own = [_own_logits(model, text.tokens[:-1]) for text in texts]
+            own = [_own_logits(model, text) for text in texts]
     except Exception as error:  # the model's code can raise anything
         raise UnsupportedModel(why_refused(error, "its own code does not run on text alone")) from error
     precision = precision_of(model)
-    if _differing(own[2][: len(own[0])], own[0], precision) > FORGIVEN[precision] * len(own[0]):
+    unlike = 0 if prefixed else _differing(own[2][: len(own[0])], own[0], precision)
+    if unlike > FORGIVEN[precision] * len(own[0]):
         raise UnsupportedModel("its attention sees the tokens that follow, so it cannot continue a text")
     got: dict[Stream, list[Tensor]] = {text: [] for text in texts}
     waiting, counts = list(texts), itertools.chain((5, 1), itertools.repeat(1))
@@ -201,11 +212,15 @@ def check_caches(runner: CacheRunner, model: PreTrainedModel, adapter: str = "")
     compare(Reference([text.tokens for text in texts], own, precision), list(got.values()))
 
 
-def _own_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    """The logits ``[tokens, vocabulary]`` of one forward pass, with the positions that generate gives: RoBERTa's own
-    begin elsewhere."""
-    ids = torch.tensor([tokens], device=input_device(model))
-    more = {"position_ids": torch.arange(len(tokens), device=ids.device)[None]} if accepts_positions(model) else {}
+def _own_logits(model: PreTrainedModel, text: Stream) -> Tensor:
+    """The logits ``[tokens - 1, vocabulary]`` of one forward pass, with the positions that generate gives: RoBERTa's
+    own begin elsewhere. A prefix LM's own positions are right."""
+    ids = torch.tensor([text.tokens[:-1]], device=input_device(model))
+    more = {}
+    if model.config.model_type in PREFIX_LM:
+        more["token_type_ids"] = token_types(ids, text.prompt_length)
+    elif accepts_positions(model):
+        more["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
     logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits[0].float()
 

@@ -21,6 +21,7 @@ from lmtp.runners.adapters import Adapters
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
+from lmtp.weights.kinds import PREFIX_LM
 
 CHUNK = 2048
 BUSY_CHUNK = 256
@@ -91,6 +92,8 @@ class SlotStep(nn.Module):
     def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
         """Raises UnsupportedModel for a model whose layers or positions cannot work over slots."""
         super().__init__()
+        if model.config.model_type in PREFIX_LM:
+            raise UnsupportedModel("its prompt attends both ways, so no prefix of it can be reused")
         if _rope_depends_on_batch(model):
             raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
         if lengths := _hidden_lengths(model):

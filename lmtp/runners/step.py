@@ -21,6 +21,8 @@ class Stream:
         self.tokens = tokens
         self.max_length = max_length
         """Tokens it may come to hold, prompt included: its memory must have room for them."""
+        self.prompt_length = len(tokens)
+        """How many of its first tokens are the prompt; later ones were generated, or are to be scored."""
         self.computed = 0
         """How many tokens, from the first, have their keys and values in the runner's memory."""
         self.reused = 0

@@ -38,6 +38,11 @@ OTHER = re.compile(r"EncoderModel$|For(?!CausalLM|ConditionalGeneration|MaskedLM
 """Classes whose output is none of these kinds', such as rewards: their type says nothing of it."""
 
 
+PREFIX_LM = ("paligemma",)
+"""Types of models whose prompt is one block that attends both ways, and what follows it attends backwards. Their token
+types tell them apart: 0 and 1."""
+
+
 def kind_of(config: PreTrainedConfig, source: str) -> Kind:
     """The kind of model that the source's configuration describes.
 
@@ -78,7 +83,8 @@ def refuse_without_text(kind: Kind, config: PreTrainedConfig, source: str) -> No
     if name is None:
         return
     why = _why_not_text(getattr(transformers, name)) if kind is Kind.MULTIMODAL else ""
-    if not why and getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all"):
+    both_ways = getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all")
+    if not why and both_ways and config.model_type not in PREFIX_LM:
         why = "lets all tokens of a prompt see each other, which no runner computes (use_bidirectional_attention)"
     if why:
         raise WeightsError(f"{source} is a {name}, which {why}: choose a model that continues plain text.")

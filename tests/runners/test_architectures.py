@@ -76,6 +76,7 @@ def test_lengths_that_only_the_models_own_code_knows_keep_it_out_of_slots() -> N
     [
         ("llava", "LlavaForConditionalGeneration"),
         ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("paligemma", "PaliGemmaForConditionalGeneration"),
         ("unlimited_ocr", "UnlimitedOcrForConditionalGeneration"),
         ("blip", "BlipForConditionalGeneration"),
         ("idefics", "IdeficsForVisionText2Text"),

@@ -113,7 +113,6 @@ def test_what_is_no_language_model_is_refused_before_its_weights_are_fetched(
         ("qwen2_5_omni", "a Qwen2_5OmniForConditionalGeneration, which does not generate text from text"),
         ("diffusion_gemma", "a DiffusionGemmaForBlockDiffusion, which has a decoder apart from"),
         ("vision-encoder-decoder", "a VisionEncoderDecoderModel, which does not generate text from text"),
-        ("paligemma", "a PaliGemmaForConditionalGeneration, which lets all tokens of a prompt see each other"),
     ],
 )
 def test_a_multimodal_model_that_does_not_continue_text_is_refused_before_its_weights_are_fetched(
@@ -178,14 +177,7 @@ def test_a_decoder_whose_tokens_see_those_that_follow_is_refused_and_one_of_imag
     refuse_without_text(Kind.MULTIMODAL, images, "org/name")
 
 
-def test_paligemma_is_no_decoder_for_its_prompt_depends_on_what_follows() -> None:
-    """The reason of the refusal: if Transformers changes this, PaliGemma can be served."""
-    config = transformers.PaliGemmaConfig(
-        text_config={**BASE, "model_type": "gemma", "head_dim": 8},
-        vision_config={**VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
-        projection_dim=32,
-    )
-    model = seeded(AutoModelForMultimodalLM.from_config(config))
-    ids = torch.tensor([random_prompts(9)[0]])
-    difference = model(input_ids=ids).logits[:, :4] - model(input_ids=ids[:, :4]).logits
-    assert difference.abs().max() > 0.1
+def test_paligemma_is_not_refused_for_its_token_types_say_where_the_prompt_ends() -> None:
+    config = transformers.PaliGemmaConfig()
+    assert config.get_text_config().use_bidirectional_attention
+    refuse_without_text(Kind.MULTIMODAL, config, "org/name")

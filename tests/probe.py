@@ -1,6 +1,7 @@
 """Which runner serves an architecture, and whether it serves it as Transformers does: a tiny random model is compared
 with Transformers' own `generate` and one plain forward pass."""
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,8 @@ def probe(model_type: str, architecture: str, auto: str = CAUSAL) -> Row:
     except Exception as error:
         return Row(*named, UNBUILT, reason=said(error))
     try:
-        engine = start(model, tokenizer_of("bert") if auto in (MASKED, CLASSIFIER) else None)
+        # The reference is a model that no runner has seen.
+        engine = start(copy.deepcopy(model), tokenizer_of("bert") if auto in (MASKED, CLASSIFIER) else None)
     except UnsupportedModel as error:
         return Row(*named, REFUSED, reason=str(error))
     except Exception as error:

@@ -21,6 +21,7 @@ from lmtp.runners.adapters import Adapters
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
+from lmtp.runners.temperature import scale_by_position
 from lmtp.weights.kinds import PREFIX_LM
 
 CHUNK = 2048
@@ -96,7 +97,7 @@ class SlotStep(nn.Module):
             raise UnsupportedModel("its prompt attends both ways, so no prefix of it can be reused")
         if _rope_depends_on_batch(model):
             raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
-        if lengths := _hidden_lengths(model):
+        if lengths := sorted(set(_hidden_lengths(model)) - scale_by_position(model)):
             raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
         self.adapters = adapters or Adapters(model)
@@ -270,7 +271,7 @@ NOT_HIDDEN = re.compile("^(sliding_window|attention_chunk_size)$|layers|pattern|
 
 def _hidden_lengths(model: PreTrainedModel) -> list[str]:
     """The configuration's lengths that the model's own code applies to columns, which differ between the rows of a
-    batch, and that the self-check's texts are too short to show: GPT-Neo's local attention, the scales of Llama 4."""
+    batch, and that the self-check's texts are too short to show, such as GPT-Neo's local attention."""
     if model.config.is_encoder_decoder:
         return []  # these are the encoder's, which computes a source at once
     config = model.config.get_text_config(decoder=True)

@@ -14,8 +14,8 @@ from tests import models, table
 from tests.probe import CAUSAL, CLASSIFIER, MASKED, MULTIMODAL, probe
 from tests.server import ROOT
 
-SLOTS = ("bert", "codegen", "doge", "falcon", "fuyu", "git", "moshi", "opt", "phi", "xglm")
-OWN = ("bart", "falcon_mamba", "gpt_neo", "llama4_text", "recurrent_gemma", "roberta", "whisper")
+SLOTS = ("bert", "codegen", "doge", "falcon", "fuyu", "git", "llama4_text", "moshi", "opt", "phi", "xglm")
+OWN = ("bart", "falcon_mamba", "gpt_neo", "recurrent_gemma", "roberta", "whisper")
 REFUSED = ("cpmant", "reformer", "xlnet")
 
 

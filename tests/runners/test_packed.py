@@ -183,7 +183,7 @@ def test_a_stream_longer_than_the_pool_is_refused_with_what_it_holds(engine: Eng
     [
         ("gemma2", "its attention takes softcap"),
         ("mpt", "it takes no positions"),
-        ("llama4_text", "its configuration bounds attention by floor_scale, which masks do not"),
+        ("gpt_neo", "its configuration bounds attention by window_size, which masks do not"),
         ("gemma4_text", "its heads are 512 numbers; FlashAttention takes multiples of 8 to 256"),
         ("gptj", "its attention does not go through Transformers' AttentionInterface"),
         ("deepseek_v3", "its attention changes keys after they are stored"),

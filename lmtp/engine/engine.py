@@ -494,9 +494,10 @@ class Engine:
         longest = self.runner.longest
         name = "target" if stream.source else "prompt"
         if stream.least_length > longest:
-            raise RequestError(
-                f"{name} is {stream.prompt_length} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}."
-            )
+            what = f"{name} is {stream.prompt_length}"
+            if isinstance(operation, Score):
+                what = f"{name} and scored are {stream.max_length}"
+            raise RequestError(f"{what} tokens; memory for keys and values (KV_CACHE_GB) holds {longest}.")
         stream.max_length = min(stream.max_length, longest)
         given = operation.scored if isinstance(operation, Score) else operation.target or ()
         tokens = len(operation.prompt) + len(given) if stream.source else len(stream.tokens)

@@ -250,7 +250,11 @@ def test_with_little_memory_streams_wait_for_rows_and_sources_are_encoded_again(
         assert [batch.ids(i) for i in range(6)] == [own_greedy(model, source, 20) for source in sources]
     longest = engine.runner.longest_source
     error = answers(engine, Generate(stream_id=0, prompt=[5] * (longest + 1))).error()
+    scored = answers(engine, Score(stream_id=0, prompt=[5], scored=[5] * 110)).error()
     engine.stop()
+    assert scored == (
+        f"target and scored are 111 tokens; memory for keys and values (KV_CACHE_GB) holds {engine.runner.longest}."
+    )
     assert error == f"prompt is {longest + 1} tokens; memory for encoding a prompt (KV_CACHE_GB) holds {longest}."
 
 

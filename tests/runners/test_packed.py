@@ -173,7 +173,7 @@ def test_a_stream_longer_than_the_pool_is_refused_with_what_it_holds(engine: Eng
     try:
         assert small.runner.longest == 64
         error = answers(small, Score(stream_id=0, prompt=prompt[:60], scored=prompt[:9])).error()
-        assert error == "prompt is 60 tokens; memory for keys and values (KV_CACHE_GB) holds 64."
+        assert error == "prompt and scored are 69 tokens; memory for keys and values (KV_CACHE_GB) holds 64."
     finally:
         small.stop()
 

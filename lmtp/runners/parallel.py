@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import RowwiseParallel
 from typing_extensions import override
 
 from lmtp.runners.group import HANG_SECONDS, LOAD_SECONDS, Group, Leader, follow
+from lmtp.runners.links import Links
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.runner import MAX_SLOTS, default_budget
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -230,11 +234,39 @@ def _heads(config: PreTrainedConfig) -> dict[str, int]:
     return found
 
 
+class Rowwise(RowwiseParallel):
+    """Transformers' style of that name, which adds up small outputs faster."""
+
+    def __init__(self, links: Links) -> None:
+        super().__init__()
+        self._links = links
+
+    @override
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: Any) -> Tensor:
+        if not self._links.takes(output):
+            whole: Tensor = super().transform_output_post_forward(module, output, mesh)
+            return whole
+        total = self._links.sum(output)
+        return total if module.bias is None else total + module.bias
+
+
 def _load(group: Group, directory: Path, dtype: str) -> Loaded:
     group.wait_at_most(LOAD_SECONDS)
+    ALL_PARALLEL_STYLES.register("rowwise", Rowwise(group.links))
     loaded = weights.load(directory, dtype, processes=group.count)
+    _keep_shards(loaded.model)
     group.wait_at_most(LOAD_SECONDS)  # the plan has made groups of its own
     return loaded
+
+
+def _keep_shards(model: PreTrainedModel) -> None:
+    """Replace the linear layers' distributed weights by this process's part of them. Transformers computes with that,
+    and else takes it out at each call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if isinstance(weight, DTensor):
+                    setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
 
 
 def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:

@@ -1,13 +1,14 @@
 """Sums over the processes of one machine's CPU, by Unix sockets between each two of them.
 
-Gloo gives each operation to a thread, which another thread wakes when data comes. A decode step of the demo model sums
-60 times 2 KB. Beside busy processes gloo took 0.4 ms for each and 0.29 ms of processor time, and this takes 0.06 ms and
-0.02 ms (two processes on two cores).
+Gloo gives each operation to a thread, which another thread wakes when data comes. A decode step of the demo model adds
+up 2 KB 60 times. Beside busy processes gloo took 0.4 ms for each and 0.29 ms of processor time, and this takes 0.06 ms
+and 0.02 ms (two processes on two cores).
 """
 
 import itertools
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ class Links:
         for link in self._sockets:
             link.sendall(_bytes(tensor))
         others = [self._received(link, tensor) for link in self._sockets]
-        first, second, *more = [*others[: self._rank], tensor, *others[self._rank :]]
-        total = first + second
-        for part in more:
+        parts = [*others[: self._rank], tensor, *others[self._rank :]]
+        total = parts[0] + parts[1]
+        for part in parts[2:]:
             total += part
         return total
 
@@ -74,4 +75,5 @@ def pairs(count: int) -> list[list[socket.socket]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -283,7 +283,7 @@ def _load(group: Group, directory: Path, dtype: str) -> Loaded:
 
 def _keep_shards(model: PreTrainedModel) -> None:
     """Replace the linear layers' distributed weights by this process's part of them, which Transformers' hooks take out
-    at each call: for a small step that took as long as the products themselves."""
+    at each call."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             for name, weight in list(module.named_parameters(recurse=False)):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
+from lmtp.runners.links import Links, pairs
 from lmtp.settings import ROOT
 
 START_SECONDS = 120.0
@@ -46,8 +47,8 @@ class GroupError(RuntimeError):
 class Group:
     """One process's place in the group."""
 
-    def __init__(self, store: Store, rank: int, count: int) -> None:
-        self.rank, self.count = rank, count
+    def __init__(self, store: Store, rank: int, count: int, links: Links) -> None:
+        self.rank, self.count, self.links = rank, count, links
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(rank)
@@ -100,6 +101,7 @@ class Group:
 
     def wait_at_most(self, seconds: float) -> None:
         """Bound how long a process waits for the others in the middle of what they compute."""
+        self.links.wait_at_most(seconds)
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
@@ -125,16 +127,23 @@ class Leader(Group):
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
             )
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(port), str(rank), str(count), str(os.getpid())],
-                cwd=ROOT,
-                env=environment | {"LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # the log
+        ours, *theirs = pairs(count)
+        self.links = Links(0, ours)
+        self.processes = []
+        for rank, links in enumerate(theirs, start=1):
+            arguments = [port, rank, count, os.getpid(), *(link.fileno() for link in links)]
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *map(str, arguments)],
+                    cwd=ROOT,
+                    env=environment | {"LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # the log
+                    pass_fds=[link.fileno() for link in links],
+                )
             )
-            for rank in range(1, count)
-        ]
+            for link in links:
+                link.close()
         self._watchers = [
             threading.Thread(target=self._watch, args=(rank, process), name=f"process {rank}", daemon=True)
             for rank, process in enumerate(self.processes, start=1)
@@ -144,7 +153,7 @@ class Leader(Group):
         try:
             self._wait_for(store)
             with self.computing():
-                super().__init__(store, 0, count)
+                super().__init__(store, 0, count, self.links)
         except BaseException:
             self.close()
             raise
@@ -186,6 +195,7 @@ class Leader(Group):
             watcher.join()
         if not self._closed:
             self._closed = True
+            self.links.close()
             torch.set_num_threads(self._threads)
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -213,14 +223,14 @@ class Leader(Group):
 
 def follow() -> Group:
     """Join the group as its first process asked by the arguments of this one."""
-    port, rank, count, parent = map(int, sys.argv[1:])
+    port, rank, count, parent, *links = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         sys.exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
     store = TCPStore("127.0.0.1", port, is_master=False)
     store.set(str(rank), "")
-    return Group(store, rank, count)
+    return Group(store, rank, count, Links(rank, [socket.socket(fileno=link) for link in links]))
 
 
 def _line(error: Exception) -> str:

@@ -16,11 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 from typing_extensions import override
 
 from lmtp.runners.group import HANG_SECONDS, LOAD_SECONDS, Group, Leader, follow
+from lmtp.runners.links import Links
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.runner import MAX_SLOTS, default_budget
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -230,11 +237,58 @@ def _heads(config: PreTrainedConfig) -> dict[str, int]:
     return found
 
 
+class Colwise(ColwiseParallel):
+    """Transformers' style of that name, without a hook: once `_keep_shards` has run, a linear layer needs none."""
+
+    @override
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return module if isinstance(module, nn.Linear) else super().install_forward(module, mesh)
+
+
+class Rowwise(RowwiseParallel):
+    """Transformers' style of that name, with a hook that only adds up."""
+
+    def __init__(self, links: Links) -> None:
+        super().__init__()
+        self._links = links
+
+    @override
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, nn.Linear):
+            return super().install_forward(module, mesh)
+        group = mesh.get_group()
+
+        def forward(states: Tensor) -> Tensor:
+            part = functional.linear(states, module.weight)
+            if self._links.takes(part):
+                part = self._links.sum(part)
+            else:
+                dist.all_reduce(part, group=group)
+            return part if module.bias is None else part + module.bias
+
+        module.__dict__["forward"] = forward  # as Transformers' own hooks, of this module alone
+        return module
+
+
 def _load(group: Group, directory: Path, dtype: str) -> Loaded:
     group.wait_at_most(LOAD_SECONDS)
+    styles: Any = ALL_PARALLEL_STYLES  # typed as holding functions
+    styles.register("colwise", Colwise())
+    styles.register("rowwise", Rowwise(group.links))
     loaded = weights.load(directory, dtype, processes=group.count)
+    _keep_shards(loaded.model)
     group.wait_at_most(LOAD_SECONDS)  # the plan has made groups of its own
     return loaded
+
+
+def _keep_shards(model: PreTrainedModel) -> None:
+    """Replace the linear layers' distributed weights by this process's part of them, which Transformers' hooks take out
+    at each call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if isinstance(weight, DTensor):
+                    setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
 
 
 def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:

@@ -2,7 +2,9 @@
 
 import _thread
 import asyncio
+import operator
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import copy_context
 from typing import Any
@@ -70,7 +72,14 @@ def test_the_runtime_raises_its_exception_in_no_thread_that_runs_predictions(mon
     own = threading.get_ident()
     assert own == _thread.get_ident()
     sink = next(thread for thread in threading.enumerate() if thread.name == "cancel-sink")
-    assert sink.is_alive() and sink.ident != own
+    assert sink.is_alive()
+    assert sink.ident != own
+    asked: list[int | None] = []
+    ask = map(operator.call, [threading.get_ident])
+    _thread.start_new_thread(asked.extend, (ask,))  # without a calling frame, as the runtime asks
+    while not asked:
+        time.sleep(0.001)
+    assert asked == [sink.ident]
 
 
 def test_output_that_nobody_reads_ends_the_prediction() -> None:

@@ -1,17 +1,15 @@
-"""Cancelling a prediction while Cog's runtime starts it: by an exception at a random point of the starting thread."""
+"""Cancelling a prediction that Cog's runtime starts or runs."""
 
+import _thread
 import asyncio
-import ctypes
 import operator
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+import time
+from collections.abc import Iterator
 from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import pytest
-from cog import CancelationException
 
 from lmtp import cancellation
 from lmtp.protocol import Generate, ModelInfo
@@ -44,15 +42,6 @@ class Prediction:
         return "output"
 
 
-def cancelling() -> Callable[[], Any]:
-    """Cancels as the runtime does before it has the future: by an exception in this thread's next Python code."""
-    return partial(
-        ctypes.pythonapi.PyThreadState_SetAsyncExc,
-        ctypes.c_ulong(threading.get_ident()),
-        ctypes.py_object(CancelationException),
-    )
-
-
 def test_a_prediction_that_is_not_cancelled_has_its_result(loop: asyncio.AbstractEventLoop) -> None:
     prediction = Prediction()
     assert cancellation._submit_cancellable(prediction._ctx_wrapper(), loop).result() == "output"
@@ -75,37 +64,22 @@ def test_a_prediction_whose_coroutine_has_ended_is_told(loop: asyncio.AbstractEv
     assert prediction.told.is_set()
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_prediction_cancelled_while_it_is_submitted_is_cancelled_and_told(
-    loop: asyncio.AbstractEventLoop, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = loop.call_soon_threadsafe
-
-    def interrupted(*arguments: Any) -> None:
-        if when == "after":
-            submit(*arguments)
-        cancelling()()
-        raise AssertionError("the exception comes first")
-
-    prediction = Prediction()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "call_soon_threadsafe", interrupted)
-        future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
-    with pytest.raises(CancelledError):
-        future.result()
-    if when == "after":  # before, it has not begun
-        assert prediction.told.wait(SECONDS)
-
-
-def test_a_prediction_cancelled_before_its_result_is_asked_for_is_cancelled_and_told(
-    loop: asyncio.AbstractEventLoop,
-) -> None:
-    prediction = Prediction()
-    future = cancellation._submit_cancellable(prediction._ctx_wrapper(), loop)
-    with pytest.raises(CancelledError):
-        list(map(operator.call, [cancelling(), future.result]))  # no Python code in between, as in the runtime
-    assert prediction.told.wait(SECONDS)
+def test_the_runtime_raises_its_exception_in_no_thread_that_runs_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It notes the thread and raises later, when the thread may start another caller's prediction."""
+    monkeypatch.setattr(threading, "get_ident", threading.get_ident)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", asyncio.run_coroutine_threadsafe)
+    cancellation.install()
+    own = threading.get_ident()
+    assert own == _thread.get_ident()
+    sink = next(thread for thread in threading.enumerate() if thread.name == "cancel-sink")
+    assert sink.is_alive()
+    assert sink.ident != own
+    asked: list[int | None] = []
+    ask = map(operator.call, [threading.get_ident])
+    _thread.start_new_thread(asked.extend, (ask,))  # without a calling frame, as the runtime asks
+    while not asked:
+        time.sleep(0.001)
+    assert asked == [sink.ident]
 
 
 def test_output_that_nobody_reads_ends_the_prediction() -> None:

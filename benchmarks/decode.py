@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import engines, prompts
 from benchmarks.plan import Plan, say
 from benchmarks.report import Row, Skipped, cost, speedup
-from benchmarks.side import Side
+from benchmarks.side import Caller, Side
 
 STREAMS = (1, 8, 32)
 PROMPT = 5
@@ -83,7 +83,7 @@ def new_tokens(plan: Plan) -> int:
     return plan.size(NEW_TOKENS, 8)
 
 
-def greedy(plan: Plan, streams: int, engine: Side, run: int) -> dict[str, Any]:
+def greedy(plan: Plan, streams: int, engine: Caller, run: int) -> dict[str, Any]:
     """A greedy run of this project's engine."""
     operations = prompts.operations(_batch(streams, run), max_tokens=new_tokens(plan))
     return engines.run(engine, operations, streams * new_tokens(plan))
@@ -98,7 +98,7 @@ def _batch(streams: int, run: int) -> list[list[int]]:
     return [prompts.tokens(PROMPT, "decode", streams, run, stream) for stream in range(streams)]
 
 
-def sampling(plan: Plan, rich: bool, engine: Side, run: int) -> dict[str, Any]:
+def sampling(plan: Plan, rich: bool, engine: Caller, run: int) -> dict[str, Any]:
     """A run of streams with masks and sampling (`rich`), or of greedy ones."""
     streams = plan.size(*SAMPLING_STREAMS)
     batch = [prompts.tokens(PROMPT, "sampling", rich, run, i) for i in range(streams)]

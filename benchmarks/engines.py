@@ -12,7 +12,7 @@ from runtime import container_environment
 from benchmarks import peers
 from benchmarks.plan import ROOT, Plan, say
 from benchmarks.report import Skipped
-from benchmarks.side import Side, SideError
+from benchmarks.side import Caller, Side, SideError
 
 
 def our_variables(plan: Plan, root: Path = ROOT) -> dict[str, str]:
@@ -63,7 +63,7 @@ def vllm(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
     return side
 
 
-def run(engine: Side, operations: list[Any], expected: int | None = None) -> dict[str, Any]:
+def run(engine: Caller, operations: list[Any], expected: int | None = None) -> dict[str, Any]:
     """Run one prediction in this project's engine; see our_side.Engine.run for the result."""
     return checked(engine.call("run", predictions=[{"operations": operations}]), expected)
 

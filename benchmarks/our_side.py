@@ -38,9 +38,9 @@ class Recorder:
         """Run predictions, each ``{"operations": [...], "after": seconds}``.
 
         Returns ``seconds`` until the last prediction ended; ``tokens`` in all; ``arrivals``, the times of each
-        stream's tokens; ``ids``, each stream's tokens; ``texts``, each stream's text if requested; ``steps``, each with its rows, the tokens of its
-        longest row, its start and its seconds inside the runner; and ``counters``, how far each of the engine's
-        counters rose. Times count from the start.
+        stream's tokens, and ``ids``, the tokens; ``texts``, each stream's text if requested; ``steps``, each with its
+        rows, the tokens of its longest row, its start and its seconds inside the runner; and ``counters``, how far each
+        of the engine's counters rose. Times count from the start.
         """
         self._steps.clear()
         before = dataclasses.asdict(self._engine.counters)

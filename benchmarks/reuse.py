@@ -135,8 +135,8 @@ def score(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
 
 
 def _timed(clients: Clients, api: StandIn, work: Any) -> Timed:
-    took, predictions = clients.timed(api, work)
-    return took, [prediction.metrics for prediction in predictions]
+    turn = clients.timed(api, work)
+    return turn.seconds, [prediction.metrics for prediction in turn.predictions]
 
 
 def _expect(expected: int, got: int) -> None:

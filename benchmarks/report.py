@@ -150,11 +150,11 @@ def slug(machine: dict[str, str]) -> str:
 
     Virtual machines give very different processors one name, so that the matrix units are part of it.
     """
-    words = [re.sub(r"\((r|tm)\)", "", machine["CPU"].lower()), machine.get("matrix units", "")]
+    words = [re.sub(r"\((r|tm)\)", "", machine["CPU"], flags=re.IGNORECASE), machine.get("matrix units", "")]
     words += [machine["cores"], "cores"]
     words += [machine["dtype"]] * (machine["dtype"] != "bfloat16")
     words += ["against", machine["against"]] if "against" in machine else []
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def named(machine: dict[str, str]) -> str:

@@ -228,6 +228,13 @@ def test_prompts_depend_only_on_their_key() -> None:
     assert 0.45 < bias.isneginf().float().mean() < 0.55
 
 
+def test_the_warm_up_of_arrivals_has_every_prompt_and_few_tokens() -> None:
+    warm_up, run = (arrivals.streams(Plan(Path()), number) for number in (0, 1))
+    lengths, first_lengths = ([len(each["operations"][0][1]["prompt"]) for each in some] for some in (run, warm_up))
+    assert first_lengths == lengths
+    assert max(each["operations"][0][1]["max_tokens"] for each in warm_up) == arrivals.WARM_UP_TOKENS
+
+
 def test_arrivals_start_at_once_and_have_the_same_kinds_in_every_run() -> None:
     one, other = (arrivals.streams(Plan(Path()), run) for run in (1, 2))
     assert len(one) == 32

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import engines, prompts
 from benchmarks.plan import Plan, say
 from benchmarks.report import Row, Skipped, cost, speedup
-from benchmarks.side import Side
+from benchmarks.side import Caller, Side
 
 ROWS = ("json", "json-1", "json-vllm", "constrained")
 STREAMS = 8
@@ -87,7 +87,7 @@ def is_record(text: str) -> bool:
     return isinstance(record, dict) and record.keys() == SCHEMA["properties"].keys()
 
 
-def _records(ours: Side, streams: int, side: int, run: int) -> dict[str, Any]:
+def records(ours: Caller, streams: int, side: int, run: int) -> dict[str, Any]:
     """Run constrained streams. Raises RuntimeError if one does not follow the schema."""
     result = _run(ours, streams, side, run, [{"max_tokens": MAX_TOKENS, "json_schema": SCHEMA}] * streams)
     for text, times in zip(result["texts"], result["arrivals"], strict=True):
@@ -96,7 +96,7 @@ def _records(ours: Side, streams: int, side: int, run: int) -> dict[str, Any]:
     return result
 
 
-def _run(ours: Side, streams: int, side: int, run: int, settings: list[dict[str, Any]]) -> dict[str, Any]:
+def _run(ours: Caller, streams: int, side: int, run: int, settings: list[dict[str, Any]]) -> dict[str, Any]:
     asked = ours.call("chat", prompts=questions(streams, side, run))
     own = [{"seed": seed, **each} for seed, each in zip(seeds(streams, run), settings, strict=True)]
     return engines.run(ours, prompts.operations(asked, own, temperature=TEMPERATURE, text=True))
@@ -108,7 +108,7 @@ def _beside_free_text(plan: Plan, ours: Side, name: str, streams: int) -> Row:
     tokens: list[int] = []
 
     def constrained(run: int) -> float:
-        result = _records(ours, streams, 1 if streams > 1 else 3, run)
+        result = records(ours, streams, 1 if streams > 1 else 3, run)
         lengths[:] = [len(times) for times in result["arrivals"]]
         tokens.append(result["tokens"])
         return _rate(result)
@@ -146,7 +146,7 @@ def _beside_vllm(plan: Plan, stack: ExitStack, ours: Side) -> Row | Skipped:
         )
         return result
 
-    results = plan.alternate(partial(_records, ours, streams, 5), their_run)
+    results = plan.alternate(partial(records, ours, streams, 5), their_run)
     described, their_described = map(_described, results)
     return speedup(
         "json-vllm",
@@ -161,16 +161,9 @@ def _beside_vllm(plan: Plan, stack: ExitStack, ours: Side) -> Row | Skipped:
 
 
 def _steps(plan: Plan, ours: Side) -> Row:
-    streams, new_tokens = plan.size(STEPS_STREAMS, 4), plan.size(STEPS_TOKENS, 8)
+    streams, new_tokens = steps_size(plan)
     say(f"  a regular expression on each of {streams} streams")
-
-    def work(constraint: dict[str, str], run: int) -> dict[str, Any]:
-        settings = {"max_tokens": new_tokens, "min_tokens": new_tokens, "temperature": TEMPERATURE, **constraint}
-        batch = [prompts.tokens(STEPS_PROMPT, "constrained", sorted(constraint), run, i) for i in range(streams)]
-        operations = prompts.operations(batch, [{"seed": seed} for seed in seeds(streams, run)], **settings)
-        return engines.run(ours, operations, streams * new_tokens)
-
-    results = plan.alternate(partial(work, {"regex": FREE_REGEX}), partial(work, {}))
+    results = plan.alternate(partial(steps, plan, ours, {"regex": FREE_REGEX}), partial(steps, plan, ours, {}))
     return cost(
         "constrained",
         f"{streams} streams, each with a regular expression that forces no token, {new_tokens} new tokens",
@@ -180,6 +173,20 @@ def _steps(plan: Plan, ours: Side) -> Row:
         at_most=1.1,
         goal=1.1,
     )
+
+
+def steps_size(plan: Plan) -> tuple[int, int]:
+    """Streams and new tokens of each in the row constrained."""
+    return plan.size(STEPS_STREAMS, 4), plan.size(STEPS_TOKENS, 8)
+
+
+def steps(plan: Plan, ours: Caller, constraint: dict[str, str], run: int) -> dict[str, Any]:
+    """Run streams under a constraint that never ends them."""
+    streams, new_tokens = steps_size(plan)
+    settings = {"max_tokens": new_tokens, "min_tokens": new_tokens, "temperature": TEMPERATURE, **constraint}
+    batch = [prompts.tokens(STEPS_PROMPT, "constrained", sorted(constraint), run, i) for i in range(streams)]
+    operations = prompts.operations(batch, [{"seed": seed} for seed in seeds(streams, run)], **settings)
+    return engines.run(ours, operations, streams * new_tokens)
 
 
 def _work(streams: int) -> str:

@@ -1,4 +1,4 @@
-"""Plain greedy decoding, against Transformers' generate and vLLM; and the cost of masks and sampling."""
+"""Plain greedy decoding, against Transformers' generate, vLLM and llama.cpp; and the cost of masks and sampling."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,23 +9,25 @@ from typing import Any
 from benchmarks import engines, prompts
 from benchmarks.plan import Plan, say
 from benchmarks.report import Row, Skipped, cost, speedup
-from benchmarks.side import Side
+from benchmarks.side import Caller, Side
 
 STREAMS = (1, 8, 32)
 PROMPT = 5
 NEW_TOKENS = 64
 SAMPLING_STREAMS = 32, 4
 SAMPLING = "a mask of half the vocabulary, top_logprobs 20, temperature 0.8, top-p 0.9"
-PEERS = {"decode": "generate", "vllm": "vLLM"}
+PEERS = {"decode": "generate", "vllm": "vLLM", "llama": "llama.cpp"}
 TARGETS = {
     "decode": {1: (1.8, 2.0), 8: (1.4, 2.0), 32: (1.4, 1.6)},
-    "vllm": dict.fromkeys(STREAMS, (0.9, 1.0)),
+    "vllm": dict.fromkeys(STREAMS, (1.0, 1.2)),
+    "llama": dict.fromkeys(STREAMS, (1.0, 1.2)),
 }
+NOTES = {"llama": "llama.cpp's benchmark decodes random tokens and chooses none from the logits"}
 ROWS = (*(f"{family}-{streams}" for family in PEERS for streams in STREAMS), "sampling")
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
-    """The rows decode-…, vllm-… and sampling."""
+    """The rows decode-…, vllm-…, llama-… and sampling."""
     with ExitStack() as stack:
         ours = engines.our_engine(plan, stack)
         if plan.wants(*ROWS[:-1]):
@@ -49,12 +51,13 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
     theirs: dict[str, Side] = {}
     if plan.wants(*ROWS[:3]):
         theirs["decode"] = engines.transformers(plan, stack)
-    if beside_vllm := [row for row in ROWS[3:6] if plan.wants(row)]:
-        started = engines.vllm(plan, stack, beside_vllm)
+    for family, start in (("vllm", engines.vllm), ("llama", engines.llama_cpp)):
+        rows = [f"{family}-{streams}" for streams in STREAMS if plan.wants(f"{family}-{streams}")]
+        started = start(plan, stack, rows) if rows else None
         if isinstance(started, Skipped):
             yield started
-        else:
-            theirs["vllm"] = started
+        elif started:
+            theirs[family] = started
     for streams in STREAMS:
         families = [family for family in theirs if plan.wants(f"{family}-{streams}")]
         if not families:
@@ -64,6 +67,7 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
         results, *their_results = plan.alternate(partial(greedy, plan, streams, ours), *sides)
         rates = engines.rates(results)
         steps = median(len(result["steps"]) for result in results)
+        note = f"{new_tokens(plan)} tokens of each stream in {steps:.0f} steps; the others are accepted drafts"
         for family, peer_results in zip(families, their_results, strict=True):
             at_least, goal = TARGETS[family][streams]
             yield speedup(
@@ -74,7 +78,7 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
                 [rates, engines.rates(peer_results)],
                 at_least=at_least,
                 goal=goal,
-                note=f"{new_tokens(plan)} tokens of each stream in {steps:.0f} steps; the others are accepted drafts",
+                note=f"{note}. {NOTES[family]}" if family in NOTES else note,
             )
 
 
@@ -83,7 +87,7 @@ def new_tokens(plan: Plan) -> int:
     return plan.size(NEW_TOKENS, 8)
 
 
-def greedy(plan: Plan, streams: int, engine: Side, run: int) -> dict[str, Any]:
+def greedy(plan: Plan, streams: int, engine: Caller, run: int) -> dict[str, Any]:
     """A greedy run of this project's engine."""
     operations = prompts.operations(_batch(streams, run), max_tokens=new_tokens(plan))
     return engines.run(engine, operations, streams * new_tokens(plan))
@@ -98,7 +102,7 @@ def _batch(streams: int, run: int) -> list[list[int]]:
     return [prompts.tokens(PROMPT, "decode", streams, run, stream) for stream in range(streams)]
 
 
-def sampling(plan: Plan, rich: bool, engine: Side, run: int) -> dict[str, Any]:
+def sampling(plan: Plan, rich: bool, engine: Caller, run: int) -> dict[str, Any]:
     """A run of streams with masks and sampling (`rich`), or of greedy ones."""
     streams = plan.size(*SAMPLING_STREAMS)
     batch = [prompts.tokens(PROMPT, "sampling", rich, run, i) for i in range(streams)]

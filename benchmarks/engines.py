@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from runtime import container_environment
 from benchmarks import peers
 from benchmarks.plan import ROOT, Plan, say
 from benchmarks.report import Skipped
-from benchmarks.side import Side, SideError
+from benchmarks.side import Caller, Side, SideError
 
 
 def our_variables(plan: Plan, root: Path = ROOT) -> dict[str, str]:
@@ -59,11 +60,31 @@ def vllm(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
         stack.enter_context(side).make(weights=str(plan.weights), dtype=plan.dtype)
     except (SideError, OSError) as error:
         say(f"  {error}")
-        return Skipped(rows, "vLLM is installed but does not start.")
+        return Skipped(rows, f"vLLM does not start with {python}. {_last_line(error)}")
     return side
 
 
-def run(engine: Side, operations: list[Any], expected: int | None = None) -> dict[str, Any]:
+def llama_cpp(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
+    """Write the model for llama.cpp; or say why the rows that need it are skipped."""
+    bench = peers.llama_bench()
+    if bench is None:
+        return Skipped(rows, peers.LLAMA_HOW_TO)
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="llama.cpp-"))
+    side = stack.enter_context(Side("benchmarks.llama_cpp_side:LlamaCpp", {}))
+    try:
+        side.make(bench=bench, weights=str(plan.weights), dtype=plan.dtype, directory=directory)
+    except SideError as error:
+        say(f"  {error}")
+        return Skipped(rows, f"llama.cpp does not start with LLAMA_BENCH={bench}. {_last_line(error)}")
+    return side
+
+
+def _last_line(error: Exception) -> str:
+    """The end of an error: of a traceback, its exception."""
+    return str(error).strip().splitlines()[-1]
+
+
+def run(engine: Caller, operations: list[Any], expected: int | None = None) -> dict[str, Any]:
     """Run one prediction in this project's engine; see our_side.Engine.run for the result."""
     return checked(engine.call("run", predictions=[{"operations": operations}]), expected)
 

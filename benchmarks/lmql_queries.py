@@ -1,6 +1,6 @@
 """LMQL queries through Replicate's interface, against LMQL's own server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from benchmarks import peers
 from benchmarks.plan import Plan, say
-from benchmarks.report import Row, Samples, Skipped, speedup
-from benchmarks.servers import Clients, both, lmql_server
+from benchmarks.report import Row, Samples, Skipped, cost, speedup
+from benchmarks.servers import Clients, Turn, both, lmql_server
 from tests.replicate_stand_in import StandIn
 
 QUERIES = {
@@ -63,42 +63,104 @@ where
 }
 """By name. In a benchmark `{run}` is a number, so that no run can use the cached work of another."""
 
-ROWS = ("queries", *(f"queries-{name}" for name in QUERIES))
+TIMED_ROWS = ("queries", *(f"queries-{name}" for name in QUERIES))
+SHARE = "queries-share"
+ROWS = (*TIMED_ROWS, SHARE)
+
+Sides = list[list[Turn]]
+"""Our turns and the peer's."""
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
-    """The row queries for all queries together, and a row for each."""
+    """The row queries for all queries together, a row for each, and our server's share of the processor time."""
     if not peers.has_lmql():
         yield Skipped([row for row in ROWS if plan.wants(row)], peers.LMQL_HOW_TO)
         return
     with both(plan, lmql_server(plan)) as clients:
-        yield from rows(plan, clients, _row)
+        yield from rows(plan, clients, _row, share)
 
 
 def _row(name: str, unit: str, samples: Samples) -> Row:
-    work = "the LMQL queries below, one after the other" if name == "queries" else f"the LMQL query {name[8:]}"
+    together = "the LMQL queries of the rows queries-…, one after the other"
+    work = together if name == "queries" else f"the LMQL query {name[8:]}"
     at_least, goal = (3, 5) if name == "queries" else (2, 2)
     return speedup(name, work, "LMQL's own server", unit, samples, at_least=at_least, goal=goal)
 
 
-def rows(plan: Plan, clients: Clients, row: Callable[[str, str, Samples], Row]) -> Iterator[Row]:
-    """Measure the queries on both sides; `row` makes a row of its name, unit and samples."""
-    measured = []
-    seconds: list[Samples] = []
+def rows(
+    plan: Plan,
+    clients: Clients,
+    row: Callable[[str, str, Samples], Row],
+    share: Callable[[Sequence[Sides]], Row] | None = None,
+) -> Iterator[Row]:
+    """Measure the queries on both sides. `row` makes a row of its name, unit and samples, `share` that of the share."""
+    measured: list[Sides] = []
     for name in QUERIES:
-        if not plan.wants("queries", f"queries-{name}"):
+        if not plan.wants("queries", SHARE, f"queries-{name}"):
             continue
         say(f"  query {name}")
         sides = plan.alternate(*(partial(query, plan, clients, name, api) for api in (clients.ours, clients.theirs)))
-        seconds.append([[took for took, _ in side] for side in sides])
-        ours, theirs = (median(tokens for _, tokens in side) for side in sides)
-        each = row(f"queries-{name}", "s", seconds[-1])
+        measured.append(sides)
+        ours, theirs = (median(_tokens_sent(turn) for turn in side) for side in sides)
+        each = row(f"queries-{name}", "s", _seconds([sides]))
         counted = f"{ours:.0f} tokens sent, {theirs:.0f} by the peer"
-        measured.append(replace(each, note="; ".join(filter(None, (counted, each.note)))))
+        yield replace(each, note="; ".join(filter(None, (counted, processor_times([sides]), each.note))))
     if len(measured) == len(QUERIES):
-        sums = [[sum(run) for run in zip(*runs, strict=True)] for runs in zip(*seconds, strict=True)]
-        yield row("queries", "s", sums)
-    yield from measured
+        whole = row("queries", "s", _seconds(measured))
+        yield replace(whole, note="; ".join(filter(None, (processor_times(measured), whole.note))))
+        if share:
+            yield share(measured)
+
+
+def share(measured: Sequence[Sides]) -> Row:
+    """How much of the processor time of our turns is our server's."""
+    server = _summed(measured, 0, lambda turn: turn.server)
+    whole = _summed(measured, 0, lambda turn: turn.server + turn.client)
+    return cost(
+        SHARE,
+        "processor time of this project's server, the model included, in the row queries",
+        "that of the server and of LMQL's client",
+        "s",
+        [server, whole],
+        at_most=0.2,
+        goal=0.2,
+        note=limit(measured),
+    )
+
+
+def processor_times(measured: Sequence[Sides]) -> str:
+    """Where the processor time of our turns went, in words."""
+    client, stand_in, server = (
+        median(_summed(measured, 0, part))
+        for part in (lambda turn: turn.client, lambda turn: turn.stand_in, lambda turn: turn.server)
+    )
+    return (
+        f"processor time: LMQL's client {client:.2f} s, the stand-in for Replicate {stand_in:.2f} s,"
+        f" our server {server:.2f} s"
+    )
+
+
+def limit(measured: Sequence[Sides]) -> str:
+    """What the row would be at most if our server cost nothing, in words.
+
+    LMQL's client and the stand-in are threads of one Python process, so that their processor times add up.
+    """
+    _, theirs = _seconds(measured)
+    without_server = median(_summed(measured, 0, lambda turn: turn.client + turn.stand_in))
+    return f"if our server cost nothing, the ratio of queries would be at most {median(theirs) / without_server:.2f}"
+
+
+def _seconds(measured: Sequence[Sides]) -> Samples:
+    return [_summed(measured, side, lambda turn: turn.seconds) for side in (0, 1)]
+
+
+def _summed(measured: Sequence[Sides], side: int, part: Callable[[Turn], float]) -> list[float]:
+    """A part of one side's turns, added up over the queries, for each run."""
+    return [sum(map(part, turns)) for turns in zip(*(sides[side] for sides in measured), strict=True)]
+
+
+def _tokens_sent(turn: Turn) -> int:
+    return sum(chunk.count("TOKEN ") for prediction in turn.predictions for chunk in prediction.chunks)
 
 
 def text(name: str, model: str, run: int | None = None) -> str:
@@ -106,12 +168,11 @@ def text(name: str, model: str, run: int | None = None) -> str:
     return QUERIES[name].replace(" {run}", "" if run is None else f" {run}").replace("{model}", model)
 
 
-def query(plan: Plan, clients: Clients, name: str, api: StandIn, run: int) -> tuple[float, int]:
-    """Run a query; its seconds, and how many tokens the server sent for it."""
+def query(plan: Plan, clients: Clients, name: str, api: StandIn, run: int) -> Turn:
+    """Run a query."""
     import lmql
 
     from benchmarks.lmql_client import model_clause
 
     asked = text(name, model_clause(plan.weights), 100 + run)
-    seconds, predictions = clients.timed(api, lambda: lmql.run(asked))
-    return seconds, sum(chunk.count("TOKEN ") for prediction in predictions for chunk in prediction.chunks)
+    return clients.timed(api, lambda: lmql.run(asked))

@@ -9,22 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmtp import protocol, text
+from lmtp.engine.engine import Engine as LmtpEngine
 from lmtp.protocol import Failure, Token
 from lmtp.runners.step import Step, Stream
 from predict import Predictor
 
 
-class Engine:
-    """Runs predictions; records when each token arrives and how long each step spends in the runner.
+class Recorder:
+    """Runs predictions on an engine; records when each token arrives and how long each step spends in the runner."""
 
-    The predictor reads its settings, such as WEIGHTS_DIR, DTYPE and COMPILE, from the environment.
-    """
-
-    def __init__(self, endless: bool = True) -> None:
+    def __init__(self, engine: LmtpEngine, endless: bool) -> None:
         """``endless``: no token ends a stream, so that every stream has the requested length."""
-        predictor = Predictor()
-        predictor.setup()
-        self._engine = predictor.engine
+        self._engine = engine
         if endless:
             self._engine.limits = dataclasses.replace(self._engine.limits, end_of_sequence=())
         self._steps: list[tuple[int, int, float, float]] = []
@@ -42,11 +38,12 @@ class Engine:
         """Run predictions, each ``{"operations": [...], "after": seconds}``.
 
         Returns ``seconds`` until the last prediction ended; ``tokens`` in all; ``arrivals``, the times of each
-        stream's tokens; ``texts``, each stream's text if requested; ``steps``, each with its rows, the tokens of its
-        longest row, its start and its seconds inside the runner; and ``computed`` tokens. Times count from the start.
+        stream's tokens, and ``ids``, the tokens; ``texts``, each stream's text if requested; ``steps``, each with its
+        rows, the tokens of its longest row, its start and its seconds inside the runner; and ``counters``, how far each
+        of the engine's counters rose. Times count from the start.
         """
         self._steps.clear()
-        before = self._engine.counters.computed_tokens
+        before = dataclasses.asdict(self._engine.counters)
         started = time.perf_counter()
         with ThreadPoolExecutor(len(predictions)) as pool:
             predicted = list(
@@ -61,17 +58,18 @@ class Engine:
             "seconds": seconds,
             "tokens": sum(len(stream) for stream in streams),
             "arrivals": [[came for came, _ in stream] for stream in streams],
-            "texts": ["".join(piece for _, piece in stream) for stream in streams],
+            "ids": [[token.token for _, token in stream] for stream in streams],
+            "texts": ["".join(token.text or "" for _, token in stream) for stream in streams],
             "steps": [[rows, longest, start - started, spent] for rows, longest, start, spent in self._steps],
-            "computed": self._engine.counters.computed_tokens - before,
+            "counters": {name: now - before[name] for name, now in dataclasses.asdict(self._engine.counters).items()},
         }
 
-    def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, str]]]:
-        """Time and text of each token of each stream."""
+    def _predict(self, operations: str, after: float, started: float) -> list[list[tuple[float, Token]]]:
+        """The tokens of each stream, and when they came."""
         if after:
             time.sleep(max(started + after - time.perf_counter(), 0))
         batch = protocol.parse_batch(operations)
-        streams: dict[Any, list[tuple[float, str]]] = {operation.stream_id: [] for operation in batch}
+        streams: dict[Any, list[tuple[float, Token]]] = {operation.stream_id: [] for operation in batch}
         with asyncio.run(self._engine.predict(batch)) as prediction:
             for replies in prediction:
                 protocol.encode(replies)
@@ -80,7 +78,7 @@ class Engine:
                     if isinstance(reply, Failure):
                         raise RuntimeError(reply.error)
                     if isinstance(reply, Token):
-                        streams[reply.stream_id].append((now, reply.text or ""))
+                        streams[reply.stream_id].append((now, reply))
         return list(streams.values())
 
     def _time_steps(self) -> None:
@@ -101,3 +99,12 @@ class Engine:
             return timed_run
 
         self._engine.runner.prepare = timed  # type: ignore[method-assign]
+
+
+class Engine(Recorder):
+    """The predictor's engine. Settings such as WEIGHTS_DIR, DTYPE and COMPILE come from the environment."""
+
+    def __init__(self, endless: bool = True) -> None:
+        predictor = Predictor()
+        predictor.setup()
+        super().__init__(predictor.engine, endless)

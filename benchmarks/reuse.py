@@ -35,7 +35,7 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
 
 
 def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
-    length, chunks = plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
+    length, chunks = continuation_size(plan)
     say(f"  {length} tokens continued {chunks} times")
     ours, theirs = plan.alternate(
         partial(continuation, plan, clients, clients.ours), partial(continuation, plan, clients, clients.theirs)
@@ -64,9 +64,19 @@ def _continuation(plan: Plan, clients: Clients) -> Iterator[Row]:
     )
 
 
+def continuation_size(plan: Plan) -> tuple[int, int]:
+    """Tokens of the first prompt, and calls."""
+    return plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
+
+
+def score_size(plan: Plan) -> tuple[int, int]:
+    """Tokens of the prompt, and options."""
+    return plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
+
+
 def continuation(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
     """Continue a text call by call."""
-    length, chunks = plan.size(PROMPT, 100), plan.size(CHUNKS, 3)
+    length, chunks = continuation_size(plan)
 
     async def work() -> None:
         from benchmarks.lmql_client import lmtp_client
@@ -84,7 +94,7 @@ def continuation(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
 
 
 def _score(plan: Plan, clients: Clients) -> Iterator[Row]:
-    length, options = plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
+    length, options = score_size(plan)
     say(f"  {options} options scored after {length} tokens")
     ours, theirs = plan.alternate(
         partial(score, plan, clients, clients.ours), partial(score, plan, clients, clients.theirs)
@@ -107,7 +117,7 @@ def _score(plan: Plan, clients: Clients) -> Iterator[Row]:
 
 def score(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
     """Score options after one prompt, all at once."""
-    length, options = plan.size(SCORED_PROMPT, 100), plan.size(OPTIONS, 4)
+    length, options = score_size(plan)
     prompt = prompts.tokens(length, "score", run)
 
     async def one(client: Any, option: list[int]) -> None:
@@ -125,8 +135,8 @@ def score(plan: Plan, clients: Clients, api: StandIn, run: int) -> Timed:
 
 
 def _timed(clients: Clients, api: StandIn, work: Any) -> Timed:
-    took, predictions = clients.timed(api, work)
-    return took, [prediction.metrics for prediction in predictions]
+    turn = clients.timed(api, work)
+    return turn.seconds, [prediction.metrics for prediction in turn.predictions]
 
 
 def _expect(expected: int, got: int) -> None:

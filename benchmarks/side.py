@@ -12,12 +12,19 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.server import ROOT, child
 
 START_SECONDS = 600.0
 CALL_SECONDS = 900.0
+
+
+class Caller(Protocol):
+    """What rows need of a side: its calls."""
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Call a method and return its result."""
 
 
 class SideError(Exception):

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import against, arrivals, decode, engines, lmql_queries, peers, prompts, report, reuse
 from benchmarks.overhead import step_seconds, tokens_per_second
-from benchmarks.plan import Plan
+from benchmarks.plan import Plan, matrix_units, native_dtype
 from benchmarks.report import Report, Row, Skipped
+from benchmarks.servers import Turn
 from benchmarks.side import Side, SideError
 from lmtp.engine import masks
 from lmtp.protocol import Generate
@@ -66,9 +67,9 @@ def test_a_report_is_written_and_read(tmp_path: Path) -> None:
 
 def test_measuring_some_rows_replaces_only_those(tmp_path: Path) -> None:
     first = [row("decode-1", [1], [1]), row("prefill", [1], [1])]
-    report.write(Report(machine=MACHINE, rows=first, skipped=[Skipped(["mixed"], "Why.")]), tmp_path)
+    report.save(Report(machine=MACHINE, rows=first, skipped=[Skipped(["mixed"], "Why.")]), tmp_path)
     second = [row("prefill", [2], [1]), row("mixed", [3], [1])]
-    data, *_ = report.write(Report(machine=MACHINE, rows=second, skipped=[]), tmp_path)
+    data = report.save(Report(machine=MACHINE, rows=second, skipped=[]), tmp_path)
     assert report.read(data).rows == [first[0], *second]
     assert report.read(data).skipped == []
 
@@ -91,6 +92,68 @@ def test_a_family_name_stands_for_its_rows() -> None:
     assert plan.wants("decode-32")
     assert plan.wants("vllm-8")
     assert not plan.wants("vllm-1", "queries")
+
+
+def test_a_rows_name_means_that_row_alone() -> None:
+    plan = Plan(Path(), only=["startup", "decode"], names=["startup", "startup-compiled", "decode-1"])
+    assert plan.wants("startup")
+    assert plan.wants("decode-1")
+    assert not plan.wants("startup-compiled")
+
+
+def test_two_kinds_of_processors_of_one_name_have_a_file_each() -> None:
+    slugs = [report.slug(MACHINE | {"matrix units": units}) for units in ("AMX", "AVX2 only")]
+    assert slugs == ["some-processor-9-2ghz-amx-2-cores", "some-processor-9-2ghz-avx2-only-2-cores"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "units", "dtype"),
+    [
+        ("avx2 avx512f avx512_bf16 amx_bf16", "AMX", "bfloat16"),
+        ("avx2 avx512f avx512_bf16", "AVX-512 bf16", "bfloat16"),
+        ("avx2 avx512f", "AVX-512", "float32"),
+        ("avx2 fma", "AVX2 only", "float32"),
+        ("asimd bf16", "ARM bf16", "bfloat16"),
+        ("sse4_2", "no AVX2", "float32"),
+    ],
+)
+def test_a_processors_flags_name_its_matrix_units_and_its_dtype(flags: str, units: str, dtype: str) -> None:
+    assert matrix_units(set(flags.split())) == units
+    assert native_dtype(set(flags.split())) == dtype
+
+
+def test_a_table_says_how_far_the_ratios_of_turns_lie_apart() -> None:
+    head, line = report.table([row("decode-1", [30, 20, 44], [10, 10, 11], unit="tokens/s")])
+    assert line[head.index("range")] == "2.00 to 4.00"
+
+
+def test_figures_beside_other_work_are_marked_as_loaded(tmp_path: Path) -> None:
+    quiet, loaded = row("decode-1", [1], [1], busy=0.02), row("prefill", [1], [1], busy=0.93)
+    page = report.markdown(Report(machine=MACHINE, rows=[quiet, loaded], skipped=[]))
+    assert "`prefill`: loaded: other processes used 93% of the processors" in page
+    assert "`decode-1`: loaded" not in page
+
+
+def test_the_limit_of_lmqls_queries_is_the_clients_own_processor_time() -> None:
+    def turn(seconds: float, client: float, server: float) -> Turn:
+        return Turn(seconds, [], client=client, stand_in=0.1, server=server)
+
+    measured = [[[turn(1.0, 0.4, 1.6)], [turn(3.0, 0.4, 0)]], [[turn(2.0, 0.4, 2.4)], [turn(3.0, 0.4, 0)]]]
+    row = lmql_queries.share(measured)
+    assert row.ratio == pytest.approx(4.0 / 4.8)
+    assert row.note.endswith("at most 6.00")
+    assert "client 0.80 s, the stand-in for Replicate 0.20 s, our server 4.00 s" in lmql_queries.processor_times(
+        measured
+    )
+
+
+def test_an_absent_llama_cpp_is_skipped_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "our_engine", lambda plan, stack: None)
+    monkeypatch.delenv("LLAMA_BENCH", raising=False)
+    (skipped,) = decode.measure(Plan(Path(), only=["llama"]))
+    assert isinstance(skipped, Skipped)
+    assert skipped.rows == ["llama-1", "llama-8", "llama-32"]
+    assert "Set LLAMA_BENCH" in skipped.why
 
 
 def test_an_absent_vllm_is_skipped_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +226,13 @@ def test_prompts_depend_only_on_their_key() -> None:
     bias = masks.bias_of(operation, prompts.VOCABULARY)
     assert bias is not None
     assert 0.45 < bias.isneginf().float().mean() < 0.55
+
+
+def test_the_warm_up_of_arrivals_has_every_prompt_and_few_tokens() -> None:
+    warm_up, run = (arrivals.streams(Plan(Path()), number) for number in (0, 1))
+    lengths, first_lengths = ([len(each["operations"][0][1]["prompt"]) for each in some] for some in (run, warm_up))
+    assert first_lengths == lengths
+    assert max(each["operations"][0][1]["max_tokens"] for each in warm_up) == arrivals.WARM_UP_TOKENS
 
 
 def test_arrivals_start_at_once_and_have_the_same_kinds_in_every_run() -> None:

@@ -28,6 +28,7 @@ from torch.export import Dim
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.slot_runner import SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import SourceInputs, StepInputs
@@ -131,7 +132,8 @@ def build(
     """Compile a step into ``path``. The file appears there once ``check`` has passed it. ``cross``: the layers of
     cross-attention, if there are any.
 
-    Raises what torch.export raises where the model's code cannot be traced.
+    Raises UnsupportedModel for a model with operations that compiled code cannot call, and what torch.export raises
+    where the model's code cannot be traced.
     """
     import torch._inductor
 
@@ -169,7 +171,7 @@ def build(
             (name,) = (name for name in archive.namelist() if name.endswith(".so"))
             code = archive.read(name)
         if PROXY in code:
-            raise RuntimeError("the model uses an operation that compiled code cannot call")
+            raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
         library.write_bytes(code)
         check(CompiledStep(library))
         library.replace(path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,23 @@ def test_a_file_that_is_no_compiled_step_is_not_used(model: PreTrainedModel, tmp
     assert engine.runner.description == "slots"
     assert engine.runner.reason.startswith("no faster step: OSError: ")
     engine.stop()
+
+
+def test_a_model_with_operations_that_compiled_code_cannot_call_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the complex numbers of Llama 4's rotary embedding."""
+
+    def compile_with_a_call_of_python(_: object, package_path: str, **__: object) -> None:
+        with zipfile.ZipFile(package_path, "w") as package:
+            package.writestr("step.so", compiled.PROXY)
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_with_a_call_of_python)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    model, path = build("llama"), tmp_path / "step.so"
+    with pytest.raises(UnsupportedModel, match="an operation that compiled code cannot call"):
+        compiled.build(SlotStep(model), layers_of(model), path, lambda _: None)
+    assert not path.exists()
 
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="compiles for a minute: NIGHTLY=1")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 MAX_BYTES = 96 << 10
 """Of a tensor. Two such messages fit into a socket's buffer, so that no process waits while it sends."""
+
 BUFFER_BYTES = 416 << 10
+"""Asked for a socket's buffer: two messages and what the kernel adds to them."""
 
 
 class Links:

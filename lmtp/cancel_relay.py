@@ -179,7 +179,7 @@ class Relay:
             self._checked = {}
         elif kind not in ("idle", "failed"):
             self._send(frame)
-        elif self._cancels.pop(slot, Cancel(b"", 0.0, 0.0)).sent:
+        elif (cancel := self._cancels.pop(slot, None)) and cancel.sent:
             self._ended[slot] = frame
         else:
             self._idle.append((slot, frame))

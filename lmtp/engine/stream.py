@@ -106,11 +106,6 @@ class Generation(OperationStream):
         self._uniforms = uniforms_of(operation.seed) if operation.temperature >= GREEDY_BELOW else None
 
     @property
-    @override
-    def first_wanted(self) -> int:
-        return len(self.tokens) - 1
-
-    @property
     def generated(self) -> int:
         """How many tokens it has generated."""
         return len(self.tokens) - self.prompt_length

@@ -97,7 +97,8 @@ class SlotStep(nn.Module):
             raise UnsupportedModel("its prompt attends both ways, so no prefix of it can be reused")
         if _rope_depends_on_batch(model):
             raise UnsupportedModel("its rotary embedding changes with the longest row of the batch")
-        if lengths := sorted(set(_hidden_lengths(model)) - scale_by_position(model)):
+        served = scale_by_position(model)
+        if lengths := [length for length in _hidden_lengths(model) if length not in served]:
             raise UnsupportedModel(f"its configuration bounds attention by {', '.join(lengths)}, which masks do not")
         self.model = model
         self.adapters = adapters or Adapters(model)

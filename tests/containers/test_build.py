@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,9 @@ class TestWhatCannotBeBuilt:
             build()
         assert [path.name for path in shop.work.iterdir()] == [".store"]
         repositories.down, repositories.down_after_cut = False, False
+        for thread in threading.enumerate():
+            if thread.name.startswith("fetch"):
+                thread.join()  # script/models exits here, and these end with it.
         fetched = repositories.sent["config.json"]
         build()
         assert repositories.sent["config.json"] == fetched > 0

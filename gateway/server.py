@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ MAX_BODY = 2**24
 """Bytes of a request's body."""
 
 MAX_REQUESTS = 512
-"""Requests and WebSockets at once."""
+"""Requests at once; as many WebSockets may be open beside them, since most of these are idle."""
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -52,7 +53,8 @@ class Gateway:
         self._models = Models(target, name)
         self._api_key = api_key.encode()
         self._local = local
-        self._requests = 0
+        self._open = Counter[str]()
+        """Requests and WebSockets."""
 
     def application(self) -> web.Application:
         """The routes."""
@@ -72,10 +74,11 @@ class Gateway:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the request, answer it, and put errors into words. A WebSocket is LMTP, whatever its path."""
-        self._requests += 1
+        kind = "WebSockets" if request.headers.get("Upgrade", "").lower() == "websocket" else "requests"
+        self._open[kind] += 1
         try:
-            self._check(request)
-            if request.headers.get("Upgrade", "").lower() == "websocket":
+            self._check(request, kind)
+            if kind == "WebSockets":
                 return await lmtp_websocket.serve(request, self._target)
             return await handler(request)
         except ApiError as error:
@@ -85,12 +88,12 @@ class Gateway:
         except web.HTTPRequestEntityTooLarge:
             return _answer(ApiError(413, f"The body has more than {MAX_BODY} bytes."))
         finally:
-            self._requests -= 1
+            self._open[kind] -= 1
 
-    def _check(self, request: web.Request) -> None:
+    def _check(self, request: web.Request, kind: str) -> None:
         """Raise ApiError for a request that is not to be answered."""
-        if self._requests > MAX_REQUESTS:
-            raise ApiError(503, f"{MAX_REQUESTS} requests are open; ask again later.")
+        if self._open[kind] > MAX_REQUESTS:
+            raise ApiError(503, f"{MAX_REQUESTS} {kind} are open; ask again later.")
         if self._local and _hostname(f"//{request.host}") not in LOOPBACK:
             raise ApiError(403, "This gateway answers only requests for localhost; start it with --host for others.")
         origin = request.headers.get("Origin", "")

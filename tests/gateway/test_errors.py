@@ -137,6 +137,16 @@ async def test_an_unknown_address_is_an_error_object() -> None:
     assert answer["error"]["message"] == "There is no POST /v1/embeddings here."
 
 
+async def test_idle_websockets_leave_requests_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.server.MAX_REQUESTS", 1)
+    async with served(Fake([])) as client, client.ws_connect("/"):
+        async with client.get("/v1/models") as response:
+            assert response.status == 200
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await client.ws_connect("/")
+        assert refused.value.status == 503
+
+
 async def test_an_oversized_body_is_refused() -> None:
     async with served(Fake()) as client, client.post("/v1/completions", data=b" " * (MAX_BODY + 1)) as response:
         assert response.status == 413

@@ -28,6 +28,7 @@ from lmtp.weights.manifest import (
     File,
     Manifest,
     WeightsError,
+    first_line,
     read_manifest,
     verify_sizes,
     write_manifest,
@@ -192,8 +193,12 @@ def require_space(directory: Path, size: int) -> None:
 def seal(
     directory: Path, expected: Mapping[str, str | None], origin: Origin, model_args: Mapping[str, Any]
 ) -> Manifest:
-    """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one."""
+    """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one, or if
+    the header of a safetensors file does not describe what it holds."""
     files = verify(directory, expected)
+    for name in files:
+        if name.endswith(".safetensors"):
+            _check_header(directory / name, name, origin)
     return Manifest(origin.source, origin.revision, files, dict(model_args), origin.adapter, dict(origin.adapters))
 
 
@@ -210,6 +215,16 @@ def verify(directory: Path, expected: Mapping[str, str | None]) -> dict[str, Fil
             path.unlink()
             raise WeightsError(f"{name} arrived damaged: run the command again, it fetches this file anew.")
     return files
+
+
+def _check_header(path: Path, name: str, origin: Origin) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f"{origin} has a malformed {name}: {first_line(error)[:200]}.") from None
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from lmtp.weights.load import load
 from lmtp.weights.manifest import File, read_manifest, verify_sizes
-from tests.hub import TOKEN, Hub
+from tests.hub import TOKEN, Hub, Repository
 from tests.weights.conftest import Download, Script
 from tests.weights.helpers import NEEDED, contents, names_in, refusal, seal, staging_of
 
@@ -169,6 +169,18 @@ def test_a_repository_that_holds_no_model_is_an_error_that_says_so(
     hub.repositories["org/tiny"].files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
     with refusal("org/tiny is no Transformers model: it has no config.json"):
         download("org/tiny", tmp_path)
+
+
+def test_weights_whose_header_does_not_describe_them_are_not_installed(
+    hub: Hub, download: Download, tmp_path: Path
+) -> None:
+    download("org/tiny", tmp_path)
+    before = contents(tmp_path)
+    files = hub.repositories["org/tiny"].files
+    hub.repositories["org/cut"] = Repository(files | {"model.safetensors": files["model.safetensors"][:-4]})
+    with refusal("org/cut at", "has a malformed model.safetensors"):
+        download("org/cut", tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_without_room_nothing_is_fetched(hub: Hub, download: Download, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class Extents:
         """See Runner.shared_prefix."""
         now = soon = 0
         for extent in self._extents:
-            shared = extent.shared(stream)
+            shared = extent.shared(stream, now)
             now = max(now, min(shared, extent.held[1]))
             if extent.stream is not None:
                 soon = max(soon, min(shared, extent.stream.goal))
@@ -165,7 +165,7 @@ class Extents:
     def _longest_prefix(self, stream: Stream) -> tuple[Extent | None, int]:
         best, length = None, 0
         for extent in self._extents:
-            shared = min(extent.shared(stream), extent.held[1])
+            shared = min(extent.shared(stream, length), extent.held[1])
             if shared > length:
                 best, length = extent, shared
         return best, length

@@ -19,7 +19,7 @@ from lmtp.engine.sampling import random_of
 from lmtp.engine.source import MAX_SOURCE
 from lmtp.protocol import Encode, Failure, Generate, Operation, Reply, RequestError, Score, Token
 from lmtp.runners.model import Defaults
-from lmtp.text import Tokenizers, parse_stop_sequences
+from lmtp.text import Tokenizers
 
 PROMPT = "prompt"
 """The id of the stream that scores the prompt. Completions and options are numbered from 0."""
@@ -76,7 +76,7 @@ def generate_of(
         presence_penalty=presence_penalty or None,
         frequency_penalty=frequency_penalty or None,
         seed=None if seed is None else int(seed),
-        stop=parse_stop_sequences(stop_sequences),
+        stop=protocol.parse_stop_sequences(stop_sequences),
         logit_bias=bias or None,
         choices=protocol.parse_choices(choices),
         regex=regex or None,

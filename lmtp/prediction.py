@@ -32,11 +32,6 @@ class Counters:
     unfinished_constraints: int = 0
     """Streams that ended before their grammar allows an end: at max_tokens or at a stop sequence."""
 
-    def add(self, **counts: int) -> None:
-        """Increase the named counters."""
-        for name, count in counts.items():
-            setattr(self, name, getattr(self, name) + count)
-
 
 @dataclass
 class Turns:

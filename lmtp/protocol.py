@@ -391,9 +391,10 @@ def _check_lengths(payload: msgspec.Raw, max_ids: int, max_biases: int) -> None:
         raise RequestError(f"logit_bias: the batch has more than {MAX_BIASES} entries by now; use mask, or split it.")
 
 
-def _check_json(field: str, size: int) -> None:
+def _check_json(field: str, size: int, name: str = "") -> None:
+    """``name``: what the caller calls the field, if not by its own name."""
     if size > MAX_JSON[field]:
-        raise RequestError(f"{field}: {size} bytes of JSON; {MAX_JSON[field]} is the limit.")
+        raise RequestError(f"{name or field}: {size} bytes of JSON; {MAX_JSON[field]} is the limit.")
 
 
 def _written(entry: msgspec.Raw | str) -> str:
@@ -502,6 +503,19 @@ def parse_json_schema(text: str) -> dict[str, Any] | bool | None:
         text, dict[str, Any] | bool, "json_schema must be a JSON object, or true for any JSON"
     )
     return schema
+
+
+def parse_stop_sequences(text: str) -> list[str] | None:
+    """Parse ``stop`` given as a JSON list, or as texts separated by commas; None if there are none. Raises
+    RequestError."""
+    _check_json("stop", len(text), "stop_sequences")
+    expected = 'stop_sequences must be a JSON list like ["\\n", "END"] or texts separated by commas'
+    if text.startswith("["):
+        return parse_json(text, Stops, expected) or None
+    try:
+        return msgspec.convert([part for part in text.split(",") if part], Stops) or None
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{expected}: {reason_of(error, text)}.") from None
 
 
 def _parse(text: str, kind: Any, expected: str) -> Any:

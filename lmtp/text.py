@@ -459,14 +459,3 @@ class TextDecoder:
             if any(stop.startswith(rest) for stop in self._stop):
                 return len(rest)
         return 0
-
-
-def parse_stop_sequences(value: str) -> list[str] | None:
-    """Parse stop sequences given as a JSON list of strings, or separated by commas. Raises RequestError."""
-    expected = 'stop_sequences must be a JSON list like ["\\n", "END"] or texts separated by commas'
-    if value.startswith("["):
-        return protocol.parse_json(value, protocol.Stops, expected) or None
-    try:
-        return msgspec.convert([part for part in value.split(",") if part], protocol.Stops) or None
-    except msgspec.ValidationError as error:
-        raise RequestError(f"{expected}: {protocol.reason_of(error, value)}.") from None

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmtp import text as text_module
-from lmtp.protocol import RequestError, parse_choices
+from lmtp.protocol import RequestError, parse_choices, parse_stop_sequences
 from lmtp.text import (
     AGE,
     CallQueue,
@@ -25,7 +25,6 @@ from lmtp.text import (
     Tokenizers,
     encode,
     parse_messages,
-    parse_stop_sequences,
     render_messages,
     render_prompt,
 )
@@ -154,6 +153,9 @@ def test_stop_sequences_are_a_json_list_or_texts_separated_by_commas() -> None:
         parse_stop_sequences("[1]")
     with pytest.raises(RequestError, match=r"stop_sequences must be a JSON list .* separated by commas"):
         parse_stop_sequences("a," * 65)
+    for long in ('["' + "a" * 2**20 + '"]', "," * 2**20):
+        with pytest.raises(RequestError, match=r"^stop_sequences: \d+ bytes of JSON; 524288 is the limit"):
+            parse_stop_sequences(long)
 
 
 CONVERSATION = [

@@ -107,18 +107,18 @@ def _score(plan: Plan, side: _Counted) -> None:
 def _watched(model: Any) -> Iterator[dict[str, int]]:
     """Count forward passes, and the times that numbers of a step are read on the host: on a GPU each one waits."""
     counts = {"forwards": 0, "host_reads": 0}
-    fetch = sampling._fetch
+    to_host = sampling._to_host
 
-    def counting_fetch(tensor: Any) -> Any:
+    def counting_to_host(parts: Any) -> Any:
         counts["host_reads"] += 1
-        return fetch(tensor)
+        return to_host(parts)
 
     def counting_forward(*_: Any) -> None:
         counts["forwards"] += 1
 
     hook = model.get_input_embeddings().register_forward_hook(counting_forward)
     try:
-        with mock.patch.object(sampling, "_fetch", counting_fetch):
+        with mock.patch.object(sampling, "_to_host", counting_to_host):
             yield counts
     finally:
         hook.remove()

@@ -57,10 +57,12 @@ class CudaTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type["CudaTensor"], inner: Tensor) -> "CudaTensor":
-        with torch.inference_mode(False):  # a view of a tensor that is none of inference mode has to be none either
-            made = torch.Tensor._make_wrapper_subclass(
-                cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
-            )
+        # A view of a tensor that is none of inference mode has to be none either. The guard ends with its last name.
+        guard = torch._C._InferenceMode(False)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype
+        )
+        del guard
         made.wrapped = inner
         DEVICE.remember(made)
         return made
@@ -87,11 +89,15 @@ def _storage(tensor: Tensor) -> int:
 
 def _tensors_in(values: Any) -> list[Tensor]:
     """The tensors among an operation's arguments or results."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, list | tuple | type({}.values())):
-        return [tensor for each in values for tensor in _tensors_in(each)]
-    return []
+    found: list[Tensor] = []
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | type({}.values())):
+            left += reversed(value)
+    return found
 
 
 def _inner(value: Any) -> Any:

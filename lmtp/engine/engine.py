@@ -436,7 +436,9 @@ class Engine:
     def _deliver(self, step: Step[OperationStream], choices: Sequence[Sequence[sampling.Choice]]) -> None:
         """Give each stream its choices, count, and answer."""
         for prediction in {stream.prediction for stream in step.streams}:
-            self._count(prediction, steps=1, rows=len(step.streams))
+            for counters in (prediction.counters, self.counters):
+                counters.steps += 1
+                counters.rows += len(step.streams)
             self._touched.add(prediction)
         received = []
         for stream, count, its_choices in zip(step.streams, step.counts, choices, strict=True):
@@ -445,13 +447,11 @@ class Engine:
             known = stream.computed
             (encoded, found), stream.source_counts = stream.source_counts, (0, 0)
             received.append((stream, _receive(stream, its_choices) if its_choices or stream.problem else []))
-            self._count(
-                stream.prediction,
-                reused_tokens=found + (before if before == stream.reused else 0),
-                computed_tokens=encoded + stream.computed - before,
-                drafted_tokens=count - (known - before),
-                accepted_tokens=stream.computed - known,
-            )
+            for counters in (stream.prediction.counters, self.counters):
+                counters.reused_tokens += found + (before if before == stream.reused else 0)
+                counters.computed_tokens += encoded + stream.computed - before
+                counters.drafted_tokens += count - (known - before)
+                counters.accepted_tokens += stream.computed - known
         # The end of a stream moves the slots of others, so all that was computed has to count by now.
         for stream, replies in received:
             if isinstance(replies, RequestError):
@@ -501,7 +501,8 @@ class Engine:
         stream.max_length = min(stream.max_length, longest)
         given = operation.scored if isinstance(operation, Score) else operation.target or ()
         tokens = len(operation.prompt) + len(given) if stream.source else len(stream.tokens)
-        self._count(prediction, input_tokens=tokens)
+        for counters in (prediction.counters, self.counters):
+            counters.input_tokens += tokens
         if stream.pending == 0:  # one token to score after nothing
             prediction.outbox += stream.receive([])
             return
@@ -523,7 +524,9 @@ class Engine:
             self._close(stream)  # should that fail, the failure is the answer
         stream.prediction.outbox += replies
         unfinished = stream.finished and isinstance(stream, Generation) and stream.inside_grammar
-        self._count(stream.prediction, output_tokens=len(replies), unfinished_constraints=int(unfinished))
+        for counters in (stream.prediction.counters, self.counters):
+            counters.output_tokens += len(replies)
+            counters.unfinished_constraints += unfinished
 
     def _close(self, stream: OperationStream, keep: bool = True) -> None:
         self._scheduler.remove(stream, keep)
@@ -542,10 +545,6 @@ class Engine:
 
     def _all_streams(self) -> Iterable[OperationStream]:
         return itertools.chain(*self._running.values())
-
-    def _count(self, prediction: Prediction, **counts: int) -> None:
-        prediction.counters.add(**counts)
-        self.counters.add(**counts)
 
     def _hand_over(self) -> None:
         """Hand over the replies there are.

@@ -14,8 +14,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +57,7 @@ Uniforms = tuple[float, float]
 """Two numbers in [0, 1) for one token."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One token with its log-probability, and the most likely tokens with theirs, most likely first."""
 
     token: int
@@ -70,16 +68,14 @@ class Choice:
     """Why no token could be chosen; the other fields then mean nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A row whose token is given: the token that SCORE asks for, and how many likely tokens to report with it."""
 
     token: int
     top_logprobs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """A row whose token is chosen."""
 
     operation: Generate
@@ -165,7 +161,7 @@ def _sample(
         chosen = torch.where(given < 0, chosen, given)
     if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
         own = [draws[i] for i in drawn]
-        tokens = _draw(_select(logits, drawn), _select(weights, drawn), _select(best.values, drawn), own, vocabulary)
+        tokens = _draw(_select(logits, drawn), _select(peaks, drawn), _select(weights, drawn), own, vocabulary)
         chosen = tokens if len(drawn) == len(rows) else chosen.index_copy(0, _index(drawn, logits.device), tokens)
     counts = [_top(row) for row in rows]
     groups = [
@@ -179,18 +175,10 @@ def _sample(
         )
         if group
     ]
-    per_row = torch.stack(
-        [
-            chosen.double(),
-            logits.gather(-1, chosen[:, None])[:, 0].double(),
-            best.indices.double(),
-            best.values.double(),
-            total,
-        ]
-    )
-    return _report(
-        _to_host([per_row, *(part for _, likely in groups for part in likely)]), rows, counts, [g for g, _ in groups]
-    )
+    picked = logits.gather(-1, chosen[:, None])[:, 0]
+    per_row = [chosen, picked, best.indices, best.values, total]
+    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)])
+    return _report(found, rows, counts, [group for group, _ in groups])
 
 
 def _add_masks(logits: Tensor, vocabulary: int, draws: Mapping[int, Draw], allowed: Allowed | None) -> None:
@@ -265,13 +253,20 @@ class Best(NamedTuple):
 def _block(values: Tensor, block: Tensor) -> Tensor:
     """The blocks ``[rows, k]`` of each row ``[rows, vocabulary]``, one after the other: ``[rows, k * BLOCK]``."""
     each = values.shape[-1] // BLOCK
-    first = torch.arange(0, len(values) * each, each, device=values.device)[:, None]
-    return values.view(-1, BLOCK).index_select(0, (block + first).flatten()).view(len(values), -1)
+    first = _first_blocks(len(values), each, values.device)
+    return values.view(-1, BLOCK).index_select(0, (block + first).view(-1)).view(len(values), -1)
 
 
-def _weights(logits: Tensor, best: Tensor, scale: Tensor | float) -> Tensor:
-    """2 to the power of (logits - best) * scale, ``[rows, blocks, BLOCK]``. exp2 takes half the time of exp."""
-    return _blocks((logits - best[:, None]).mul_(scale).exp2_())
+@functools.lru_cache(maxsize=64)
+def _first_blocks(rows: int, each: int, device: torch.device) -> Tensor:
+    """The number of each row's first block, ``[rows, 1]``."""
+    return torch.arange(0, rows * each, each, device=device)[:, None]
+
+
+def _weights(logits: Tensor, best: Tensor, scale: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """2 to the power of (logits - best) * scale, ``[rows, blocks, BLOCK]``, in the memory of ``out``. exp2 takes half
+    the time of exp."""
+    return _blocks(torch.sub(logits, best[:, None], out=out).mul_(scale).exp2_())
 
 
 def _most_likely(values: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -290,34 +285,33 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def _fetch(tensor: Tensor) -> npt.NDArray[np.float64]:
-    """The tensor on the host, which waits for it. From a GPU it comes into pinned memory, without another copy."""
-    if on_host(tensor):
-        return tensor.numpy()
+    """The tensor of a GPU on the host, which waits for it. It comes into pinned memory, without another copy."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return host.numpy()
 
 
-def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[np.float64]]:
-    """The numbers of the parts on the host, by one copy. Token ids are exact in float64."""
+def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
+    """The numbers of the parts on the host. A GPU's come by one copy; token ids are exact in float64."""
+    if on_host(parts[0]):
+        return [part.numpy() for part in parts]
     packed = _fetch(torch.cat([part.double().flatten() for part in parts]))
     ends = np.cumsum([part.numel() for part in parts])[:-1]
     return [flat.reshape(part.shape) for flat, part in zip(np.split(packed, ends), parts, strict=True)]
 
 
 def _report(
-    parts: Sequence[npt.NDArray[np.float64]],
+    parts: Sequence[npt.NDArray[Any]],
     rows: Sequence[Row],
     counts: Sequence[int],
     groups: Sequence[Sequence[int]],
 ) -> list[Choice]:
     """The choices. ``parts`` are the numbers of each row; then the likely tokens' logits and ids, group by group."""
-    (chosen, logits, likeliest, best, total), *found = parts
+    chosen, logits, likeliest, best, total, *found = parts
     with np.errstate(divide="ignore", invalid="ignore"):
         norm = best + np.log(total)
-        logprobs = _rounded(logits - norm)
-        best_logprobs = _rounded(best - norm)
+        logprobs, best_logprobs = _rounded(np.stack([logits, best]) - norm)
     choices = []
     numbers = (chosen.astype(int), logprobs, likeliest.astype(int), best_logprobs, total, best, counts, rows)
     for token, logprob, first, first_logprob, mass, peak, count, row in zip(
@@ -348,22 +342,24 @@ def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(np.isfinite(logprobs), logprobs.round(6) + 0.0, LOWEST)
 
 
-def _draw(logits: Tensor, weights: Tensor, best: Tensor, rows: Sequence[Draw], vocabulary: int) -> Tensor:
+def _draw(logits: Tensor, peaks: Tensor, weights: Tensor, rows: Sequence[Draw], vocabulary: int) -> Tensor:
     """The token of each row: drawn at its temperature among those its filters keep, or the best where it is greedy.
 
-    ``weights`` and ``best`` are those of temperature 1. A draw has two stages, so that few vocabularies have to be
-    sorted: a token drawn from all of them is accepted if it is in the top-p nucleus; otherwise one is drawn from the
-    nucleus. Together that is the nucleus's own distribution.
+    ``peaks`` has the best of each block; ``weights`` are those of temperature 1, and may be changed. A draw has two
+    stages, so that few vocabularies have to be sorted: a token drawn from all of them is accepted if it is in the top-p
+    nucleus; otherwise one is drawn from the nucleus. Together that is the nucleus's own distribution.
     """
     device = logits.device
     operations = [row.operation for row in rows]
     greedy = [operation.temperature < GREEDY_BELOW for operation in operations]
     if penalized := any(row.counts is not None for row in rows):
         logits = penalize(logits, operations, [row.counts for row in rows])
-        best = _blocks(logits).amax(-1).amax(-1)
+        peaks = _blocks(logits).amax(-1)
+    best = peaks.amax(-1)
     scale = _column([1.0 if g else LOG2_E / o.temperature for o, g in zip(operations, greedy, strict=True)], device)
     if penalized or any(operation.temperature != 1.0 for operation in operations):
-        weights = _weights(logits, best, scale)
+        # In the same memory: fresh one would push the logits out of the processor's cache.
+        weights = _weights(logits, best, scale, out=weights.view(len(rows), -1))
     nucleus = [
         i for i, o in enumerate(operations) if (o.top_p or 1.0) < 1.0 and not _top_k(o, vocabulary) and not greedy[i]
     ]
@@ -371,25 +367,28 @@ def _draw(logits: Tensor, weights: Tensor, best: Tensor, rows: Sequence[Draw], v
     candidates = weights if lowest is None else _kept(logits, lowest).mul_(weights)
     uniforms = [(0.0, 0.0) if g else row.uniforms for g, row in zip(greedy, rows, strict=True)]
     first, second = upload(torch.tensor(uniforms, dtype=torch.float64), device).T
-    chosen = _inverse_cdf(candidates, first)
+    sums = weights.sum(-1).double()
+    chosen = _inverse_cdf(candidates, sums if lowest is None else candidates.sum(-1).double(), first)
     if nucleus and on_host(weights):
-        nucleus = _outside(weights, chosen, operations, nucleus)
+        nucleus = _outside(logits, peaks, weights, sums, chosen, operations, nucleus)
     if not nucleus:
         return chosen
     own = _select(logits, nucleus)
-    floor = _nucleus(
-        own,
-        _select(weights, nucleus),
+    own_weights, own_chosen = _select(weights, nucleus), _select(chosen, nucleus)
+    picked = own.gather(-1, own_chosen[:, None])
+    floor = _lowest_of(
+        _likelier(own, picked),
         _select(best, nucleus),
         _select(scale, nucleus),
         [operations[i] for i in nucleus],
         vocabulary,
+        _select(sums, nucleus).sum(-1, keepdim=True),
     )
     if lowest is not None:
         floor = torch.maximum(floor, _select(lowest, nucleus))
-    refused = own.gather(-1, _select(chosen, nucleus)[:, None])[:, 0] < floor
-    again = _inverse_cdf(_kept(own, floor).mul_(_select(weights, nucleus)), _select(second, nucleus))
-    return chosen.index_copy(0, _index(nucleus, device), torch.where(refused, again, _select(chosen, nucleus)))
+    inside = _kept(own, floor).mul_(own_weights)
+    again = _inverse_cdf(inside, inside.sum(-1).double(), _select(second, nucleus))
+    return chosen.index_copy(0, _index(nucleus, device), torch.where(picked[:, 0] < floor, again, own_chosen))
 
 
 def _kept(logits: Tensor, lowest: Tensor) -> Tensor:
@@ -397,22 +396,39 @@ def _kept(logits: Tensor, lowest: Tensor) -> Tensor:
     return _blocks(torch.ge(logits, lowest[:, None], out=torch.empty_like(logits)))
 
 
-def _outside(weights: Tensor, chosen: Tensor, operations: Sequence[Generate], nucleus: Sequence[int]) -> list[int]:
-    """Those of the nucleus rows whose chosen token seems to be outside. It looks at the vocabulary once."""
+def _outside(
+    logits: Tensor,
+    peaks: Tensor,
+    weights: Tensor,
+    sums: Tensor,
+    chosen: Tensor,
+    operations: Sequence[Generate],
+    nucleus: Sequence[int],
+) -> list[int]:
+    """Those of the nucleus rows whose chosen token seems to be outside. ``sums`` has the weights of each block.
+
+    More likely tokens are in blocks with larger peaks. Mostly all of these blocks together weigh less than the nucleus,
+    and no others have to be looked at."""
+    most = sums.sum(-1) * torch.tensor([operation.top_p or 1.0 for operation in operations], dtype=torch.float64)
+    around = torch.where(peaks > logits.gather(1, chosen[:, None]), sums, 0.0).sum(-1)
+    # A thousandth more than rounding can hide.
+    unsure = [i for i, out in enumerate((around * 1.001 >= most).tolist()) if out]
+    if not (nucleus := sorted(set(nucleus).intersection(unsure))):
+        return []
     weights = _select(weights, nucleus)
     weight = weights.flatten(1).gather(1, _select(chosen, nucleus)[:, None]).clamp_(min=LEAST_WEIGHT)[:, :, None]
     # The weights of more likely tokens, as multiples of the chosen one's. On a CPU this operation is many times
     # faster than comparing and selecting.
     likelier = functional.threshold(weights / weight, 1.0, 0.0, inplace=True).sum(-1).double().sum(-1)
-    p = _top_p([operations[i] for i in nucleus], weights.device)[:, 0]
-    outside = likelier * weight[:, 0, 0] >= weights.sum(-1).double().sum(-1) * p
+    outside = likelier * weight[:, 0, 0] >= _select(most, nucleus)
     return [i for i, out in zip(nucleus, outside.tolist(), strict=True) if out]
 
 
-def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+def _inverse_cdf(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     """For each row the first token id at which the running sum of weights ``[rows, blocks, BLOCK]`` exceeds ``uniform``
-    times their total. The search has two levels. A token of weight 0 adds nothing, so it is never drawn."""
-    running = weights.sum(-1).double().cumsum(-1)
+    times their total. ``sums`` has the weights of each block, so that the search has two levels. A token of weight 0
+    adds nothing, so it is never drawn."""
+    running = sums.cumsum(-1)
     target = _below(uniform * running[:, -1], running[:, -1])[:, None]
     block = torch.searchsorted(running, target, right=True).clamp_(max=running.shape[-1] - 1)
     before = torch.where(block > 0, running.gather(-1, (block - 1).clamp(min=0)), 0.0)
@@ -462,20 +478,16 @@ def _largest(logits: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.sort(head)).flip(-1)
 
 
-def _nucleus(
-    logits: Tensor, weights: Tensor, best: Tensor, scale: Tensor, operations: Sequence[Generate], vocabulary: int
-) -> Tensor:
-    """The lowest logit ``[rows]`` of each row's top-p nucleus. On a CPU it mostly lies in the head."""
-    total = weights.sum(-1).double().sum(-1, keepdim=True)
-    values = None
-    if on_host(logits) and vocabulary > HEAD:
-        values = _largest(logits, HEAD)
-        mass = _probabilities(values, best, scale).sum(-1, keepdim=True)
-        if bool((mass < total * _top_p(operations, logits.device)).any()):
-            values = None
-    if values is None:
-        values = _largest(logits, vocabulary)
-    return _lowest_of(values, best, scale, operations, vocabulary, total)
+def _likelier(logits: Tensor, picked: Tensor) -> Tensor:
+    """The largest values of each row, largest first: at least those that are not below ``picked`` ``[rows, 1]``. A CPU
+    sorts no others."""
+    if not on_host(logits):
+        return _largest(logits, logits.shape[-1])
+    rows = [np.sort(row[row >= least])[::-1] for row, least in zip(logits.numpy(), picked.numpy(), strict=True)]
+    values = np.full((len(rows), max(map(len, rows))), -np.inf, np.float32)
+    for row, likelier in zip(values, rows, strict=True):
+        row[: len(likelier)] = likelier
+    return torch.from_numpy(values)
 
 
 def _lowest_of(

@@ -300,9 +300,9 @@ class Slots:
 def check_budget(budget: int, needed: int, total: int) -> None:
     """Raise SettingsError for a budget in bytes that is less than needed, or more than there is."""
     if not needed <= budget <= total:
+        given, least, most = (f"{float(f'{size / 2**30:.3g}'):g}" for size in (budget, needed, total))
         raise SettingsError(
-            f"KV_CACHE_GB is {budget / 2**30:.3g}; this model needs at least {needed / 2**30:.3g}, "
-            f"and there are {total / 2**30:.3g} GB of memory."
+            f"KV_CACHE_GB is {given}; this model needs at least {least}, and there are {most} GB of memory."
         )
 
 

@@ -1,8 +1,13 @@
 """The CUDA paths on a stand-in for a GPU, compared with the same model on the CPU; and on a GPU where there is one."""
 
+import itertools
 import logging
+import os
+import random
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine import sampling
 from lmtp.engine.engine import Engine, LoadedModel
+from lmtp.prediction import Prediction
 from lmtp.protocol import Failure, Generate, Operation, Score, Token
 from lmtp.runners import flash, graphs
 from lmtp.runners.packed import PackedRunner
@@ -20,7 +26,7 @@ from lmtp.runners.selfcheck import Reference, check_packed
 from lmtp.runners.slot_runner import SlotRunner
 from tests import pretend_cuda
 from tests.pretend_cuda import Device, pretend_from_now_on, pretending, to_cuda
-from tests.tiny import answers, build, random_prompts, start
+from tests.tiny import answers, begin, build, collect, random_prompts, start
 
 SIZES = (1, 4, 16)
 BUCKETS = graphs.BUCKETS
@@ -45,6 +51,11 @@ def start_on(model: PreTrainedModel, tokenizer: Any = None, **arguments: Any) ->
         return LoadedModel(to_cuda(model), tokenizer, open_runner(model, **arguments))
 
     return Engine(open_model)
+
+
+def one_layer() -> PreTrainedModel:
+    """For tests of what surrounds the layers."""
+    return build("llama", num_hidden_layers=1)
 
 
 def operations() -> list[Operation]:
@@ -80,7 +91,7 @@ def test_a_gpu_gives_the_tokens_of_the_cpu_and_records_nothing_while_it_serves(n
 
 
 def test_a_step_goes_to_the_device_in_one_copy_that_nobody_waits_for(device: Device) -> None:
-    model = build("llama")
+    model = one_layer()
     engine = start_on(model, kv_budget=2**19)
     runner = engine.runner
     assert isinstance(runner, PackedRunner)
@@ -137,7 +148,7 @@ def test_a_step_of_a_gpu_waits_once_however_its_streams_sample(device: Device, m
         return choices
 
     monkeypatch.setattr(Engine, "_step", counted)
-    engine = start_on(build("llama"), kv_budget=2**19, graphs=False)
+    engine = start_on(one_layer(), kv_budget=2**19, graphs=False)
     try:
         for options in SAMPLING.values():
             waited.clear()
@@ -183,6 +194,126 @@ def test_a_step_with_grammars_waits_once_too(
         engine.stop()
 
 
+STEPS, LARGEST = (4000, 256) if os.environ.get("NIGHTLY") else (40, 80)
+
+
+def random_operation(generator: random.Random, stream_id: int) -> Operation:
+    """A text of few beginnings, some of them repetitive; any kind of sampling, or a score."""
+    beginning = generator.choice(random_prompts(150, 150, 150, seed=1))
+    prompt = beginning[: generator.choice((1, 9, 40, 150))] + random_prompts(3, seed=stream_id)[0]
+    if generator.random() < 0.2:
+        prompt = prompt[-8:] * 4
+    if generator.random() < 0.1:
+        return Score(stream_id=stream_id, prompt=prompt, scored=prompt[:5], top_logprobs=generator.choice((0, 3)))
+    options = generator.choice(list(SAMPLING.values()))
+    return Generate(stream_id=stream_id, prompt=prompt, max_tokens=generator.randint(1, 60), seed=stream_id, **options)
+
+
+@dataclass
+class Watch:
+    """What an engine's steps ask of the device."""
+
+    engine: Engine
+    device: Device
+    steps: int = 0
+    streams: int = 0
+    """The most in one step."""
+    waits: Counter[int] = field(default_factory=Counter)
+    """How many steps wait so often for the device."""
+    recorded: int = 0
+    """Tokens of recorded steps, their filler included."""
+    unrecorded: int = 0
+    """Tokens of the others."""
+    padding: int = 0
+    """Those of `unrecorded` that are no stream's."""
+    owned: float = 0.0
+    """The most room of running streams, as a multiple of what they may come to hold."""
+
+    def __post_init__(self) -> None:
+        runner: Any = self.engine.runner
+        step, prepare = self.engine._step, runner.prepare
+
+        def watched_step(some: Any) -> Any:
+            self.device.log.clear()
+            choices = step(some)
+            self.waits[len(self.device.of_kind("sync"))] += 1
+            return choices
+
+        def watched(some: Any) -> Any:
+            compute, tokens = prepare(some), sum(some.counts)
+            self.steps += 1
+            self.streams = max(self.streams, len(some.streams))
+            self.owned = max(self.owned, runner.owned / sum(stream.max_length for stream in runner.active))
+            if tokens <= max(runner.recorded.sizes):
+                size = compute.args[0].tokens
+                assert size == min(size for size in BUCKETS if size >= tokens)
+                self.recorded += size
+            else:
+                self.unrecorded += compute.args[0].ids.numel()
+                self.padding += compute.args[0].ids.numel() - tokens
+            return compute
+
+        self.engine._step = watched_step  # type: ignore[method-assign,assignment]
+        runner.prepare = watched
+
+
+def test_whatever_64_streams_ask_for_nothing_is_recorded_padded_or_waited_for_twice(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The filler of recorded steps is counted for itself: it costs no reading of weights. NIGHTLY=1 runs 4,000 steps."""
+    sizes = [size for size in BUCKETS if size <= LARGEST]
+    monkeypatch.setattr(graphs, "BUCKETS", sizes)
+    model = one_layer()
+    cpu, gpu = start(model), start_on(one_layer(), kv_budget=2**20)
+    runner = gpu.runner
+    assert isinstance(runner, PackedRunner)
+    assert len(device.recorded) == len(sizes)
+    watch, generator, drafted, ids = Watch(gpu, device), random.Random(0), 0, itertools.count()
+    begun: deque[tuple[list[Operation], Prediction]] = deque()
+    padded = runner.padded_tokens
+    try:
+        while watch.steps < STEPS or begun:
+            while watch.steps < STEPS and sum(len(some) for some, _ in begun) <= 56:
+                some = [random_operation(generator, next(ids)) for _ in range(generator.randint(1, 8))]
+                begun.append((some, begin(gpu, *some)))
+            some, prediction = begun.popleft()
+            got, expected = collect(prediction), answers(cpu, *some)
+            drafted += got.counters.drafted_tokens
+            for operation in some:
+                assert got.ids(operation.stream_id) == expected.ids(operation.stream_id)
+    finally:
+        cpu.stop()
+        gpu.stop()
+    assert len(device.recorded) == len(sizes)
+    assert watch.waits.keys() <= {0, 1}  # a step of a prompt's beginning wants no numbers back
+    assert watch.padding == 0
+    assert 5 * (runner.padded_tokens - padded) < watch.recorded
+    assert watch.owned <= 1.15
+    assert watch.streams > 32
+    assert watch.unrecorded > 0
+    assert drafted > 0
+
+
+def test_few_streams_draft_in_recorded_steps_and_get_the_tokens_of_the_cpu(device: Device) -> None:
+    """The last wrong guesses are overwritten; streams of other texts in the same steps draft too, or not at all."""
+    cpu, gpu = start(one_layer()), start_on(one_layer(), kv_budget=2**19)
+    try:
+        one_token = [
+            Generate(stream_id=i, prompt=[5, 6, i], max_tokens=40, logit_bias={9 + i: 100.0}) for i in range(2)
+        ]
+        repeated = random_prompts(6)[0] * 4
+        some = [*one_token, Generate(stream_id=2, prompt=repeated, max_tokens=30, temperature=0.5, seed=1)]
+        replays = sum(graph.replays for graph in device.recorded)
+        got, expected = answers(gpu, *some), answers(cpu, *some)
+        assert [got.ids(i) for i in range(3)] == [expected.ids(i) for i in range(3)]
+        assert got.counters.accepted_tokens > 40
+        assert got.counters.steps < 40
+        assert sum(graph.replays for graph in device.recorded) - replays == got.counters.steps - 1  # but the prompts'
+    finally:
+        cpu.stop()
+        gpu.stop()
+
+
 def open_on(device: Device, model: PreTrainedModel, **arguments: Any) -> Any:
     """The runner of a model on the stand-in, with little memory."""
     with pretending():
@@ -213,7 +344,7 @@ def test_one_recording_that_fails_is_left_out_and_named_in_the_log(
 
     monkeypatch.setattr(graphs.Graphs, "_record", fail)
     with caplog.at_level(logging.WARNING):
-        runner = open_on(device, build("llama"))
+        runner = open_on(device, one_layer())
     assert runner.recorded.sizes == [1, 16]
     assert caplog.messages == ["no CUDA graph for 4 tokens: OutOfMemoryError: CUDA out of memory."]
     assert runner.recorded.shape(3).tokens == 16
@@ -221,7 +352,7 @@ def test_one_recording_that_fails_is_left_out_and_named_in_the_log(
 
 
 def test_the_self_check_replays_every_recording_on_different_tokens(device: Device) -> None:
-    open_on(device, build("llama"))
+    open_on(device, one_layer())
     assert all(graph.replays >= 2 for graph in device.recorded)
 
 
@@ -259,14 +390,14 @@ def test_recordings_that_read_other_memory_than_the_steps_are_not_used(
     kind: type[graphs.Graphs], reason: str, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmtp.runners.runner.Graphs", kind)
-    runner = open_on(device, build("llama"))
+    runner = open_on(device, one_layer())
     assert runner.recorded is None
     assert reason in runner.reason
 
 
 def test_an_engine_whose_device_has_failed_says_so_and_answers_everyone(device: Device) -> None:
     """Then the health check fails, and the platform replaces the container."""
-    engine = start_on(build("llama"), kv_budget=2**16, graphs=False)
+    engine = start_on(one_layer(), kv_budget=2**16, graphs=False)
     greedy = Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=4)
     assert len(answers(engine, greedy).ids()) == 4
     assert engine.problem == ""
@@ -282,7 +413,7 @@ def test_a_device_that_fails_in_a_step_stops_the_engine_at_once(
     part: str, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever runs when it is found out, and however many streams there are."""
-    engine = start_on(build("llama"), kv_budget=2**16, graphs=False)
+    engine = start_on(one_layer(), kv_budget=2**16, graphs=False)
     sample, run, failures = sampling.sample, engine.runner.prepare, [0]
 
     def fail(*_: Any) -> None:
@@ -337,7 +468,7 @@ class LittleMemory:
 
 
 def test_a_step_that_finds_no_memory_is_retried_in_halves_and_no_stream_fails(device: Device) -> None:
-    cpu, gpu = start(build("llama")), start_on(build("llama"), kv_budget=2**19, graphs=False)
+    cpu, gpu = start(one_layer()), start_on(one_layer(), kv_budget=2**19, graphs=False)
     little = LittleMemory(gpu, 40)
     try:
         long = [Generate(stream_id=i, prompt=p, max_tokens=3) for i, p in enumerate(random_prompts(300, 200))]
@@ -361,7 +492,7 @@ def test_a_step_that_finds_no_memory_is_retried_in_halves_and_no_stream_fails(de
 
 
 def test_where_not_even_one_token_finds_memory_its_stream_fails_alone(device: Device) -> None:
-    engine = start_on(build("llama"), kv_budget=2**19, graphs=False)
+    engine = start_on(one_layer(), kv_budget=2**19, graphs=False)
     little = LittleMemory(engine, 0)
     try:
         two = [Generate(stream_id=i, prompt=[5, 6, i], max_tokens=4) for i in range(2)]
@@ -377,7 +508,7 @@ def test_where_not_even_one_token_finds_memory_its_stream_fails_alone(device: De
 
 
 def test_graphs_can_be_switched_off(device: Device) -> None:
-    runner = open_on(device, build("llama"), graphs=False)
+    runner = open_on(device, one_layer(), graphs=False)
     assert isinstance(runner, PackedRunner)
     assert (runner.recorded, runner.reason, device.recorded) == (None, "", [])
 
@@ -406,14 +537,14 @@ def test_a_model_that_is_not_served_exactly_gets_slots_on_the_gpu(name: str, rea
 def test_float32_and_an_old_gpu_get_slots(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (7, 5))
     reason = "FlashAttention needs a GPU of compute capability 8.0 or newer"
-    assert open_on(device, build("llama")).reason == f"no packed tokens: {reason}"
+    assert open_on(device, one_layer()).reason == f"no packed tokens: {reason}"
     monkeypatch.setattr(flash, "DTYPES", (torch.bfloat16, torch.float16))
-    assert open_on(device, build("llama")).reason == "no packed tokens: FlashAttention does not compute in float32"
+    assert open_on(device, one_layer()).reason == "no packed tokens: FlashAttention does not compute in float32"
 
 
 def test_attention_by_cudnn_which_plans_anew_for_each_length_is_off(device: Device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    open_on(device, build("llama"), graphs=False)
+    open_on(device, one_layer(), graphs=False)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lmtp.runners.slots import Layer, Memory, Slots, common_prefix
+from lmtp.runners.slots import Layer, Memory, Slots, check_budget, common_prefix
 from lmtp.runners.step import Stream
 from lmtp.settings import SettingsError
 
@@ -159,6 +159,11 @@ def test_whatever_comes_and_goes_every_stream_finds_its_own_keys_and_values(toke
 def test_a_budget_that_holds_nothing_or_more_than_there_is_is_refused_with_both_limits(budget: int) -> None:
     with pytest.raises(SettingsError, match=r"^KV_CACHE_GB is .*; this model needs at least .*, and there are .* GB"):
         Slots(Memory(LAYERS, torch.float32), budget, 64, CONTEXT)
+
+
+def test_a_refused_budget_is_written_as_it_was_given() -> None:
+    with pytest.raises(SettingsError, match=r"^KV_CACHE_GB is 1000; .* needs at least 0.5, and there are 24 GB"):
+        check_budget(1000 * 2**30, 2**29, 24 * 2**30)
 
 
 def test_memory_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

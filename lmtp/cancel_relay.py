@@ -51,7 +51,7 @@ if the runtime has lost its place."""
 MAX_INTERVAL_SECONDS = 0.64
 """The intervals between repetitions double from HOLD_SECONDS up to this."""
 
-MAX_RECEIPT_SECONDS = 10.0
+MAX_RECEIPT_SECONDS = 5.0
 """How long to wait for a receipt. A server that has given none by then is asked for no more."""
 
 SETTLE_SECONDS = 0.1

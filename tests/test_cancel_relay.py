@@ -1,5 +1,6 @@
 """The relay in the control channel between Cog's server and its worker."""
 
+import itertools
 import json
 import os
 import socket
@@ -176,7 +177,6 @@ def test_a_cancel_is_held_back_and_repeated_until_its_slot_is_idle(channel: Chan
     assert channel.worker.wait_for(3) == [{"type": "cancel", "slot": "a"}] * 3
     times = [arrived - sent for arrived, _ in channel.worker.arrived]
     assert times[0] >= HOLD_SECONDS
-    assert times[2] - times[1] > times[1] - times[0]
     channel.worker.send(type="idle", slot="a")
     assert channel.server.wait_for(1) == [{"type": "idle", "slot": "a"}]
     count = len(channel.worker.arrived)
@@ -203,6 +203,26 @@ def test_a_cancel_of_a_prediction_that_ends_meanwhile_is_dropped(channel: Channe
     channel.server.wait_for(1)
     time.sleep(LONG)
     assert channel.worker.arrived == []
+
+
+def test_the_intervals_between_repetitions_grow() -> None:
+    descriptors = [*os.pipe(), *os.pipe()]
+    from_server, _, worker_receives, to_worker = descriptors
+    relay = Relay(from_server, to_worker, from_server, to_worker)
+    cancel = cancel_relay._frame({"type": "cancel", "slot": "a"})
+    relay._down(cancel)
+    begun = relay._cancels["a"].due - HOLD_SECONDS
+    sent = []
+    for milliseconds in range(2_000):
+        relay._tick(begun + (milliseconds + 0.5) / 1_000)
+        if cancel_relay._unread(worker_receives):
+            assert os.read(worker_receives, 1_000) == cancel
+            sent.append(milliseconds)
+    intervals = [later - earlier for earlier, later in itertools.pairwise(sent)]
+    assert sent[0] == pytest.approx(1_000 * HOLD_SECONDS, abs=1)
+    assert intervals == pytest.approx([40, 80, 160, 320, 640, 640], abs=1)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def test_a_slot_is_idle_for_the_server_only_when_it_has_handled_the_last_message_of_its_prediction(

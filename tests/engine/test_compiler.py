@@ -559,7 +559,14 @@ def test_thousands_of_choices_are_followed(compiler: Compiler, tokenizer: PreTra
     assert grammar.accepting
     with pytest.raises(RequestError, match="cannot be followed here"):
         ask(compiler, choices=words).advance(tokenizer.encode("k")[0])
-    assert ask(compiler, choices=words)
+
+
+def test_choices_that_one_stream_could_not_follow_are_there_for_the_next(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(RequestError, match="cannot be followed here"):
+        ask(compiler, choices=["one", "two"]).advance(tokenizer.encode("k")[0])
+    assert ask(compiler, choices=["one", "two"])
 
 
 def test_a_deeply_nested_schema_fails_alone(compiler: Compiler) -> None:

@@ -96,15 +96,13 @@ def _slot_sockets() -> list[int]:
     """This process's ends of the slots' sockets, in the order of the slots."""
     found = {}
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as duplicate:
-            if name := SLOT_SOCKET.fullmatch(_peer(duplicate)):
-                found[int(name[1])] = descriptor
+        with suppress(OSError):  # it is closed again, or has no peer
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                    peer = duplicate.getpeername()
+                if isinstance(peer, bytes) and (name := SLOT_SOCKET.fullmatch(peer)):
+                    found[int(name[1])] = descriptor
     return [found[index] for index in sorted(found)]
-
-
-def _peer(connection: socket.socket) -> bytes:
-    peer = connection.getpeername()
-    return peer if isinstance(peer, bytes) else b""
 
 
 class Receipt:

@@ -10,11 +10,11 @@ import msgspec
 from aiohttp import web
 
 from gateway import replies
+from gateway.errors import ApiError, told
 from gateway.model import Model, Models
 from gateway.openai_answers import document
-from gateway.openai_requests import ApiError
 from gateway.replies import Reply
-from gateway.target import Target, TargetError, failed
+from gateway.target import Target, failed
 
 Json = dict[str, Any]
 
@@ -64,10 +64,12 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
                     await response.write(b"".join(_line(_token(model, reply)) for reply in replies.parse(lines)))
         metrics = {name: running.metrics[name] for name in _METRICS if name in running.metrics}
         await response.write(_line({"metrics": metrics}))
-    except TargetError as error:
+    except ConnectionError:
+        raise  # the client has left
+    except Exception as error:
         if not response.prepared:
             raise
-        await response.write(_line({"error": str(error)}))
+        await response.write(_line({"error": str(told(error))}))
     return response
 
 

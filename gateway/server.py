@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from gateway import lmtp_websocket
+from gateway.errors import ApiError, told
 from gateway.inspector import describe, inspect
 from gateway.model import Models
 from gateway.openai_chat import chat
 from gateway.openai_completions import complete
 from gateway.openai_models import get_model, list_models
-from gateway.openai_requests import ApiError
-from gateway.target import Target, TargetError
+from gateway.target import Target
 
 MAX_BODY = 2**24
 """Bytes of a request's body."""
@@ -81,12 +81,12 @@ class Gateway:
             if kind == "WebSockets":
                 return await lmtp_websocket.serve(request, self._target)
             return await handler(request)
-        except ApiError as error:
-            return _answer(error)
-        except TargetError as error:
-            return _answer(ApiError(error.status, str(error)))
+        except ConnectionError:
+            raise  # the client has left
         except web.HTTPRequestEntityTooLarge:
             return _answer(ApiError(413, f"The body has more than {MAX_BODY} bytes."))
+        except Exception as error:
+            return _answer(told(error))
         finally:
             self._open[kind] -= 1
 

@@ -21,6 +21,8 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from gateway.server_sent_events import Events
+
 BUSY_SECONDS = 60.0
 """How long a busy target is asked again."""
 
@@ -90,16 +92,9 @@ class Target(ABC):
         running = Running()
         async with AsyncExitStack() as stack:
             with self._explained():
-                chunks = await stack.enter_async_context(self._predict(inputs, running))
-            running.chunks = self._guarded(chunks)
+                running.chunks = await stack.enter_async_context(self._predict(inputs, running))
             await stack.enter_async_context(aclosing(running.chunks))
             yield running
-
-    async def _guarded(self, chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        async with aclosing(chunks):
-            with self._explained():
-                async for chunk in chunks:
-                    yield chunk
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -114,7 +109,8 @@ class Target(ABC):
 
     @abstractmethod
     def _predict(self, inputs: Json, running: Running) -> AbstractAsyncContextManager[AsyncGenerator[str, None]]:
-        """A context with the output's chunks. The metrics are put into ``running``."""
+        """A context with the output's chunks, which raise what `_explained` makes of errors. The metrics are put into
+        ``running``."""
 
 
 class Container(Target):
@@ -142,23 +138,24 @@ class Container(Target):
             # Here the connection is closed unless the answer was read to its end. The runtime then cancels.
 
     async def _chunks(self, response: aiohttp.ClientResponse, running: Running) -> AsyncGenerator[str, None]:
-        async for events in _events(response):
-            chunks = []
-            for name, data in events:
-                if name == "output":
-                    chunks.append(msgspec.json.decode(data, type=_Output).chunk)
-                elif name == "completed":
-                    ended = msgspec.json.decode(data, type=_Ended)
-                    if chunks:
-                        yield "".join(chunks)
-                        chunks = []
-                    await response.read()
-                    _check(ended, running)
-                    return
-                elif name == "error":
-                    raise TargetError(502, msgspec.json.decode(data, type=_Failed).error)
-            if text := "".join(chunks):
-                yield text
+        events = Events()
+        with self._explained():
+            while piece := await response.content.readany():
+                chunks = []
+                for name, data in events.feed(piece):
+                    if name == b"output":
+                        chunks.append(_output.decode(data).chunk)
+                    elif name == b"completed":
+                        ended = msgspec.json.decode(data, type=_Ended)
+                        if chunks:
+                            yield "".join(chunks)
+                        await response.content.readany()  # the end, so that the connection can be used again
+                        _check(ended, running)
+                        return
+                    elif name == b"error":
+                        raise failed(msgspec.json.decode(data, type=_Failed).error, 502)
+                if chunks:
+                    yield "".join(chunks)
         raise TargetError(502, "The target closed the connection before the prediction was done.")
 
 
@@ -233,22 +230,28 @@ class Replicate(Target):
 
     async def _chunks(self, made: Json, running: Running, ended: asyncio.Event) -> AsyncGenerator[str, None]:
         sent = 0
-        if stream := made.get("urls", {}).get("stream"):
-            headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}  # its address is secret: no token
-            async with self.session.get(stream, headers=headers) as response:
-                response.raise_for_status()
-                async for events in _events(response):
-                    if text := "".join(data.decode() for name, data in events if name == "output"):
-                        sent += len(text)
-                        yield text
-                    if any(name in ("done", "error") for name, _ in events):
-                        break
-        while (document := await self._call("GET", f"predictions/{made['id']}"))["status"] not in TERMINAL:
-            await asyncio.sleep(POLL_SECONDS)
-        if text := "".join(document.get("output") or [])[sent:]:
-            yield text  # a model without a stream
-        ended.set()
-        _check(msgspec.convert(document, _Ended), running)
+        with self._explained():
+            if stream := made.get("urls", {}).get("stream"):
+                headers = {
+                    "Accept": "text/event-stream",
+                    "Cache-Control": "no-store",
+                }  # the address is secret: no token
+                async with self.session.get(stream, headers=headers) as response:
+                    response.raise_for_status()
+                    events = Events()
+                    while piece := await response.content.readany():
+                        come = events.feed(piece)
+                        if text := b"".join([data for name, data in come if name == b"output"]).decode():
+                            sent += len(text)
+                            yield text
+                        if any(name in (b"done", b"error") for name, _ in come):
+                            break
+            while (document := await self._call("GET", f"predictions/{made['id']}"))["status"] not in TERMINAL:
+                await asyncio.sleep(POLL_SECONDS)
+            if text := "".join(document.get("output") or [])[sent:]:
+                yield text  # a model without a stream
+            ended.set()
+            _check(msgspec.convert(document, _Ended), running)
 
     async def _cancel(self, creating: asyncio.Task[Json]) -> None:
         """Cancel a prediction, once it is known, if it was made at all."""
@@ -272,6 +275,9 @@ def open_target(address: str) -> Target:
 
 class _Output(Struct):
     chunk: str
+
+
+_output = msgspec.json.Decoder(_Output)
 
 
 class _Ended(Struct):
@@ -338,27 +344,3 @@ def _detail(text: str) -> str:
     except (ValueError, AttributeError):
         pass
     return " ".join(text[:500].split())
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[tuple[str, bytes]]]:
-    """The server-sent events of each piece that arrives: names, and data with its lines joined."""
-    waiting = bytearray()
-    async for part in response.content.iter_any():
-        searched = max(len(waiting) - 1, 0)
-        waiting += part
-        if waiting.find(b"\n\n", searched) < 0:
-            continue  # the last event repeats the whole output: it must not be copied for each of its parts
-        *blocks, rest = bytes(waiting).split(b"\n\n")
-        waiting = bytearray(rest)
-        yield [_event(block) for block in blocks]
-
-
-def _event(block: bytes) -> tuple[str, bytes]:
-    name, data = "message", []
-    for line in block.split(b"\n"):
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.strip().decode()
-    return name, b"\n".join(data)

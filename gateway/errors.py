@@ -3,6 +3,9 @@
 import logging
 from typing import Any
 
+from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
+
 from gateway.target import TargetError
 
 log = logging.getLogger(__name__)
@@ -32,5 +35,9 @@ def told(error: Exception) -> ApiError:
         return error
     if isinstance(error, TargetError):
         return ApiError(error.status, str(error))
+    if isinstance(error, web.HTTPException):  # of aiohttp: no route, no WebSocket's handshake
+        return ApiError(error.status, f"{error.text}.")
+    if isinstance(error, RequestPayloadError):
+        return ApiError(400, "The body is not what its headers say.")
     log.error("An error that was not foreseen", exc_info=error)
     return ApiError(500, UNEXPECTED)

@@ -14,7 +14,7 @@ from gateway.errors import ApiError, told
 from gateway.model import Model, Models
 from gateway.openai_answers import document
 from gateway.replies import Reply
-from gateway.target import Target, failed
+from gateway.target import Target, TargetError, failed
 
 Json = dict[str, Any]
 
@@ -58,7 +58,7 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
             await response.prepare(request)
             if compared:
                 text = "".join([chunk async for chunk in running.chunks])
-                await response.write(_of_document(model, msgspec.json.decode(text, type=_Document)))
+                await response.write(_of_document(model, _read(text)))
             else:
                 async for lines in replies.lines(running.chunks):
                     await response.write(b"".join(_line(_token(model, reply)) for reply in replies.parse(lines)))
@@ -71,6 +71,13 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
             raise
         await response.write(_line({"error": str(told(error))}))
     return response
+
+
+def _read(text: str) -> _Document:
+    try:
+        return msgspec.json.decode(text, type=_Document)
+    except msgspec.DecodeError as error:
+        raise TargetError(502, f"The target's output is not the predictor's: {error}.") from error
 
 
 def _of_document(model: Model, document: _Document) -> bytes:

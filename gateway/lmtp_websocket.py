@@ -28,7 +28,7 @@ MAX_OPERATIONS = 1024
 HEARTBEAT_SECONDS = 120.0
 """How often to ask whether a silent client still exists."""
 
-_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?(?:0|[1-9]\d{0,17})|"[^"\\\x00-\x1f]{0,256}")', re.ASCII)
+_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?(?:0|[1-9]\d{0,17})|"[^"\\\x00-\x1f]{0,256}")\s*[,}]', re.ASCII)
 _TOKENS = ("GENERATE", "SCORE")
 """Operations whose errors are TOKEN. A client waits forever for those of others."""
 

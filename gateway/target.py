@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from gateway.server_sent_events import Events
+from gateway.server_sent_events import MAX_EVENT, Events
 
 BUSY_SECONDS = 60.0
 """How long a busy target is asked again."""
@@ -34,6 +34,9 @@ IDLE_SECONDS = 900.0
 
 PLACES = 64
 """Predictions that a container runs at once; the next ones wait here."""
+
+MAX_REFUSAL = 2**16
+"""Bytes to read of an answer that refuses a prediction."""
 
 POLL_SECONDS = 0.5
 """How often a prediction on Replicate is looked at once its stream has ended, until it has, too."""
@@ -101,10 +104,10 @@ class Target(ABC):
         """Turn the errors of a connection into a TargetError."""
         try:
             yield
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
             reason = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
             raise TargetError(502, f"The target {self.name} {reason}.") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError(502, f"The target {self.name} sent what is no answer to a prediction.") from error
 
     @abstractmethod
@@ -129,11 +132,14 @@ class Container(Target):
         async with (
             self._places,
             await _accepted(
-                lambda: self.session.post(self._address, data=body, headers=headers), "the target is busy"
+                lambda: self.session.post(self._address, data=body, headers=headers, allow_redirects=False),
+                "the target is busy",
             ) as response,
         ):
             if response.status != 200:
-                raise _refusal(response.status, await response.text())
+                raise _refusal(response.status, await _text(response, MAX_REFUSAL))
+            if response.content_type != "text/event-stream":
+                raise TargetError(502, f"The target {self.name} sends {response.content_type}: it is no container.")
             yield self._chunks(response, running)
             # Here the connection is closed unless the answer was read to its end. The runtime then cancels.
 
@@ -215,16 +221,17 @@ class Replicate(Target):
         """A call of the API. Raises TargetError; the message never holds the token."""
         url = f"{self._api}/{path}"
         async with await _accepted(
-            lambda: self.session.request(method, url, json=body, headers=self._headers), "Replicate takes no more calls"
+            lambda: self.session.request(method, url, json=body, headers=self._headers, allow_redirects=False),
+            "Replicate takes no more calls",
         ) as response:
-            text = await response.text()
+            text = await _text(response, MAX_EVENT)
             if response.status in (401, 403):
                 raise TargetError(502, "Replicate does not accept the gateway's REPLICATE_API_TOKEN.")
             if response.status == 404:
                 raise TargetError(502, f"There is no {self.name} that the gateway's token may use.")
             if response.status == 422:
                 raise TargetError(400, _detail(text))
-            if response.status >= 400:
+            if response.status >= 300:
                 raise TargetError(502, f"Replicate answered {response.status}: {_detail(text)}")
             return dict(json.loads(text))
 
@@ -236,7 +243,7 @@ class Replicate(Target):
                     "Accept": "text/event-stream",
                     "Cache-Control": "no-store",
                 }  # the address is secret: no token
-                async with self.session.get(stream, headers=headers) as response:
+                async with self.session.get(stream, headers=headers, allow_redirects=False) as response:
                     response.raise_for_status()
                     events = Events()
                     while piece := await response.content.readany():
@@ -325,8 +332,18 @@ async def _accepted(request: Any, busy: str) -> aiohttp.ClientResponse:
         pause = min(1.3 * pause, MAX_PAUSE)
 
 
+async def _text(response: aiohttp.ClientResponse, limit: int) -> str:
+    """The body, or the first bytes of it if it has more than ``limit``."""
+    body = bytearray()
+    while len(body) < limit and (piece := await response.content.readany()):
+        body += piece
+    return body[:limit].decode(errors="replace")
+
+
 def _refusal(status: int, text: str) -> TargetError:
     """The error for a request that the container refused."""
+    if 300 <= status < 400:
+        return TargetError(502, f"The target redirects ({status}), which is not followed: give --target its own URL.")
     if status != 422:
         return TargetError(503 if status == 503 else 502, f"The target answered {status}: {_detail(text)}")
     try:

@@ -255,6 +255,16 @@ class TestTarget:
             *_, last = (await response.text()).strip().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "grammar: too costly"
 
+    async def test_an_error_on_the_page_comes_after_the_tokens_before_it(self) -> None:
+        broken = f"TOKEN {json.dumps({'stream_id': 0, 'error': 'grammar: too costly'})}\n"
+        async with (
+            served(Fake([token(0) + broken])) as client,
+            client.post("/inspect", json={"input": {"prompt": "x"}}) as response,
+        ):
+            first, last = map(json.loads, (await response.text()).splitlines())
+        assert first["text"] == "a"
+        assert last == {"error": "grammar: too costly"}
+
     @pytest.mark.parametrize("stream", [True, False])
     async def test_a_client_that_leaves_cancels_its_prediction(self, stream: bool) -> None:
         fake = Fake(endless=True)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -26,6 +27,9 @@ MAX_BODY = 2**24
 
 MAX_REQUESTS = 512
 """Requests at once; as many WebSockets may be open beside them, since most of these are idle."""
+
+MAX_UNREAD_SECONDS = 60.0
+"""How long a client may take nothing of what was sent to it. Then its connection closes, which ends its predictions."""
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -78,6 +82,7 @@ class Gateway:
         self._open[kind] += 1
         try:
             self._check(request, kind)
+            _close_if_unread(request)
             if kind == "WebSockets":
                 return await lmtp_websocket.serve(request, self._target)
             return await handler(request)
@@ -110,6 +115,13 @@ class Gateway:
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
         raise ApiError(404, f"There is no {request.method} {request.path[:200]} here.", code="unknown_url")
+
+
+def _close_if_unread(request: web.Request) -> None:
+    """Let the kernel watch over the connection: it costs nothing for each token. Only Linux does."""
+    connection = request.get_extra_info("socket")
+    if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(MAX_UNREAD_SECONDS * 1000))
 
 
 def _answer(error: ApiError) -> web.Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from gateway import server_sent_events
+from gateway import server, server_sent_events
 from gateway.server import Gateway
 from gateway.target import PLACES, Container
 from tests.gateway.containers import Client, Fake, served, token
@@ -34,8 +35,8 @@ async def answering(answer: bytes, repeated: bytes = b"") -> AsyncIterator[tuple
             pass
         writer.close()
 
-    async with await asyncio.start_server(target, "127.0.0.1", 0) as server:
-        host, port = server.sockets[0].getsockname()
+    async with await asyncio.start_server(target, "127.0.0.1", 0) as listening:
+        host, port = listening.sockets[0].getsockname()
         yield f"http://{host}:{port}", requests
 
 
@@ -108,6 +109,20 @@ async def test_a_target_that_goes_on_after_its_prediction_is_left() -> None:
         async with asyncio.timeout(5), target.predict({}) as running:
             assert [chunk async for chunk in running.chunks] == ["a"]
         await target.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux watches over connections")
+async def test_a_client_that_reads_nothing_is_left_and_its_prediction_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_UNREAD_SECONDS", 0.1)
+    fake = Fake([token(0, "x" * 2**20)] * 16, endless=True)
+    body = json.dumps({**COMPLETION, "stream": True})
+    async with served(fake) as client:
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", client.port))
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
+            await asyncio.wait_for(fake.cancelled.wait(), 20)
 
 
 async def test_clients_that_leave_give_their_places_back() -> None:

@@ -107,6 +107,8 @@ class Target(ABC):
         except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
             reason = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
             raise TargetError(502, f"The target {self.name} {reason}.") from error
+        except aiohttp.ClientPayloadError as error:
+            raise TargetError(502, f"The target {self.name} broke off its answer.") from error
         except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError(502, f"The target {self.name} sent what is no answer to a prediction.") from error
 

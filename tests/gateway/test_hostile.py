@@ -71,6 +71,8 @@ async def refused(client: Client) -> str:
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n", "sent what is no answer"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<p/>", "sends text/html"),
         (b"HTTP/1.1 500 Oh\r\nContent-Length: 10\r\n\r\n<b>\xff\r\nX: 1", "answered 500: <b>\ufffd X: 1"),
+        (EVENTS.replace(b"Connection: close", b"Content-Length: 99") + output("a"), "broke off its answer"),
+        (EVENTS + output("a"), "closed the connection before the prediction was done"),
         (EVENTS + b'event: output\ndata: {"chunk": 1}\n\n', "sent what is no answer"),
         (EVENTS + b'event: output\ndata: {"chunk": "\xff"}\n\n', "sent what is no answer"),
         (EVENTS + output('MSG {"stream_id":0,"model_info":{"model":1}}\n'), "describes its model wrongly"),

@@ -155,14 +155,17 @@ class Predictor(BasePredictor):
         ),
         logit_bias: str = Input(
             default="",
-            description="JSON object of token ids and biases: -100 forbids a token, 100 allows only such tokens.",
+            description='Token ids and biases as JSON, like {"42": -100}: -100 forbids a token, 100 allows only such.',
         ),
         choices: str = Input(
             default="",
-            description="JSON list of strings, one of which is the answer. Excludes regex, json_schema and grammar.",
+            description='The answer is one of a JSON list like ["yes", "no"]. Excludes regex, json_schema and grammar.',
         ),
-        regex: str = Input(default="", description="Regular expression that the whole answer matches."),
-        json_schema: str = Input(default="", description="JSON Schema that the answer follows, or true for any JSON."),
+        regex: str = Input(default="", description="Regular expression that the whole answer matches, like [0-9]{4}."),
+        json_schema: str = Input(
+            default="",
+            description='JSON Schema that the answer follows, like {"type": "array"}, or true for any JSON.',
+        ),
         grammar: str = Input(
             default="", description="Grammar that the answer follows, in GBNF or in llguidance's Lark dialect."
         ),

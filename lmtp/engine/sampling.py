@@ -111,11 +111,17 @@ def uniforms_of(seed: int | None) -> Callable[[int], Uniforms]:
     return at
 
 
-def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[Row],
+    allowed: Allowed | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Choice]:
     """The token of each row from its logits ``[rows, vocabulary]``, of any float dtype, which stay as they are.
 
     ``allowed`` is what the grammars of some rows allow. A row that must choose but has no possible token, or whose
-    logits are not numbers, gets a Choice with an error.
+    logits are not numbers, gets a Choice with an error. ``meanwhile`` is called when a GPU has all of its work and the
+    host is about to wait for it.
     """
     draws = {i: row for i, row in enumerate(rows) if isinstance(row, Draw)}
     masked = {i for i, row in draws.items() if row.bias is not None or row.forbidden}.union(
@@ -123,13 +129,13 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     )
     own = _whole_blocks(logits)
     if own is not logits or not masked:
-        return _sample(own, logits.shape[-1], rows, draws, allowed)
+        return _sample(own, logits.shape[-1], rows, draws, allowed, meanwhile)
     if 2 * len(masked) > len(rows):
-        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed)
+        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed, meanwhile)
     index = _index(sorted(masked), logits.device)
     kept = logits[index]
     try:
-        return _sample(logits, logits.shape[-1], rows, draws, allowed)
+        return _sample(logits, logits.shape[-1], rows, draws, allowed, meanwhile)
     finally:
         logits[index] = kept
 
@@ -147,7 +153,12 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 
 
 def _sample(
-    logits: Tensor, vocabulary: int, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None
+    logits: Tensor,
+    vocabulary: int,
+    rows: Sequence[Row],
+    draws: Mapping[int, Draw],
+    allowed: Allowed | None,
+    meanwhile: Callable[[], None],
 ) -> list[Choice]:
     """`sample`, of float32 logits in whole blocks, to which it adds the masks."""
     _add_masks(logits, vocabulary, draws, allowed)
@@ -176,7 +187,7 @@ def _sample(
         if group
     ]
     per_row = [chosen, _at(logits, chosen), best.indices, best.values, likeliest]
-    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)])
+    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)], meanwhile)
     return _report(found, rows, counts, [group for group, _ in groups])
 
 
@@ -282,19 +293,20 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _fetch(tensor: Tensor) -> npt.NDArray[np.float64]:
+def _fetch(tensor: Tensor, meanwhile: Callable[[], None]) -> npt.NDArray[np.float64]:
     """The tensor of a GPU on the host, which waits for it. It comes into pinned memory, without another copy."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
+    meanwhile()
     torch.cuda.current_stream(tensor.device).synchronize()
     return host.numpy()
 
 
-def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
+def _to_host(parts: Sequence[Tensor], meanwhile: Callable[[], None]) -> list[npt.NDArray[Any]]:
     """The numbers of the parts on the host. A GPU's come by one copy; token ids are exact in float64."""
     if on_host(parts[0]):
         return [part.numpy() for part in parts]
-    packed = _fetch(torch.cat([part.double().flatten() for part in parts]))
+    packed = _fetch(torch.cat([part.double().flatten() for part in parts]), meanwhile)
     ends = np.cumsum([part.numel() for part in parts])[:-1]
     return [flat.reshape(part.shape) for flat, part in zip(np.split(packed, ends), parts, strict=True)]
 

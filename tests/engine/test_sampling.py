@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -218,8 +218,9 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.noted: list[str] = []
 
-    def fetch(self, tensor: Tensor) -> Any:
+    def fetch(self, tensor: Tensor, meanwhile: Callable[[], None]) -> Any:
         self.noted.append("fetch")
+        meanwhile()
         assert tensor.numel() < 1000
         return tensor.numpy()
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine import sampling
 from lmtp.engine.engine import Engine, LoadedModel
+from lmtp.engine.stream import Generation
 from lmtp.prediction import Prediction
 from lmtp.protocol import Failure, Generate, Operation, Score, Token
 from lmtp.runners import flash, graphs
@@ -161,6 +162,40 @@ def test_a_step_of_a_gpu_waits_once_however_its_streams_sample(device: Device, m
         assert set(waited) == {1}
     finally:
         engine.stop()
+
+
+def test_while_a_gpu_computes_the_host_prepares_sampling_and_hands_over_the_last_replies(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rows, deliver = Engine._step, Generation.rows, Prediction.deliver
+    steps: list[list[str]] = []
+
+    def logged(self: Engine, some: Any) -> Any:
+        device.log.clear()
+        choices = step(self, some)
+        kinds = [kind for kind, _ in itertools.groupby(event.kind for event in device.log)]
+        steps.append([kind for kind in kinds if kind != "launch"])
+        return choices
+
+    def noting(kind: str, method: Any) -> Any:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            device.note(kind, "")
+            return method(*arguments, **named)
+
+        return noted
+
+    monkeypatch.setattr(Engine, "_step", logged)
+    monkeypatch.setattr(Generation, "rows", noting("rows", rows))
+    monkeypatch.setattr(Prediction, "deliver", noting("replies", deliver))
+    engine = start_on(one_layer(), kv_budget=2**19)
+    try:
+        answers(engine, *(Generate(stream_id=i, prompt=[5, i], max_tokens=8, min_tokens=8) for i in range(4)))
+    finally:
+        engine.stop()
+    first, *others = steps
+    assert "replies" not in first
+    # Copies of the step's inputs, of the ids that min_tokens forbids, and of the numbers that come back.
+    assert others == [["copy", "replay", "rows", "copy", "copy", "replies", "sync"]] * 7
 
 
 def test_a_step_with_grammars_waits_once_too(

@@ -27,6 +27,7 @@ from lmtp.runners.packed import PackedRunner
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_packed
 from lmtp.runners.slot_runner import SlotRunner
+from lmtp.settings import Bounds
 from tests import encoders, pretend_cuda
 from tests.pretend_cuda import Device, pretend_from_now_on, pretending, to_cuda
 from tests.runners.test_encoder_decoder import build as encoder_decoder
@@ -377,6 +378,7 @@ def test_whatever_64_streams_ask_for_nothing_is_recorded_padded_or_waited_for_tw
     runner = gpu.runner
     assert isinstance(runner, PackedRunner)
     assert len(device.recorded) == len(sizes)
+    cpu.bounds = gpu.bounds = Bounds(max_unread_seconds=0)  # each prediction is read when those before it are done
     watch, generator, drafted, ids = Watch(gpu, device), random.Random(0), 0, itertools.count()
     begun: deque[tuple[list[Operation], Prediction]] = deque()
     padded = runner.padded_tokens

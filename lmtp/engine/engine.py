@@ -555,8 +555,9 @@ class Engine:
     def _hand_over(self) -> None:
         """Hand over the replies there are.
 
-        Called when this thread is about to wait, to do something slow, or to run the model on a CPU. Other threads want the GIL
-        as soon as they have something to do; in the middle of this thread's work they would hold it for milliseconds.
+        Called when this thread is about to wait, to do something slow, or to run the model on a CPU. Other threads want
+        the GIL as soon as they have something to do; in the middle of this thread's work they would hold it for
+        milliseconds.
         """
         for prediction in self._touched:
             prediction.deliver(last=prediction not in self._running)

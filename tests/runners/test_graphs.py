@@ -316,7 +316,7 @@ def random_operation(generator: random.Random, stream_id: int) -> Operation:
     if generator.random() < 0.1:
         return Score(stream_id=stream_id, prompt=prompt, scored=prompt[:5], top_logprobs=generator.choice((0, 3)))
     options = generator.choice(list(SAMPLING.values()))
-    # A draw within a rounding error of the boundary between two tokens would differ; none with these seeds does.
+    # A draw within a rounding error of the boundary between two tokens may differ: then choose other seeds.
     return Generate(
         stream_id=stream_id, prompt=prompt, max_tokens=generator.randint(1, 60), seed=stream_id + 1000, **options
     )

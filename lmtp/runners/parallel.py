@@ -107,9 +107,9 @@ class SharedMemory(Memory):
         super().clear(slot)
 
     @override
-    def swap(self, one: int, other: int, length: int) -> None:
-        self._group.tell(Told.SWAP, [one, other, length])
-        super().swap(one, other, length)
+    def swap(self, one: int, other: int, short: int, long: int) -> None:
+        self._group.tell(Told.SWAP, [one, other, short, long])
+        super().swap(one, other, short, long)
 
 
 class ParallelStep(SlotStep):

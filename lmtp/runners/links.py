@@ -26,6 +26,9 @@ BUFFER_BYTES = 416 << 10
 SPIN_SECONDS = 50e-6
 """How long to ask for data before sleeping, where each process has a core: a core that sleeps takes as long to wake."""
 
+SPARE = 8
+"""How many times to sleep at once after asking in vain: the others are waiting for a core themselves."""
+
 
 class Links:
     """One process's sockets to the others. Its methods raise OSError where a process has ended or does not answer."""
@@ -34,7 +37,8 @@ class Links:
         """``sockets`` are those to the other processes, in order of rank."""
         self.rank, self.count = rank, len(sockets) + 1
         self._sockets = sockets
-        self._spin = SPIN_SECONDS if len(os.sched_getaffinity(0)) >= self.count else 0.0
+        self._spins = len(os.sched_getaffinity(0)) >= self.count
+        self._spared = 0
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether `sum` can be used for a tensor of this size, in every process alike."""
@@ -74,8 +78,8 @@ class Links:
             _send(link, tensor)
 
     def receive(self, tensor: Tensor) -> Tensor:
-        """Fill a tensor with what the first process has sent."""
-        return self._received(self._sockets[0], tensor)
+        """Fill a tensor with what the first process sends, however long that takes."""
+        return _filled(tensor, self._sockets[0])
 
     def wait_at_most(self, seconds: float) -> None:
         """Bound how long to wait for the others. The default is for ever."""
@@ -89,20 +93,16 @@ class Links:
             link.close()
 
     def _received(self, link: socket.socket, tensor: Tensor) -> Tensor:
-        left = _bytes(tensor)
-        sleep_at = time.perf_counter() + self._spin
-        while left:
-            flags = 0 if time.perf_counter() >= sleep_at else socket.MSG_DONTWAIT
-            try:
-                count = link.recv_into(left, 0, flags)
-            except BlockingIOError:
-                if flags:
-                    continue
-                raise TimeoutError("it does not answer") from None
-            if not count:
-                raise ConnectionError("it has ended")
-            left = left[count:]
-        return tensor
+        """What another process is about to send."""
+        if self._spins and not self._spared:
+            until = time.perf_counter() + SPIN_SECONDS
+            while not _has_data(link):
+                if time.perf_counter() > until:
+                    self._spared = SPARE
+                    break
+        elif self._spared:
+            self._spared -= 1
+        return _filled(tensor, link)
 
 
 def pairs(count: int) -> list[list[socket.socket]]:
@@ -126,6 +126,27 @@ def _send(link: socket.socket, tensor: Tensor) -> None:
         link.sendall(_bytes(tensor))
     except BlockingIOError:
         raise TimeoutError("it does not answer") from None
+
+
+def _has_data(link: socket.socket) -> bool:
+    try:
+        link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True  # or the end
+
+
+def _filled(tensor: Tensor, link: socket.socket) -> Tensor:
+    left = _bytes(tensor)
+    while left:
+        try:
+            count = link.recv_into(left)
+        except BlockingIOError:
+            raise TimeoutError("it does not answer") from None
+        if not count:
+            raise ConnectionError("it has ended")
+        left = left[count:]
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -310,7 +310,7 @@ def _share_vocabulary(model: PreTrainedModel, links: Links) -> None:
             return _sum(part.masked_fill_(~own[..., None], 0), links)
 
         embeddings.__dict__["forward"] = embed
-    if type(head) is nn.Linear and head.bias is None and _rows(head.weight) is not None:
+    if type(head) is nn.Linear and getattr(head, "bias", None) is None and _rows(head.weight) is not None:
         weight = _rows(head.weight)
 
         def logits(states: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def _share_vocabulary(model: PreTrainedModel, links: Links) -> None:
         head.__dict__["forward"] = logits
 
 
-def _rows(weight: Tensor) -> Any:
+def _rows(weight: Any) -> Any:
     """This process's rows of a matrix whose rows the processes share; None for any other."""
     shared = isinstance(weight, DTensor) and weight.placements == (Shard(0),)
     return weight.to_local() if shared else None

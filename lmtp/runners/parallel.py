@@ -43,9 +43,10 @@ from lmtp.weights.manifest import WeightsError, read_manifest
 HEADS = re.compile(r"num_(attention|(\w+_)?key_value)_heads$")
 """How configurations name the heads that processes share."""
 
-WRONG_PLANS = ("hrm_text", "youtu")
-"""Types of models that by their plan in Transformers compute other logits than in one process; nightly tests find
-them."""
+LOADED_WRONGLY = ("hrm_text", "youtu")
+"""Types of models that Transformers loads otherwise in several processes than in one: hrm_text's fused matrices are
+split after they are shared, and youtu's padding token keeps its vector. A list, since the self-check sees nothing of
+this: it compares with the group's own pass, and no process has the whole model. Nightly tests find such types."""
 
 
 class Told(enum.IntEnum):
@@ -192,7 +193,8 @@ def processes_for(choice: int | None, directory: Path, dtype: str) -> int:
     if choice is None:
         return next((n for n in range(gpus, 1, -1) if not refusal_of(directory, n)), 1)
     if gpus and choice > gpus:
-        raise SettingsError(f"PARALLEL is {choice}, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}.")
+        there = "is 1 GPU" if gpus == 1 else f"are {gpus} GPUs"
+        raise SettingsError(f"PARALLEL is {choice}, and there {there} on this machine.")
     if refusal := refusal_of(directory, choice):
         raise WeightsError(refusal)
     return choice
@@ -210,8 +212,8 @@ def refusal_of(directory: Path, processes: int) -> str:
     if plan.quantization or plan.load_in:
         return f"{manifest.source} is quantized, which several processes do not compute: {instead}."
     sharded: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    if config.model_type in WRONG_PLANS:
-        return f"Transformers' plan to share {config.model_type} among processes is wrong: {instead}."
+    if config.model_type in LOADED_WRONGLY:
+        return f"Transformers loads {config.model_type} otherwise in several processes than in one: {instead}."
     if not sharded:
         return f"Transformers has no plan to share {config.model_type} among processes: {instead}."
     heads = _heads(config)
@@ -296,8 +298,8 @@ def _keep_shards(model: PreTrainedModel) -> None:
 
 
 def _share_vocabulary(model: PreTrainedModel, links: Links) -> None:
-    """Embed tokens and compute logits without Transformers' hooks, which make distributed tensors of all that goes in and
-    out. Only the first process gets the logits."""
+    """Embed tokens and compute logits without Transformers' hooks, which make distributed tensors of all that goes in
+    and out. Only the first process gets the logits."""
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if type(embeddings) is nn.Embedding and _rows(embeddings.weight) is not None:

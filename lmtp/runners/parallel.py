@@ -174,6 +174,7 @@ def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None =
     budget = budget if kv_budget is None else kv_budget
     runner = SlotRunner(step, step.new_memory(layers), budget, MAX_SLOTS, limits_of(model).context)
     runner.description = f"slots over {group.count} processes"
+    runner.reason = "compiled steps and CUDA graphs run in one process only"
     return runner
 
 

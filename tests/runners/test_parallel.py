@@ -131,7 +131,9 @@ def served(request: pytest.FixtureRequest, two: Leader, saved: Callable[[Config]
 def test_each_process_keeps_only_its_own_heads_and_runs_the_same_runner(served: Served) -> None:
     runner = served.engine.runner
     assert type(runner) is SlotRunner
-    assert (runner.description, runner.reason) == ("slots over 2 processes", "")
+    assert runner.description == "slots over 2 processes"
+    assert runner.reason == "compiled steps and CUDA graphs run in one process only"
+    assert runner.fast is None
     answers(served.engine, Generate(stream_id=0, prompt=[5], max_tokens=1))
     assert {keys.shape[1] for keys in runner._memory.keys} == {1}  # of two
 

@@ -39,8 +39,7 @@ class Predictor(BasePredictor):
         """Load the weights and start the engine."""
         gc.disable()  # collecting garbage takes a tenth of the start
         from lmtp.engine.engine import Engine, LoadedModel
-        from lmtp.runners import compiled, parallel
-        from lmtp.runners.group import Leader
+        from lmtp.runners import compiled
         from lmtp.runners.model import defaults_of
         from lmtp.runners.runner import Runner, open_runner
         from lmtp.weights import load as weights
@@ -50,7 +49,12 @@ class Predictor(BasePredictor):
         chosen = settings.read()
 
         def open_model() -> LoadedModel:
-            processes = parallel.processes_for(chosen.parallel, chosen.weights, chosen.dtype)
+            processes = 1
+            if chosen.parallel != 1:
+                from lmtp.runners import parallel  # and torch.distributed, which takes time to import
+                from lmtp.runners.group import Leader
+
+                processes = parallel.processes_for(chosen.parallel, chosen.weights, chosen.dtype)
             group = Leader(processes, parallel.__name__) if processes > 1 else None
             if group:
                 loaded = parallel.load(group, chosen.weights, chosen.dtype)

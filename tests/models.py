@@ -143,6 +143,8 @@ def config_of(model_type: str, decoder: bool = True) -> PreTrainedConfig:
     arguments = _small(kind)
     if decoder and "is_decoder" in {field.name for field in dataclasses.fields(kind)}:
         arguments["is_decoder"] = True
+        if model_type == "big_bird":
+            arguments["attention_type"] = "original_full"  # limits_of
     for name, value in CHANGES.get(model_type, {}).items():
         *parts, last = name.split(".")
         target = arguments

@@ -114,6 +114,8 @@ def limits_of(model: PreTrainedModel) -> Limits:
     context = next((length for length in lengths if isinstance(length, int) and length > 0), UNBOUNDED_CONTEXT)
     if bound := CONSISTENT_UP_TO.get(config.model_type):
         context = min(context, getattr(config, bound))
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":  # full for shorter texts
+        context = min(context, (5 + 2 * config.num_random_blocks) * config.block_size)
     ends: set[int] = set()
     for source in (model.generation_config, config, model.config):
         ids = getattr(source, "eos_token_id", None)

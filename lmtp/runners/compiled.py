@@ -54,18 +54,12 @@ INDUCTOR = {
 }
 
 ATTENTION = Path(__file__).with_name("attention.cpp")
-DECLARATION = (
-    "AOTITorchError aoti_torch_cpu_attend("
-    "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
-)
-"""How compiled code calls attention.cpp."""
-
 torch.library.define("lmtp::attend", "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 
 
 @torch.library.register_fake("lmtp::attend")
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """``[rows, q, heads, dim]``, as the output projection reads it."""
+    """What attention.cpp computes: ``[rows, q, heads, dim]``, as the output projection reads it."""
     rows, heads, q, _ = query.shape
     return query.new_empty(rows, q, heads, value.shape[3])
 
@@ -180,7 +174,7 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
         package = Path(directory, "step.pt2")
-        attention = {torch.ops.lmtp.attend.default: [f"{DECLARATION};\n{ATTENTION.read_text()}"]}
+        attention = {torch.ops.lmtp.attend.default: [ATTENTION.read_text(encoding="utf-8")]}
         with torch.no_grad(), _own_attention():
             program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
             torch._inductor.aoti_compile_and_package(
@@ -238,8 +232,7 @@ def _source_shapes(of_targets: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _own_attention() -> Iterator[None]:
-    """Trace attention as attention.cpp computes it: grouped queries share keys and values, which Transformers and PyTorch
-    repeat for every query head instead, and a row reads only its own columns."""
+    """Trace attention as an operation of our own, for which attention.cpp is the code."""
     attend = functional.scaled_dot_product_attention
 
     def own(
@@ -252,7 +245,7 @@ def _own_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if attn_mask is None or dropout_p or is_causal:
+        if attn_mask is None or attn_mask.dtype != query.dtype:
             return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         scale = query.shape[3] ** -0.5 if scale is None else scale
         output: Tensor = torch.ops.lmtp.attend(query, key, value, attn_mask, scale)

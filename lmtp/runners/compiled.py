@@ -50,7 +50,7 @@ INDUCTOR = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
     "aot_inductor.compile_wrapper_opt_level": "O2",  # attention.cpp is part of the wrapper
-    "aot_inductor.precompile_headers": False,
+    "aot_inductor.precompile_headers": False,  # one build would use them once
 }
 
 ATTENTION = Path(__file__).with_name("attention.cpp")

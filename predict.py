@@ -39,8 +39,7 @@ class Predictor(BasePredictor):
         """Load the weights and start the engine."""
         gc.disable()  # collecting garbage takes a tenth of the start
         from lmtp.engine.engine import Engine, LoadedModel
-        from lmtp.runners import compiled, parallel
-        from lmtp.runners.group import Leader
+        from lmtp.runners import compiled
         from lmtp.runners.model import defaults_of
         from lmtp.runners.runner import Runner, open_runner
         from lmtp.weights import load as weights
@@ -50,7 +49,12 @@ class Predictor(BasePredictor):
         chosen = settings.read()
 
         def open_model() -> LoadedModel:
-            processes = parallel.processes_for(chosen.parallel, chosen.weights, chosen.dtype)
+            processes = 1
+            if chosen.parallel != 1:
+                from lmtp.runners import parallel  # and torch.distributed, which takes time to import
+                from lmtp.runners.group import Leader
+
+                processes = parallel.processes_for(chosen.parallel, chosen.weights, chosen.dtype)
             group = Leader(processes, parallel.__name__) if processes > 1 else None
             if group:
                 loaded = parallel.load(group, chosen.weights, chosen.dtype)
@@ -155,14 +159,17 @@ class Predictor(BasePredictor):
         ),
         logit_bias: str = Input(
             default="",
-            description="JSON object of token ids and biases: -100 forbids a token, 100 allows only such tokens.",
+            description='Token ids and biases as JSON, like {"42": -100}: -100 forbids a token, 100 allows only such.',
         ),
         choices: str = Input(
             default="",
-            description="JSON list of strings, one of which is the answer. Excludes regex, json_schema and grammar.",
+            description='The answer is one of a JSON list like ["yes", "no"]. Excludes regex, json_schema and grammar.',
         ),
-        regex: str = Input(default="", description="Regular expression that the whole answer matches."),
-        json_schema: str = Input(default="", description="JSON Schema that the answer follows, or true for any JSON."),
+        regex: str = Input(default="", description="Regular expression that the whole answer matches, like [0-9]{4}."),
+        json_schema: str = Input(
+            default="",
+            description='JSON Schema that the answer follows, like {"type": "array"}, or true for any JSON.',
+        ),
         grammar: str = Input(
             default="", description="Grammar that the answer follows, in GBNF or in llguidance's Lark dialect."
         ),

@@ -109,9 +109,9 @@ def _watched(model: Any) -> Iterator[dict[str, int]]:
     counts = {"forwards": 0, "host_reads": 0}
     to_host = sampling._to_host
 
-    def counting_to_host(parts: Any) -> Any:
+    def counting_to_host(*arguments: Any) -> Any:
         counts["host_reads"] += 1
-        return to_host(parts)
+        return to_host(*arguments)
 
     def counting_forward(*_: Any) -> None:
         counts["forwards"] += 1

@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gateway import replies
+from gateway.errors import ApiError, told
 from gateway.model import Model, Models
-from gateway.openai_answers import document
-from gateway.openai_requests import ApiError
+from gateway.openai_answers import document, tokens
 from gateway.replies import Reply
-from gateway.target import Target, TargetError, failed
+from gateway.target import Target, TargetError
 
 Json = dict[str, Any]
 
@@ -58,31 +57,38 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
             await response.prepare(request)
             if compared:
                 text = "".join([chunk async for chunk in running.chunks])
-                await response.write(_of_document(model, msgspec.json.decode(text, type=_Document)))
+                await response.write(_of_document(model, _read(text)))
             else:
-                async for lines in replies.lines(running.chunks):
-                    await response.write(b"".join(_line(_token(model, reply)) for reply in replies.parse(lines)))
+                async for some in tokens(running):
+                    await response.write(b"".join([_line(_token(model, token)) for token in some]))
         metrics = {name: running.metrics[name] for name in _METRICS if name in running.metrics}
         await response.write(_line({"metrics": metrics}))
-    except TargetError as error:
+    except ConnectionError:
+        raise  # the client has left
+    except Exception as error:
         if not response.prepared:
             raise
-        await response.write(_line({"error": str(error)}))
+        await response.write(_line({"error": str(told(error))}))
     return response
+
+
+def _read(text: str) -> _Document:
+    try:
+        return msgspec.json.decode(text, type=_Document)
+    except msgspec.DecodeError as error:
+        raise TargetError(502, f"The target's output is not the predictor's: {error}.") from error
 
 
 def _of_document(model: Model, document: _Document) -> bytes:
     lines = []
-    for stream, tokens in (("prompt", document.prompt_logprobs), (0, document.choices[0].tokens)):
-        for token in tokens:
+    for stream, some in (("prompt", document.prompt_logprobs), (0, document.choices[0].tokens)):
+        for token in some:
             token.stream_id = stream
             lines.append(_line(_token(model, token)))
     return b"".join([*lines, _line({"distribution": document.distribution})])
 
 
 def _token(model: Model, reply: Reply) -> Json:
-    if reply.error is not None:
-        raise failed(reply.error)
     return {
         "stream": reply.stream_id,
         "id": reply.token,

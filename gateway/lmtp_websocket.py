@@ -13,7 +13,8 @@ from aiohttp import WSMsgType, web
 from msgspec import Struct
 
 from gateway import replies
-from gateway.target import Target, TargetError, failed
+from gateway.errors import told
+from gateway.target import Target
 
 MAX_FRAME = 2**22
 """Characters of a frame. A mask of half a vocabulary of 128,000 tokens fits."""
@@ -27,7 +28,7 @@ MAX_OPERATIONS = 1024
 HEARTBEAT_SECONDS = 120.0
 """How often to ask whether a silent client still exists."""
 
-_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?\d{1,18}|"[^"\\]{0,256}")')
+_STREAM_ID = re.compile(r'"stream_id"\s*:\s*(-?(?:0|[1-9]\d{0,17})|"[^"\\\x00-\x1f]{0,256}")\s*[,}]', re.ASCII)
 _TOKENS = ("GENERATE", "SCORE")
 """Operations whose errors are TOKEN. A client waits forever for those of others."""
 
@@ -62,16 +63,13 @@ class Connection:
     async def _receive(self, frame: str) -> None:
         name, _, payload = frame.partition(" ")
         if len(frame) > MAX_FRAME:
-            found = _STREAM_ID.search(payload)
-            stream_id = msgspec.json.decode(found[1]) if found else None
             reason = f"The frame has {len(frame)} characters; {MAX_FRAME} is the limit. Send a mask, not a logit_bias."
-            return await self._refuse(name, stream_id, reason)
+            return await self._refuse(name, _guessed(payload), reason)
         try:
             stream_id = msgspec.json.decode(payload, type=_Identity).stream_id
         except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-            found = _STREAM_ID.search(payload[:4096])
             reason = f"A frame is NAME {{object}} with a stream_id: {str(error).replace('`', '')}."
-            return await self._refuse(name, msgspec.json.decode(found[1]) if found else None, reason)
+            return await self._refuse(name, _guessed(payload[:4096]), reason)
         if stream_id in self._running:
             return await self._refuse(name, stream_id, f"stream_id {stream_id!r} is in use on this connection.")
         if len(self._running) >= MAX_OPERATIONS:
@@ -86,10 +84,10 @@ class Connection:
             async with self._target.predict({"ops_batch_json": batch}) as running:
                 async for lines in replies.lines(running.chunks):
                     await self._send(lines)
-        except TargetError as error:
-            await self._refuse(name, stream_id, str(error))
         except ConnectionError:
             pass  # the client has left; serve() ends, too
+        except Exception as error:
+            await self._refuse(name, stream_id, str(told(error)))
         finally:
             self._running.pop(stream_id, None)
 
@@ -107,9 +105,15 @@ class Connection:
 
     async def _refuse(self, name: str, stream_id: StreamId, reason: str) -> None:
         kind = "TOKEN" if name in _TOKENS else "MSG"
-        error = msgspec.json.encode({"stream_id": stream_id, "error": str(failed(reason))}).decode()
+        error = msgspec.json.encode({"stream_id": stream_id, "error": reason}).decode()
         with suppress(ConnectionError):
             await self._socket.send_str(f"{kind} [{error}]")
+
+
+def _guessed(payload: str) -> StreamId:
+    """The stream_id of a text that is no operation, if it seems to have one."""
+    found = _STREAM_ID.search(payload)
+    return msgspec.json.decode(found[1]) if found else None
 
 
 async def serve(request: web.Request, target: Target) -> web.WebSocketResponse:

@@ -5,10 +5,26 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
 from gateway import replies
 from gateway.target import Target, TargetError, failed
 
 log = logging.getLogger(__name__)
+
+
+class _Info(Struct):
+    """The fields of MODEL_INFO that are used here."""
+
+    model: str
+    context: int
+    end_of_sequence: list[int]
+    adapters: list[str] = []
+    generation_defaults: dict[str, Any] = {}
+    tokens: list[str | list[int]] | None = None
+    kind: str = ""
+    longest_source: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,16 +86,16 @@ class Models:
             log.warning("The target does not spell its tokens, so clients see token_id:N for some: %s", error)
             info = await self._info('"data":null')
         return Model(
-            name=self._name or _name(info["model"]),
-            adapters=tuple(info.get("adapters", ())),
-            context=info["context"],
-            end_of_sequence=frozenset(info["end_of_sequence"]),
-            defaults=info.get("generation_defaults", {}),
-            spellings=info.get("tokens"),
-            scores_prompts=not info.get("kind") and not info.get("longest_source"),
+            name=self._name or _name(info.model),
+            adapters=tuple(info.adapters),
+            context=info.context,
+            end_of_sequence=frozenset(info.end_of_sequence),
+            defaults=info.generation_defaults,
+            spellings=info.tokens,
+            scores_prompts=not info.kind and not info.longest_source,
         )
 
-    async def _info(self, field: str) -> dict[str, Any]:
+    async def _info(self, field: str) -> _Info:
         batch = f'[["MODEL_INFO",{{"stream_id":0,{field}}}]]'
         async with self._target.predict({"ops_batch_json": batch}) as running:
             async for lines in replies.lines(running.chunks):
@@ -87,8 +103,15 @@ class Models:
                     if reply.error is not None:
                         raise failed(reply.error)
                     if reply.model_info is not None:
-                        return reply.model_info
+                        return self._read(reply.model_info)
         raise TargetError(502, f"The target {self._target.name} does not describe its model.")
+
+    def _read(self, info: dict[str, Any]) -> _Info:
+        try:
+            return msgspec.convert(info, _Info)
+        except msgspec.ValidationError as error:
+            reason = str(error).replace("`", "")
+            raise TargetError(502, f"The target {self._target.name} describes its model wrongly: {reason}.") from None
 
 
 def _name(model: str) -> str:

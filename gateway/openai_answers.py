@@ -11,10 +11,11 @@ import msgspec
 from aiohttp import web
 
 from gateway import replies
+from gateway.errors import told
 from gateway.model import Model
-from gateway.openai_requests import ApiError, Request
+from gateway.openai_requests import Request
 from gateway.replies import Reply
-from gateway.target import Running, TargetError, failed
+from gateway.target import Running, failed
 
 Json = dict[str, Any]
 Parts = AsyncGenerator[list[Json], None]
@@ -67,11 +68,12 @@ async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
     """The tokens as they come. Raises TargetError if a stream failed."""
     async for lines in replies.lines(running.chunks):
         parsed = replies.parse(lines)
-        error = next((i for i, token in enumerate(parsed) if token.error is not None), len(parsed))
-        if error:
-            yield parsed[:error]
-        for token in parsed[error:]:
-            raise failed(token.error or "")
+        for i, token in enumerate(parsed):
+            if token.error is not None:
+                if i:
+                    yield parsed[:i]
+                raise failed(token.error)
+        yield parsed
 
 
 async def gather(running: Running, choices: list[Choice]) -> None:
@@ -86,21 +88,26 @@ async def gather(running: Running, choices: list[Choice]) -> None:
 async def stream(request: web.Request, asked: Request, start: Json, parts: Parts, usage: Usage) -> web.StreamResponse:
     """Send choices as server-sent events. What fails before the first one is raised."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    head = msgspec.json.encode(start)[:-1] + b',"choices":['  # the same in each chunk
     try:
         async with aclosing(parts):
             async for choices in parts:
                 if not response.prepared:
                     await response.prepare(request)
-                await response.write(b"".join(_event(start | {"choices": [choice]}) for choice in choices))
+                await response.write(
+                    b"".join([b"data: %b%b]}\n\n" % (head, msgspec.json.encode(choice)) for choice in choices])
+                )
         if not response.prepared:
             await response.prepare(request)
         if asked.stream_options and asked.stream_options.include_usage:
             await response.write(_event(start | {"choices": [], "usage": usage.document()}))
         await response.write(b"data: [DONE]\n\n")
-    except TargetError as error:
+    except ConnectionError:
+        raise  # the client has left
+    except Exception as error:
         if not response.prepared:
             raise
-        await response.write(_event(ApiError(error.status, str(error)).document()))
+        await response.write(_event(told(error).document()))
     return response
 
 

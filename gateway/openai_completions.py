@@ -10,9 +10,10 @@ import msgspec
 from aiohttp import web
 
 from gateway import openai_answers as answers
+from gateway.errors import ApiError
 from gateway.model import Model, Models
 from gateway.openai_answers import Choice, Json, Parts, Usage
-from gateway.openai_requests import MAX_OPERATIONS, ApiError, Completion, adapter_of, read
+from gateway.openai_requests import MAX_OPERATIONS, Completion, adapter_of, read
 from gateway.replies import Reply
 from gateway.target import Running, Target
 
@@ -163,7 +164,7 @@ class _Completing:
         if self._asked.logprobs is not None:
             columns = self._columns.setdefault(index, _Columns(self._model))
             logprobs = columns.document(tokens, top=self._asked.logprobs > 0)
-        text = "".join(token.text for token in tokens)
+        text = "".join([token.text for token in tokens])
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from gateway.errors import ApiError
 from gateway.model import Model
 
 MAX_OPERATIONS = 256
@@ -42,22 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported, with the values that ask for nothing."""
 
 Json = dict[str, Any]
-
-
-class ApiError(Exception):
-    """An error in the API's format."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-    def document(self) -> Json:
-        """The body of the response."""
-        kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(Struct):

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -13,19 +14,22 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from gateway import lmtp_websocket
+from gateway.errors import ApiError, told
 from gateway.inspector import describe, inspect
 from gateway.model import Models
 from gateway.openai_chat import chat
 from gateway.openai_completions import complete
 from gateway.openai_models import get_model, list_models
-from gateway.openai_requests import ApiError
-from gateway.target import Target, TargetError
+from gateway.target import Target
 
 MAX_BODY = 2**24
 """Bytes of a request's body."""
 
 MAX_REQUESTS = 512
 """Requests at once; as many WebSockets may be open beside them, since most of these are idle."""
+
+MAX_UNREAD_SECONDS = 60.0
+"""How long a client may take nothing of what was sent to it. Then its connection closes, which ends its predictions."""
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -78,15 +82,16 @@ class Gateway:
         self._open[kind] += 1
         try:
             self._check(request, kind)
+            _close_if_unread(request)
             if kind == "WebSockets":
                 return await lmtp_websocket.serve(request, self._target)
             return await handler(request)
-        except ApiError as error:
-            return _answer(error)
-        except TargetError as error:
-            return _answer(ApiError(error.status, str(error)))
+        except ConnectionError:
+            raise  # the client has left
         except web.HTTPRequestEntityTooLarge:
             return _answer(ApiError(413, f"The body has more than {MAX_BODY} bytes."))
+        except Exception as error:
+            return _answer(told(error))
         finally:
             self._open[kind] -= 1
 
@@ -97,7 +102,7 @@ class Gateway:
         if self._local and _hostname(f"//{request.host}") not in LOOPBACK:
             raise ApiError(403, "This gateway answers only requests for localhost; start it with --host for others.")
         origin = request.headers.get("Origin", "")
-        if origin and urlsplit(origin).netloc != request.host:
+        if origin and origin.partition("://")[2] != request.host:
             raise ApiError(403, "Pages of other sites may not use this gateway.")
         if self._api_key and not hmac.compare_digest(_key(request), self._api_key):
             raise ApiError(401, "Give the gateway's API key as a bearer token.", code="invalid_api_key")
@@ -110,6 +115,13 @@ class Gateway:
 
     async def _unknown(self, request: web.Request) -> web.StreamResponse:
         raise ApiError(404, f"There is no {request.method} {request.path[:200]} here.", code="unknown_url")
+
+
+def _close_if_unread(request: web.Request) -> None:
+    """Let the kernel watch over the connection: it costs nothing for each token. Only Linux does."""
+    connection = request.get_extra_info("socket")
+    if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(MAX_UNREAD_SECONDS * 1000))
 
 
 def _answer(error: ApiError) -> web.Response:

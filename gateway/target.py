@@ -21,6 +21,8 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from gateway.server_sent_events import MAX_EVENT, Events
+
 BUSY_SECONDS = 60.0
 """How long a busy target is asked again."""
 
@@ -32,6 +34,9 @@ IDLE_SECONDS = 900.0
 
 PLACES = 64
 """Predictions that a container runs at once; the next ones wait here."""
+
+MAX_REFUSAL = 2**16
+"""Bytes to read of an answer that refuses a prediction."""
 
 POLL_SECONDS = 0.5
 """How often a prediction on Replicate is looked at once its stream has ended, until it has, too."""
@@ -90,31 +95,27 @@ class Target(ABC):
         running = Running()
         async with AsyncExitStack() as stack:
             with self._explained():
-                chunks = await stack.enter_async_context(self._predict(inputs, running))
-            running.chunks = self._guarded(chunks)
+                running.chunks = await stack.enter_async_context(self._predict(inputs, running))
             await stack.enter_async_context(aclosing(running.chunks))
             yield running
-
-    async def _guarded(self, chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        async with aclosing(chunks):
-            with self._explained():
-                async for chunk in chunks:
-                    yield chunk
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn the errors of a connection into a TargetError."""
         try:
             yield
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
             reason = "did not answer in time" if isinstance(error, TimeoutError) else "cannot be reached"
             raise TargetError(502, f"The target {self.name} {reason}.") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except aiohttp.ClientPayloadError as error:
+            raise TargetError(502, f"The target {self.name} broke off its answer.") from error
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError(502, f"The target {self.name} sent what is no answer to a prediction.") from error
 
     @abstractmethod
     def _predict(self, inputs: Json, running: Running) -> AbstractAsyncContextManager[AsyncGenerator[str, None]]:
-        """A context with the output's chunks. The metrics are put into ``running``."""
+        """A context with the output's chunks, which raise what `_explained` makes of errors. The metrics are put into
+        ``running``."""
 
 
 class Container(Target):
@@ -133,32 +134,36 @@ class Container(Target):
         async with (
             self._places,
             await _accepted(
-                lambda: self.session.post(self._address, data=body, headers=headers), "the target is busy"
+                lambda: self.session.post(self._address, data=body, headers=headers, allow_redirects=False),
+                "the target is busy",
             ) as response,
         ):
             if response.status != 200:
-                raise _refusal(response.status, await response.text())
+                raise _refusal(response.status, await _text(response, MAX_REFUSAL))
+            if response.content_type != "text/event-stream":
+                raise TargetError(502, f"The target {self.name} sends {response.content_type}: it is no container.")
             yield self._chunks(response, running)
             # Here the connection is closed unless the answer was read to its end. The runtime then cancels.
 
     async def _chunks(self, response: aiohttp.ClientResponse, running: Running) -> AsyncGenerator[str, None]:
-        async for events in _events(response):
-            chunks = []
-            for name, data in events:
-                if name == "output":
-                    chunks.append(msgspec.json.decode(data, type=_Output).chunk)
-                elif name == "completed":
-                    ended = msgspec.json.decode(data, type=_Ended)
-                    if chunks:
-                        yield "".join(chunks)
-                        chunks = []
-                    await response.read()
-                    _check(ended, running)
-                    return
-                elif name == "error":
-                    raise TargetError(502, msgspec.json.decode(data, type=_Failed).error)
-            if text := "".join(chunks):
-                yield text
+        events = Events()
+        with self._explained():
+            while piece := await response.content.readany():
+                chunks = []
+                for name, data in events.feed(piece):
+                    if name == b"output":
+                        chunks.append(_output.decode(data).chunk)
+                    elif name == b"completed":
+                        ended = msgspec.json.decode(data, type=_Ended)
+                        if chunks:
+                            yield "".join(chunks)
+                        await response.content.readany()  # the end, so that the connection can be used again
+                        _check(ended, running)
+                        return
+                    elif name == b"error":
+                        raise failed(msgspec.json.decode(data, type=_Failed).error, 502)
+                if chunks:
+                    yield "".join(chunks)
         raise TargetError(502, "The target closed the connection before the prediction was done.")
 
 
@@ -218,37 +223,44 @@ class Replicate(Target):
         """A call of the API. Raises TargetError; the message never holds the token."""
         url = f"{self._api}/{path}"
         async with await _accepted(
-            lambda: self.session.request(method, url, json=body, headers=self._headers), "Replicate takes no more calls"
+            lambda: self.session.request(method, url, json=body, headers=self._headers, allow_redirects=False),
+            "Replicate takes no more calls",
         ) as response:
-            text = await response.text()
+            text = await _text(response, MAX_EVENT)
             if response.status in (401, 403):
                 raise TargetError(502, "Replicate does not accept the gateway's REPLICATE_API_TOKEN.")
             if response.status == 404:
                 raise TargetError(502, f"There is no {self.name} that the gateway's token may use.")
             if response.status == 422:
                 raise TargetError(400, _detail(text))
-            if response.status >= 400:
+            if response.status >= 300:
                 raise TargetError(502, f"Replicate answered {response.status}: {_detail(text)}")
             return dict(json.loads(text))
 
     async def _chunks(self, made: Json, running: Running, ended: asyncio.Event) -> AsyncGenerator[str, None]:
         sent = 0
-        if stream := made.get("urls", {}).get("stream"):
-            headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}  # its address is secret: no token
-            async with self.session.get(stream, headers=headers) as response:
-                response.raise_for_status()
-                async for events in _events(response):
-                    if text := "".join(data.decode() for name, data in events if name == "output"):
-                        sent += len(text)
-                        yield text
-                    if any(name in ("done", "error") for name, _ in events):
-                        break
-        while (document := await self._call("GET", f"predictions/{made['id']}"))["status"] not in TERMINAL:
-            await asyncio.sleep(POLL_SECONDS)
-        if text := "".join(document.get("output") or [])[sent:]:
-            yield text  # a model without a stream
-        ended.set()
-        _check(msgspec.convert(document, _Ended), running)
+        with self._explained():
+            if stream := made.get("urls", {}).get("stream"):
+                headers = {
+                    "Accept": "text/event-stream",
+                    "Cache-Control": "no-store",
+                }  # the address is secret: no token
+                async with self.session.get(stream, headers=headers, allow_redirects=False) as response:
+                    response.raise_for_status()
+                    events = Events()
+                    while piece := await response.content.readany():
+                        come = events.feed(piece)
+                        if text := b"".join([data for name, data in come if name == b"output"]).decode():
+                            sent += len(text)
+                            yield text
+                        if any(name in (b"done", b"error") for name, _ in come):
+                            break
+            while (document := await self._call("GET", f"predictions/{made['id']}"))["status"] not in TERMINAL:
+                await asyncio.sleep(POLL_SECONDS)
+            if text := "".join(document.get("output") or [])[sent:]:
+                yield text  # a model without a stream
+            ended.set()
+            _check(msgspec.convert(document, _Ended), running)
 
     async def _cancel(self, creating: asyncio.Task[Json]) -> None:
         """Cancel a prediction, once it is known, if it was made at all."""
@@ -272,6 +284,9 @@ def open_target(address: str) -> Target:
 
 class _Output(Struct):
     chunk: str
+
+
+_output = msgspec.json.Decoder(_Output)
 
 
 class _Ended(Struct):
@@ -319,8 +334,18 @@ async def _accepted(request: Any, busy: str) -> aiohttp.ClientResponse:
         pause = min(1.3 * pause, MAX_PAUSE)
 
 
+async def _text(response: aiohttp.ClientResponse, limit: int) -> str:
+    """The body, or the first bytes of it if it has more than ``limit``."""
+    body = bytearray()
+    while len(body) < limit and (piece := await response.content.readany()):
+        body += piece
+    return body[:limit].decode(errors="replace")
+
+
 def _refusal(status: int, text: str) -> TargetError:
     """The error for a request that the container refused."""
+    if 300 <= status < 400:
+        return TargetError(502, f"The target redirects ({status}), which is not followed: give --target its own URL.")
     if status != 422:
         return TargetError(503 if status == 503 else 502, f"The target answered {status}: {_detail(text)}")
     try:
@@ -338,27 +363,3 @@ def _detail(text: str) -> str:
     except (ValueError, AttributeError):
         pass
     return " ".join(text[:500].split())
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[tuple[str, bytes]]]:
-    """The server-sent events of each piece that arrives: names, and data with its lines joined."""
-    waiting = bytearray()
-    async for part in response.content.iter_any():
-        searched = max(len(waiting) - 1, 0)
-        waiting += part
-        if waiting.find(b"\n\n", searched) < 0:
-            continue  # the last event repeats the whole output: it must not be copied for each of its parts
-        *blocks, rest = bytes(waiting).split(b"\n\n")
-        waiting = bytearray(rest)
-        yield [_event(block) for block in blocks]
-
-
-def _event(block: bytes) -> tuple[str, bytes]:
-    name, data = "message", []
-    for line in block.split(b"\n"):
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.strip().decode()
-    return name, b"\n".join(data)

@@ -3,32 +3,33 @@
 The server tells its worker once, over a control channel, to cancel what runs in a slot. The worker ignores that until
 it holds the future of the slot's prediction (coglet 0.23.1, `PythonPredictHandler.cancel`), so a caller who leaves
 within milliseconds would leave a prediction that nobody can end. So a relay stands in the control channel. It repeats a
-cancel for ten seconds, or until the worker says that the slot is idle.
+cancel until the worker says that the slot is idle.
 
-A cancel names a slot, not a prediction, and must not reach the slot's next one, which may be another caller's. What the
-relay goes by is order, not time, as far as the channel has an order:
+A cancel names a slot, not a prediction, and must not reach the slot's next one, which may be another caller's. The
+server gives a slot to another prediction only when it has read the slot's idle message, so the relay withholds that
+message until no cancel of the prediction that ended is on its way:
 
-- The server gives a slot to another prediction only when it has read the slot's idle message. So the relay withholds
-  the idle message of a cancelled slot. It sends the worker a health check of its own and waits for the result: the
-  worker handles messages one after another, so every cancel before the check is done with.
-- A cancel that the server sends before it reads the idle message is for the prediction that ended. So the relay passes
-  an idle message on when it has read all that the server sent, and drops the cancels that come before the server has
-  read it.
-- The server may still cancel the old prediction between reading the idle message and the prediction's last message,
-  which comes over another channel, usually first. No order tells that cancel from one for the next prediction. For
-  CROSSING_SECONDS it is dropped: a prediction that nobody cancelled must not end, and a lost cancel costs its time.
+- The server cancels a prediction until it handles the prediction's last message (coglet, `run_event_loop`). That
+  message comes over the slot's socket and can be handled after an idle message that was sent later. So the relay sends
+  a message of its own after it, and waits for the receipt. By then every cancel is in the control channel.
+- The relay reads the control channel until it is empty and drops the slot's cancels.
+- If it has sent cancels, it sends the worker a health check and waits for the result. The worker handles messages one
+  after another, so every cancel before the check is done with.
 """
 
 import array
 import fcntl
 import json
 import os
+import re
 import select
+import socket
 import stat
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +38,24 @@ import coglet
 WORKER_INPUT, WORKER_OUTPUT = 99, 100
 """The worker's ends of the control channel: `fd_redirect.rs` of coglet."""
 
+SLOT_SOCKET = re.compile(rb"\0coglet-\d+-(\d+)")
+"""The names of the slots' sockets: `transport.rs` of coglet."""
+
 HOLD_SECONDS = 0.02
 """How long a cancel is held back, as the worker ignores one that comes while it starts the prediction."""
 
-CROSSING_SECONDS = 0.005
-"""How long after the server has read the idle message of a slot a cancel may still be meant for the prediction that
-ended: as long as the server may take to read that prediction's last message."""
-
-MAX_REPEAT_SECONDS = 10.0
-"""How long a cancel is repeated. A prediction takes it once it has started, however busy the worker is. A cancel that
-comes too late for its prediction could otherwise wait for the next one in its slot."""
+MAX_REPEAT_SECONDS = 60.0
+"""How long a cancel is repeated. A prediction takes it once it has started, however busy the worker is. It never starts
+if the runtime has lost its place."""
 
 MAX_INTERVAL_SECONDS = 0.64
 """The intervals between repetitions double from HOLD_SECONDS up to this."""
+
+MAX_RECEIPT_SECONDS = 5.0
+"""How long to wait for a receipt. A server that has given none by then is asked for no more."""
+
+SETTLE_SECONDS = 0.1
+"""How long to wait instead of a receipt where there is none."""
 
 CHECK = "cancel-relay"
 """The id of the relay's own health checks."""
@@ -57,13 +63,16 @@ CHECK = "cancel-relay"
 TICK_SECONDS = 0.01
 """How often to look whether something is due."""
 
+RECEIPT_TICK_SECONDS = 0.001
+"""How often to look whether a receipt has come. The server gives it within microseconds if it is not busy."""
+
 
 def install() -> None:
     """Put a relay into the control channel of this worker. Call it in setup, while the worker does not read."""
     if coglet.server.active and all(map(_is_pipe, (WORKER_INPUT, WORKER_OUTPUT))):
         from_server, to_worker = _insert(WORKER_INPUT, 0)
         to_server, from_worker = _insert(WORKER_OUTPUT, 1)
-        relay = Relay(from_server, to_worker, from_worker, to_server)
+        relay = Relay(from_server, to_worker, from_worker, to_server, _slot_sockets())
         threading.Thread(target=relay.run, name="cancel-relay", daemon=True).start()
 
 
@@ -83,6 +92,63 @@ def _insert(descriptor: int, end: int) -> tuple[int, int]:
     return before, pipe[1 - end]
 
 
+def _slot_sockets() -> list[int]:
+    """This process's ends of the slots' sockets, in the order of the slots."""
+    found = {}
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # it is closed again, or has no peer
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                    peer = duplicate.getpeername()
+                if isinstance(peer, bytes) and (name := SLOT_SOCKET.fullmatch(peer)):
+                    found[int(name[1])] = descriptor
+    return [found[index] for index in sorted(found)]
+
+
+class Receipt:
+    """Tells when the server has handled all that the worker has sent it over a slot's socket.
+
+    The server handles messages one after another, and reads the file that a `file_output` message names. Here that is
+    a pipe, empty once the server has read it. No prediction runs in the slot, so the server drops what it has read.
+    """
+
+    def __init__(self, connection: int | None) -> None:
+        """``connection`` is the socket's file descriptor. Without one the receipt counts as come after a while."""
+        self._connection = connection
+        self._begun = time.monotonic()
+        self._pipe: int | None = None
+
+    def has_come(self) -> bool:
+        """Look for the receipt; send the message if the socket has not taken it before."""
+        if self._connection is None:
+            return time.monotonic() >= self._begun + SETTLE_SECONDS
+        if self._pipe is None:
+            self._pipe = self._request(self._connection)
+        return self._pipe is not None and not _unread(self._pipe)
+
+    def is_overdue(self) -> bool:
+        """Whether the server will not give it."""
+        return time.monotonic() >= self._begun + MAX_RECEIPT_SECONDS
+
+    def _request(self, connection: int) -> int | None:
+        """Send the message and return the pipe, if the socket takes it now: whole or not at all, as it is short."""
+        pipe, end = os.pipe()
+        os.write(end, b"null")
+        os.close(end)
+        path = f"/proc/{os.getpid()}/fd/{pipe}"
+        try:
+            os.write(connection, _frame({"type": "file_output", "filename": path, "kind": {"type": "oversized"}}))
+        except OSError:
+            os.close(pipe)
+            return None
+        return pipe
+
+    def close(self) -> None:
+        """Close the pipe, which the server has read."""
+        if self._pipe is not None:
+            os.close(self._pipe)
+
+
 @dataclass
 class Cancel:
     """A cancel of a prediction that still runs."""
@@ -95,34 +161,34 @@ class Cancel:
 
 
 @dataclass
-class Idle:
-    """A slot that the server may take for busy."""
+class Ended:
+    """A slot that is idle, which the server does not know yet."""
 
-    end: int
-    """Where the idle message ends in what was written to the server, in bytes."""
-    until: float
-    """How long its cancels are dropped, if the server has read the message."""
+    idle: bytes
+    """The message that says so."""
+    unchecked: bool
+    """Whether the worker may have a cancel of the slot to handle."""
+    receipt: Receipt
 
 
 class Relay:
     """Passes messages on between server and worker. A message is a JSON object after its length in four bytes."""
 
-    def __init__(self, from_server: int, to_worker: int, from_worker: int, to_server: int) -> None:
-        """All are file descriptors of pipes."""
+    def __init__(
+        self, from_server: int, to_worker: int, from_worker: int, to_server: int, slot_sockets: Sequence[int] = ()
+    ) -> None:
+        """All are file descriptors: of pipes, and of the worker's ends of the slots' sockets, in their order."""
         self._from_server, self._to_worker = from_server, to_worker
         self._from_worker, self._to_server = from_worker, to_server
+        self._slot_sockets = slot_sockets
+        self._sockets: dict[str, int] = {}
+        """By slot."""
         self._cancels: dict[str, Cancel] = {}
         """By slot."""
-        self._ended: dict[str, bytes] = {}
-        """The idle messages of cancelled slots whose last cancel the worker may have yet to handle."""
-        self._checked: dict[str, bytes] = {}
-        """Those of them that the next health check's result releases."""
-        self._idle: list[tuple[str, bytes]] = []
-        """The idle messages to pass on."""
-        self._just_idle: dict[str, Idle] = {}
-        """The slots of which a cancel may be meant for the prediction that ended."""
-        self._written = 0
-        """Bytes written to the server."""
+        self._ended: dict[str, Ended] = {}
+        """By slot."""
+        self._checked: list[Ended] = []
+        """Those that the next health check's result is about."""
         self._unsent = bytearray()
         """What the worker has yet to take. A write that blocks could leave worker and relay waiting for each other."""
 
@@ -136,11 +202,10 @@ class Relay:
             os.close(self._to_worker)
 
     def _relay(self) -> None:
-        # The server first: a cancel that crosses the idle message of its prediction ends with that message.
         sources = {self._from_server: (bytearray(), self._down), self._from_worker: (bytearray(), self._up)}
         while True:
-            pending = self._cancels or self._idle or self._unsent or self._just_idle
-            readable = select.select(sources, [], [], TICK_SECONDS if pending else None)[0]
+            pending = TICK_SECONDS if self._cancels or self._unsent else None
+            readable = select.select(sources, [], [], RECEIPT_TICK_SECONDS if self._ended else pending)[0]
             for source, (buffer, pass_on) in list(sources.items()):
                 if source in readable:
                     received = os.read(source, 1 << 16)
@@ -158,44 +223,44 @@ class Relay:
         slot = str(message.get("slot"))
         if message.get("type") != "cancel":
             self._unsent += frame
-        elif not self._has_ended(slot, now := time.monotonic()):
+        elif slot not in self._ended:
+            now = time.monotonic()
             self._cancels.setdefault(slot, Cancel(frame, now + HOLD_SECONDS, now + MAX_REPEAT_SECONDS))
-
-    def _has_ended(self, slot: str, now: float) -> bool:
-        """Whether a cancel of the slot that was just read is for a prediction that has ended."""
-        if idle := self._just_idle.get(slot):
-            return not self._has_read(idle) or now < idle.until
-        return slot in self._ended or slot in self._checked or any(slot == idle for idle, _ in self._idle)
-
-    def _has_read(self, idle: Idle) -> bool:
-        """Whether the server has read a slot's idle message."""
-        return idle.end <= self._written - _unread(self._to_server)
 
     def _up(self, frame: bytes) -> None:
         message = _message(frame)
         kind, slot = message.get("type"), str(message.get("slot"))
         if kind == "healthcheck_result" and message.get("id") == CHECK:
-            self._idle += self._checked.items()
-            self._checked = {}
-        elif kind not in ("idle", "failed"):
-            self._send(frame)
-        elif (cancel := self._cancels.pop(slot, None)) and cancel.sent:
-            self._ended[slot] = frame
+            for ended in self._checked:
+                ended.unchecked = False
+            self._checked = []
+        elif kind == "idle":
+            cancel = self._cancels.pop(slot, None)
+            receipt = Receipt(self._sockets.get(slot))
+            self._ended[slot] = Ended(frame, unchecked=bool(cancel and cancel.sent), receipt=receipt)
         else:
-            self._idle.append((slot, frame))
-        if self._ended and not self._checked:
-            self._checked, self._ended = self._ended, {}
-            self._unsent += _frame({"type": "healthcheck", "id": CHECK})
+            if kind == "ready":
+                self._sockets = dict(zip(map(str, message.get("slots", [])), self._slot_sockets, strict=False))
+            elif kind == "failed":  # the server gives this slot to nobody
+                self._cancels.pop(slot, None)
+            self._send(frame)
 
     def _tick(self, now: float) -> None:
-        while self._idle and not _unread(self._from_server):
-            slot, frame = self._idle.pop(0)
-            self._send(frame)
-            self._just_idle[slot] = Idle(self._written, now + CROSSING_SECONDS)
-        for idle in self._just_idle.values():
-            if not self._has_read(idle):
-                idle.until = now + CROSSING_SECONDS
-        self._just_idle = {slot: idle for slot, idle in self._just_idle.items() if now < idle.until}
+        if not self._checked and (unchecked := [ended for ended in self._ended.values() if ended.unchecked]):
+            self._checked = unchecked
+            self._unsent += _frame({"type": "healthcheck", "id": CHECK})
+        for slot, ended in list(self._ended.items()):
+            come = ended.receipt.has_come()
+            if ended.unchecked or not (come or ended.receipt.is_overdue()):
+                continue
+            if _unread(self._from_server):  # maybe a cancel from before the receipt: drop it first
+                continue
+            if come:
+                ended.receipt.close()
+            else:  # the server may still read the pipe: leave it open
+                self._sockets = {}
+            del self._ended[slot]
+            self._send(ended.idle)
         self._cancels = {slot: cancel for slot, cancel in self._cancels.items() if now < cancel.until}
         for cancel in self._cancels.values():
             if cancel.due <= now:
@@ -207,7 +272,6 @@ class Relay:
             del self._unsent[: os.write(self._to_worker, self._unsent[: select.PIPE_BUF])]
 
     def _send(self, frame: bytes) -> None:
-        self._written += len(frame)
         view = memoryview(frame)
         while view:
             view = view[os.write(self._to_server, view) :]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 REQUIRED = ("cog", "torch", "transformers")
 """Packages that most scripts need."""
+
+MIN_ADDRESS_SPACE = 2**30
+"""Bytes without which PyTorch cannot be imported."""
 
 
 def enter(required: Sequence[str] = REQUIRED) -> None:
@@ -37,3 +41,14 @@ def enter(required: Sequence[str] = REQUIRED) -> None:
             f"The project's environment {ROOT / '.venv'} {state} {', '.join(missing)}.\n"
             f"`make -C {ROOT} weights` builds it and fetches a small model."
         )
+    if "torch" in required and 0 <= (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) < MIN_ADDRESS_SPACE:
+        sys.exit(
+            f"{sys.argv[0]}: `ulimit -v` allows {limit >> 20} MB of memory, and PyTorch needs more than"
+            f" {MIN_ADDRESS_SPACE >> 20}: raise the limit."
+        )
+
+
+def memory_limit() -> str:
+    """What to add to an error of a process that has a limit on its address space."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return "" if limit < 0 else f" (`ulimit -v` allows {limit >> 20} MB of memory, which may be too little.)"

@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 
 import schema
 import yaml
-from environment import ROOT
+from environment import ROOT, memory_limit
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a script to stop: Ctrl-C, a supervisor, a closed terminal."""
@@ -205,11 +205,11 @@ def _wait_until_ready(server: Server) -> None:
     while True:
         code = server.process.poll()
         if code is not None:
-            raise StartError(f"The server ended before it was ready, with exit code {code}.")
+            raise StartError(f"The server ended before it was ready, with exit code {code}.{memory_limit()}")
         health = _health(server)
         status = health.get("status", "STARTING")
         if status in ("SETUP_FAILED", "DEFUNCT"):
-            raise StartError(f"Setup failed: {_setup_error(health)}")
+            raise StartError(f"Setup failed: {_setup_error(health)}{memory_limit()}")
         if status != "STARTING":
             return
         time.sleep(POLL_SECONDS)

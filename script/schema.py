@@ -5,6 +5,7 @@ the runtime writes that file first. The SDK describes a predictor but does not w
 tests/test_predict_signature.py checks that `cog build`, which does not run predict.py, reads the same from its source.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -21,7 +22,7 @@ JsonObject = dict[str, Any]
 
 
 class SchemaError(Exception):
-    """predict.py cannot be imported or its `predict` is not one that Cog serves; says why."""
+    """predict.py cannot be imported, its `predict` is not one that Cog serves, or its schema has no room; says why."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,23 @@ def openapi(signature: Signature) -> JsonObject:
 
 
 def write(signature: Signature, root: Path) -> None:
-    """Write the schema to where a runtime started in `root` reads it, in one move: it never reads half a file."""
+    """Write the schema to where a runtime started in `root` reads it, in one move: it never reads half a file.
+
+    Raises SchemaError if it cannot be written. One that is there already is left alone.
+    """
     path = root / ".cog" / "openapi_schema.json"
-    path.parent.mkdir(exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(openapi(signature), indent=2), encoding="utf-8")
-    draft.replace(path)
+    text = json.dumps(openapi(signature), indent=2)
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        path.parent.mkdir(exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise SchemaError(f"The runtime needs {path}, which cannot be written: {error.strerror}.") from error
 
 
 def _reference(name: str) -> JsonObject:

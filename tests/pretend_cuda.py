@@ -270,6 +270,8 @@ class Functions(TorchFunctionMode):
             return _move(func(*args, **{**kwargs, "device": "cpu"}), CUDA, None, False)
         if func is torch.Tensor.to:
             return self._to(*args, **kwargs)
+        if func is torch.Tensor.type_as:
+            return self._to(*args)
         if func is torch.Tensor.cpu:
             return _move(args[0], torch.device("cpu"), None, False)
         if func is torch.Tensor.cuda:
@@ -293,8 +295,8 @@ class Functions(TorchFunctionMode):
     def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         as_dtype: list[Any] = [each.dtype if isinstance(each, CudaTensor) else each for each in args]
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*as_dtype, **kwargs)
-        if any(isinstance(each, CudaTensor) for each in args):
-            device = CUDA
+        if args and isinstance(args[0], Tensor):  # another tensor's device
+            device = CUDA if isinstance(args[0], CudaTensor) else torch.device("cpu")
         return _move(tensor, device, dtype, non_blocking)
 
 

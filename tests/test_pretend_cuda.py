@@ -23,6 +23,9 @@ def test_tensors_say_that_they_are_on_the_device_and_compute_there(device: Devic
     assert (made[1] * 2).tolist() == [6, 8, 10]
     assert isinstance(torch.tensor([1.0], device="cuda"), CudaTensor)
     assert isinstance(torch.ones(2).to(made.device), CudaTensor)
+    assert isinstance(torch.ones(2).type_as(made), CudaTensor)
+    assert type(made.type_as(torch.ones(2))) is Tensor
+    assert (made.type_as(made * 0.5) * made.float()).device == CUDA
     assert type(made.cpu()) is Tensor
 
 

@@ -177,7 +177,7 @@ def clean(shop: Workshop, names: Sequence[str], dry_run: bool = False) -> None:
     going = [path for path in there.values() if path not in kept]
     with nullcontext() if dry_run else exclusive(shop.work):
         used = {entry for path in kept for entry in _used(shop, path)}
-        going += [entry for entry in sorted(shop.store.glob("*")) if entry not in used]
+        going += [entry for entry in sorted(shop.store.glob("*@*")) if entry not in used]
         going += sorted([*shop.work.glob(".*.new"), *shop.work.glob(".*.old")])  # of builds that were killed
         for path in going:
             if not dry_run:

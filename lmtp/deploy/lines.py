@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 _TABLE = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?")
-_KEY = re.compile(r"\s*([^=#\[]+?)\s*=.*")
+_KEY = re.compile(r"[^=#\[]+(?==)")
 
 
 def line_of(text: str, path: tuple[str, ...]) -> int:
@@ -16,11 +16,11 @@ def line_of(text: str, path: tuple[str, ...]) -> int:
     """
     table: tuple[str, ...] = ()
     found, longest = 1, 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if match := _TABLE.fullmatch(line):
             key = table = _parts(match[1])
-        elif match := _KEY.fullmatch(line):
-            key = (*table, *_parts(match[1]))
+        elif match := _KEY.match(line):
+            key = (*table, *_parts(match[0]))
         else:
             continue
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(key, path, strict=False)))

@@ -22,6 +22,7 @@ from lmtp.deploy.lines import line_of
 from lmtp.protocol import NO_ADAPTER
 from lmtp.weights import demo
 from lmtp.weights.arguments import DTYPES
+from lmtp.weights.hub import REVISION
 from lmtp.weights.install import REPOSITORY
 from lmtp.weights.manifest import ADAPTER_NAME
 from lmtp.weights.quantization import LOAD_IN
@@ -46,6 +47,12 @@ RESERVED = (
 """Variables that `cog build` refuses: https://github.com/replicate/cog/blob/main/pkg/config/env.go"""
 
 SECRET = re.compile(r"(.*_)?(TOKEN|SECRET|PASSWORD|KEY)")
+
+UNSAFE = re.compile(r"""[\s"'\\$]""")
+"""Characters that mean something else in the Dockerfile that Cog writes, where values are not quoted."""
+
+MAX_BYTES = 2**20
+"""Size of a models.toml."""
 
 TOP = ("dest_prefix", "models")
 KEYS = ("huggingface", "config", "quantization", "adapters", "environment", "hardware", "visibility")
@@ -91,16 +98,19 @@ class Model:
 def read(path: Path) -> dict[str, Model]:
     """The models of a models.toml by name. Raises DeployError with file, line and what to do."""
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise DeployError(f"{path} has {size} bytes: {MAX_BYTES} is the limit, which is thousands of models.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DeployError(f"There is no {path}: copy models.toml.example to it, and set dest_prefix.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeployError(f"{path} cannot be read: {error}.") from None
     try:
-        document = tomllib.loads(text)
+        return _Reader(path, text).models(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise DeployError(_malformed(path, str(error))) from None
-    return _Reader(path, text).models(document)
+    except RecursionError:
+        raise DeployError(f"{path} has tables or lists that are nested too deeply: make them flat.") from None
 
 
 def choose(models: Mapping[str, Model], names: Collection[str], path: Path) -> list[Model]:
@@ -187,7 +197,7 @@ class _Reader:
         if "repo" not in given:
             self.refuse(where, f'{where[1]} has no huggingface.repo: add huggingface.repo = "org/name".')
         repository = self.text(given["repo"], (*where, "repo"))
-        version = self.text(given.get("version", "main"), (*where, "version"))
+        version = self.revision(given.get("version", "main"), (*where, "version"))
         if repository == "demo":
             if "version" in given:
                 self.refuse((*where, "version"), "the demo model has one version: leave out huggingface.version.")
@@ -251,11 +261,17 @@ class _Reader:
 
     def adapter(self, given: Any, where: tuple[str, ...]) -> Source:
         repository, at, revision = self.text(given, where).partition("@")
-        if not re.fullmatch(REPOSITORY, repository) or (at and not revision):
+        if not re.fullmatch(REPOSITORY, repository) or (at and not REVISION.fullmatch(revision)):
             self.refuse(
                 where, f"{given!a:.99} is no adapter: give a repository, such as org/name or org/name@revision."
             )
         return Source(repository, revision or "main")
+
+    def revision(self, given: Any, where: tuple[str, ...]) -> str:
+        revision = self.text(given, where)
+        if not REVISION.fullmatch(revision):
+            self.refuse(where, f"{'.'.join(where[2:])} is {revision!a:.99}: give a branch, a tag or a commit.")
+        return revision
 
     def environment(self, given: Any, where: tuple[str, ...]) -> dict[str, str]:
         variables = {}
@@ -276,6 +292,10 @@ class _Reader:
                 )
             if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).isprintable():
                 self.refuse(here, f"{name} is {value!r:.99}: give a text of one line, or a number.")
+            if UNSAFE.search(str(value)):
+                self.refuse(
+                    here, f"{name} is {value!a:.99}: Cog takes no spaces, quotes, \\ and $ in it, leave them out."
+                )
             variables[name] = str(value)
         try:
             with _only(variables):

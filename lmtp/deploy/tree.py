@@ -45,7 +45,7 @@ def replace(directory: Path, tree: Tree) -> None:
         if (directory / CACHE).is_dir():
             shutil.copytree(directory / CACHE, new / CACHE)
         discard(old)
-        if directory.exists():
+        if os.path.lexists(directory):
             directory.rename(old)
         new.rename(directory)
     finally:
@@ -54,9 +54,11 @@ def replace(directory: Path, tree: Tree) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove the directory if it is there."""
-    if directory.exists():
+    """Remove the directory if it is there; of a symbolic link only the link."""
+    if directory.is_dir() and not directory.is_symlink():
         shutil.rmtree(directory)
+    else:
+        directory.unlink(missing_ok=True)
 
 
 def _same(path: Path, content: Content) -> bool:

@@ -21,7 +21,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lmtp.engine.constraint_cache import OVERHEAD, ConstraintCache
 from lmtp.engine.grammar import Compiled, Grammar
 from lmtp.engine.lanes import Lanes
-from lmtp.engine.source import Source, compile_source, hide_special_tokens, leading_space, source_of, states_of
+from lmtp.engine.source import (
+    MAX_STATES,
+    PREDICTION_STATES,
+    Source,
+    compile_source,
+    hide_special_tokens,
+    leading_space,
+    source_of,
+    states_of,
+)
 from lmtp.engine.vetting import Vetter
 from lmtp.protocol import Generate, RequestError
 
@@ -52,6 +61,10 @@ cache keeps 50 constraints of `MAX_STATES` at least, and they take less than 4 G
 
 LIVE_BYTES = 2**30
 """Memory for compiled constraints that streams use."""
+
+MAX_LARGE = 4
+"""Predictions at once whose lexers share `PREDICTION_STATES`. Those of the others share `MAX_STATES`, so all lexers
+of 64 predictions together take 6 GB at most."""
 
 
 class Later(RequestError):
@@ -89,6 +102,7 @@ class Compiler:
         self._compiling: dict[bytes, _Asked] = {}
         self._cache = ConstraintCache(CACHE_BYTES)
         self._in_use = 0
+        self._large: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._lock = threading.RLock()  # a batch may be released by whoever holds it
 
     def batch(self, operations: Iterable[object] = ()) -> Batch:
@@ -98,7 +112,13 @@ class Compiler:
             if isinstance(operation, Generate):
                 with contextlib.suppress(RequestError):  # its stream will get it
                     different.add(source_of(operation, self.space))
-        return Batch(self, states_of(len(different)))
+        states = states_of(len(different), MAX_STATES)
+        with self._lock:
+            if states < MAX_STATES and len(self._large) < MAX_LARGE:
+                batch = Batch(self, states_of(len(different), PREDICTION_STATES))
+                self._large.add(batch)
+                return batch
+        return Batch(self, states)
 
     async def compile(self, source: Source, batch: Batch) -> Compiled:
         """Compile a constraint. Raises RequestError for one that cannot be used or whose turn does not come."""

@@ -418,19 +418,25 @@ class Engine:
         return None
 
     def _step(self, step: Step[OperationStream]) -> list[list[sampling.Choice]]:
-        """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices."""
-        wanted = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
-        rows = list(itertools.chain(*wanted))
-        constrained, grammars = _constrained(step, wanted)
+        """Run the model, and meanwhile find out what grammars allow. Returns each stream's choices.
+
+        A GPU is only told what to do by `run`. While it does so, the host makes ready what sampling takes, and hands
+        over the replies of the step before.
+        """
+        constrained, grammars = _constrained(step)
         run = self.runner.prepare(step)
-        self._hand_over()
+        if self._model.device.type == "cpu":
+            self._hand_over()
         filling = self._mask_filler.start(grammars) if grammars else None
         try:
             logits = run()
+            wanted = [stream.rows(count) for stream, count in zip(step.streams, step.counts, strict=True)]
         finally:
             bits = filling.result() if filling else None
         allowed = Allowed(constrained, bits) if bits is not None else None
-        choices = iter(_sample(logits, rows, allowed) if rows else [])
+        rows = list(itertools.chain(*wanted))
+        choices = iter(_sample(logits, rows, allowed, self._hand_over) if rows else [])
+        self._hand_over()  # where nobody waited
         return [list(itertools.islice(choices, len(of_stream))) for of_stream in wanted]
 
     def _deliver(self, step: Step[OperationStream], choices: Sequence[Sequence[sampling.Choice]]) -> None:
@@ -549,26 +555,25 @@ class Engine:
     def _hand_over(self) -> None:
         """Hand over the replies there are.
 
-        Called when this thread is about to wait, to do something slow, or to run the model. Other threads want the GIL
-        as soon as they have something to do; in the middle of this thread's work they would hold it for milliseconds.
+        Called when this thread is about to wait, to do something slow, or to run the model on a CPU. Other threads want
+        the GIL as soon as they have something to do; in the middle of this thread's work they would hold it for
+        milliseconds.
         """
         for prediction in self._touched:
             prediction.deliver(last=prediction not in self._running)
         self._touched.clear()
 
 
-def _constrained(
-    step: Step[OperationStream], wanted: Sequence[Sequence[sampling.Row]]
-) -> tuple[list[int], list[Drafted]]:
+def _constrained(step: Step[OperationStream]) -> tuple[list[int], list[Drafted]]:
     """The rows that grammars constrain, and the grammars with the drafts that these rows follow."""
     constrained: list[int] = []
     grammars: list[Drafted] = []
     end = 0
-    for stream, rows in zip(step.streams, wanted, strict=True):
-        begin, end = end, end + len(rows)
-        if rows and isinstance(stream, Generation) and stream.grammar:
+    for stream, count in zip(step.streams, step.counts, strict=True):
+        begin, end = end, end + stream.wanted(count)
+        if end > begin and isinstance(stream, Generation) and stream.grammar:
             constrained += range(begin, end)
-            grammars.append(Drafted(stream.grammar, stream.draft[: len(rows) - 1]))
+            grammars.append(Drafted(stream.grammar, stream.draft[: end - begin - 1]))
     return constrained, grammars
 
 
@@ -581,10 +586,12 @@ def _receive(stream: OperationStream, choices: Sequence[sampling.Choice]) -> lis
         return error
 
 
-def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | None) -> list[sampling.Choice]:
+def _sample(
+    logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | None, meanwhile: Callable[[], None]
+) -> list[sampling.Choice]:
     """sampling.sample. Should it fail, sample the rows in halves, so that only the row at fault fails."""
     try:
-        return sampling.sample(logits, rows, allowed)
+        return sampling.sample(logits, rows, allowed, meanwhile)
     except Exception as error:
         _check_device(logits.device)
         if len(rows) == 1:
@@ -594,7 +601,7 @@ def _sample(logits: Tensor, rows: Sequence[sampling.Row], allowed: Allowed | Non
     return [
         choice
         for part in (slice(0, half), slice(half, len(rows)))
-        for choice in _sample(logits[part], rows[part], allowed.part(part) if allowed else None)
+        for choice in _sample(logits[part], rows[part], allowed.part(part) if allowed else None, meanwhile)
     ]
 
 

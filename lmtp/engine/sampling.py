@@ -111,11 +111,17 @@ def uniforms_of(seed: int | None) -> Callable[[int], Uniforms]:
     return at
 
 
-def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) -> list[Choice]:
+def sample(
+    logits: Tensor,
+    rows: Sequence[Row],
+    allowed: Allowed | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Choice]:
     """The token of each row from its logits ``[rows, vocabulary]``, of any float dtype, which stay as they are.
 
     ``allowed`` is what the grammars of some rows allow. A row that must choose but has no possible token, or whose
-    logits are not numbers, gets a Choice with an error.
+    logits are not numbers, gets a Choice with an error. ``meanwhile`` is called when a GPU has all of its work and the
+    host is about to wait for it.
     """
     draws = {i: row for i, row in enumerate(rows) if isinstance(row, Draw)}
     masked = {i for i, row in draws.items() if row.bias is not None or row.forbidden}.union(
@@ -123,13 +129,13 @@ def sample(logits: Tensor, rows: Sequence[Row], allowed: Allowed | None = None) 
     )
     own = _whole_blocks(logits)
     if own is not logits or not masked:
-        return _sample(own, logits.shape[-1], rows, draws, allowed)
+        return _sample(own, logits.shape[-1], rows, draws, allowed, meanwhile)
     if 2 * len(masked) > len(rows):
-        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed)
+        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed, meanwhile)
     index = _index(sorted(masked), logits.device)
     kept = logits[index]
     try:
-        return _sample(logits, logits.shape[-1], rows, draws, allowed)
+        return _sample(logits, logits.shape[-1], rows, draws, allowed, meanwhile)
     finally:
         logits[index] = kept
 
@@ -147,21 +153,26 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 
 
 def _sample(
-    logits: Tensor, vocabulary: int, rows: Sequence[Row], draws: Mapping[int, Draw], allowed: Allowed | None
+    logits: Tensor,
+    vocabulary: int,
+    rows: Sequence[Row],
+    draws: Mapping[int, Draw],
+    allowed: Allowed | None,
+    meanwhile: Callable[[], None],
 ) -> list[Choice]:
     """`sample`, of float32 logits in whole blocks, to which it adds the masks."""
     _add_masks(logits, vocabulary, draws, allowed)
     peaks = _blocks(logits).amax(-1)
     best = Best.of(logits, peaks)
-    weights = _weights(logits, best.values, LOG2_E)
-    total = weights.sum(-1).double().sum(-1)
+    probabilities = torch.softmax(logits, -1)
+    likeliest = _at(probabilities, best.indices)
     chosen = best.indices
     if len(draws) < len(rows):
         given = upload(torch.tensor([row.token if isinstance(row, Target) else -1 for row in rows]), logits.device)
         chosen = torch.where(given < 0, chosen, given)
     if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
         own = [draws[i] for i in drawn]
-        tokens = _draw(_select(logits, drawn), _select(peaks, drawn), _select(weights, drawn), own, vocabulary)
+        tokens = _draw(_select(logits, drawn), _select(peaks, drawn), _select(probabilities, drawn), own, vocabulary)
         chosen = tokens if len(drawn) == len(rows) else chosen.index_copy(0, _index(drawn, logits.device), tokens)
     counts = [_top(row) for row in rows]
     groups = [
@@ -175,9 +186,8 @@ def _sample(
         )
         if group
     ]
-    picked = logits.gather(-1, chosen[:, None])[:, 0]
-    per_row = [chosen, picked, best.indices, best.values, total]
-    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)])
+    per_row = [chosen, _at(logits, chosen), best.indices, best.values, likeliest]
+    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)], meanwhile)
     return _report(found, rows, counts, [group for group, _ in groups])
 
 
@@ -246,8 +256,13 @@ class Best(NamedTuple):
     def of(values: Tensor, peaks: Tensor) -> "Best":
         """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block."""
         block = peaks.argmax(-1, keepdim=True)
-        inside = _block(values, block).argmax(-1)
-        return Best(peaks.gather(-1, block)[:, 0], block[:, 0] * BLOCK + inside)
+        inside = _block(values, block).argmax(-1, keepdim=True)
+        return Best(peaks.amax(-1), torch.add(inside, block, alpha=BLOCK)[:, 0])
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """One value of each row."""
+    return values.gather(-1, index[:, None])[:, 0]
 
 
 def _block(values: Tensor, block: Tensor) -> Tensor:
@@ -261,12 +276,6 @@ def _block(values: Tensor, block: Tensor) -> Tensor:
 def _first_blocks(rows: int, each: int, device: torch.device) -> Tensor:
     """The number of each row's first block, ``[rows, 1]``."""
     return torch.arange(0, rows * each, each, device=device)[:, None]
-
-
-def _weights(logits: Tensor, best: Tensor, scale: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """2 to the power of (logits - best) * scale, ``[rows, blocks, BLOCK]``, in the memory of ``out``. exp2 takes half
-    the time of exp."""
-    return _blocks(torch.sub(logits, best[:, None], out=out).mul_(scale).exp2_())
 
 
 def _most_likely(values: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -284,19 +293,20 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _fetch(tensor: Tensor) -> npt.NDArray[np.float64]:
+def _fetch(tensor: Tensor, meanwhile: Callable[[], None]) -> npt.NDArray[np.float64]:
     """The tensor of a GPU on the host, which waits for it. It comes into pinned memory, without another copy."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
+    meanwhile()
     torch.cuda.current_stream(tensor.device).synchronize()
     return host.numpy()
 
 
-def _to_host(parts: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
+def _to_host(parts: Sequence[Tensor], meanwhile: Callable[[], None]) -> list[npt.NDArray[Any]]:
     """The numbers of the parts on the host. A GPU's come by one copy; token ids are exact in float64."""
     if on_host(parts[0]):
         return [part.numpy() for part in parts]
-    packed = _fetch(torch.cat([part.double().flatten() for part in parts]))
+    packed = _fetch(torch.cat([part.double().flatten() for part in parts]), meanwhile)
     ends = np.cumsum([part.numel() for part in parts])[:-1]
     return [flat.reshape(part.shape) for flat, part in zip(np.split(packed, ends), parts, strict=True)]
 
@@ -308,18 +318,17 @@ def _report(
     groups: Sequence[Sequence[int]],
 ) -> list[Choice]:
     """The choices. ``parts`` are the numbers of each row; then the likely tokens' logits and ids, group by group."""
-    chosen, logits, likeliest, best, total, *found = parts
-    with np.errstate(divide="ignore", invalid="ignore"):
-        norm = best + np.log(total)
-        logprobs, best_logprobs = _rounded(np.stack([logits, best]) - norm)
+    chosen, logits, first, best, probability, *found = parts
+    norm = best - np.log(probability, dtype=np.float64)
+    logprobs, best_logprobs = _rounded(np.array([logits, best]) - norm)
     choices = []
-    numbers = (chosen.astype(int), logprobs, likeliest.astype(int), best_logprobs, total, best, counts, rows)
-    for token, logprob, first, first_logprob, mass, peak, count, row in zip(
+    numbers = (chosen.astype(int), logprobs, first.astype(int), best_logprobs, probability, best, counts, rows)
+    for token, logprob, likeliest, first_logprob, certain, peak, count, row in zip(
         *(n.tolist() if isinstance(n, np.ndarray) else n for n in numbers), strict=True
     ):
-        if math.isfinite(mass):
+        if math.isfinite(certain):
             choices.append(
-                Choice(token, logprob, {first: first_logprob, token: logprob} if count == 1 else {token: logprob})
+                Choice(token, logprob, {likeliest: first_logprob, token: logprob} if count == 1 else {token: logprob})
             )
         else:
             impossible = isinstance(row, Draw) and peak == -math.inf
@@ -345,21 +354,26 @@ def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _draw(logits: Tensor, peaks: Tensor, weights: Tensor, rows: Sequence[Draw], vocabulary: int) -> Tensor:
     """The token of each row: drawn at its temperature among those its filters keep, or the best where it is greedy.
 
-    ``peaks`` has the best of each block; ``weights`` are those of temperature 1, and may be changed. A draw has two
-    stages, so that few vocabularies have to be sorted: a token drawn from all of them is accepted if it is in the top-p
-    nucleus; otherwise one is drawn from the nucleus. Together that is the nucleus's own distribution.
+    ``peaks`` has the best of each block; ``weights`` are the probabilities at temperature 1, and may be changed. A draw
+    has two stages, so that few vocabularies have to be sorted: a token drawn from all of them is accepted if it is in
+    the top-p nucleus; otherwise one is drawn from the nucleus. Together that is the nucleus's own distribution.
     """
     device = logits.device
     operations = [row.operation for row in rows]
     greedy = [operation.temperature < GREEDY_BELOW for operation in operations]
-    if penalized := any(row.counts is not None for row in rows):
+    if any(row.counts is not None for row in rows):
         logits = penalize(logits, operations, [row.counts for row in rows])
         peaks = _blocks(logits).amax(-1)
     best = peaks.amax(-1)
     scale = _column([1.0 if g else LOG2_E / o.temperature for o, g in zip(operations, greedy, strict=True)], device)
-    if penalized or any(operation.temperature != 1.0 for operation in operations):
-        # In the same memory: fresh one would push the logits out of the processor's cache.
-        weights = _weights(logits, best, scale, out=weights.view(len(rows), -1))
+    if scaled := [i for i, row in enumerate(rows) if row.counts is not None or row.operation.temperature != 1.0]:
+        # In the same memory: fresh one would push the logits out of the processor's cache. exp2 takes half the time of
+        # exp.
+        fresh = _select(weights, scaled)
+        torch.sub(_select(logits, scaled), _select(best, scaled)[:, None], out=fresh)
+        fresh.mul_(_select(scale, scaled)).exp2_()
+        weights = fresh if len(scaled) == len(rows) else weights.index_copy_(0, _index(scaled, device), fresh)
+    weights = _blocks(weights)
     nucleus = [
         i for i, o in enumerate(operations) if (o.top_p or 1.0) < 1.0 and not _top_k(o, vocabulary) and not greedy[i]
     ]
@@ -382,7 +396,7 @@ def _draw(logits: Tensor, peaks: Tensor, weights: Tensor, rows: Sequence[Draw], 
         _select(scale, nucleus),
         [operations[i] for i in nucleus],
         vocabulary,
-        _select(sums, nucleus).sum(-1, keepdim=True),
+        _select(sums, nucleus).sum(-1, keepdim=True) / own_weights.flatten(1).amax(-1, keepdim=True),
     )
     if lowest is not None:
         floor = torch.maximum(floor, _select(lowest, nucleus))
@@ -500,7 +514,7 @@ def _lowest_of(
 ) -> Tensor:
     """The lowest logit ``[rows]`` that top-k, then top-p keep. ``values`` are the largest logits, largest first.
 
-    ``total`` ``[rows, 1]`` is what the weights of all tokens sum to, where top-k is off.
+    ``total`` ``[rows, 1]`` is what all tokens weigh, as a multiple of the best, where top-k is off.
     """
     k = _column([_top_k(o, vocabulary) or vocabulary for o in operations], values.device, torch.long)
     p = _top_p(operations, values.device)

@@ -28,7 +28,7 @@ MAX_STATES = 150_000
 string with a large ``maxLength`` takes about 20 states a token."""
 
 PREDICTION_STATES = 1_200_000
-"""States of the lexers of all constraints of one prediction."""
+"""States of the lexers of all constraints of one prediction; `MAX_STATES` if several have so many already."""
 
 MAX_ITEMS = 20_000
 """llguidance's items of a row. An optional property takes four."""
@@ -48,11 +48,11 @@ class Source(NamedTuple):
     """The most states of its lexer. It does not apply to ``choices``: few of theirs are ever reached."""
 
 
-def states_of(constraints: int) -> int:
-    """The most states for each of a prediction's constraints: equal shares, in steps so that predictions with about as
-    many constraints can use the same compiled ones."""
+def states_of(constraints: int, total: int) -> int:
+    """The most states for each of a prediction's constraints: equal shares of ``total``, in steps so that predictions
+    with about as many constraints can use the same compiled ones."""
     share = MAX_STATES
-    while share * constraints > PREDICTION_STATES:
+    while share * constraints > total:
         share //= 2
     return share
 
@@ -210,7 +210,8 @@ def explain(error: str) -> str:
         return _cut(f"{reason}: {part!r} in {around!r}")
     if found := _STATES.search(error):
         return (
-            f"its lexer has too many states; {found[1]} are the most, and more where a prediction has few constraints"
+            f"its lexer has too many states; {found[1]} are the most, and more where a prediction has fewer constraints"
+            " or fewer predictions run"
         )
     if found := _KEYWORDS.search(error):
         return one_line(f"unsupported keywords: {found[1]}")

@@ -32,11 +32,6 @@ HANG_SECONDS = 4.0
 """How long a process may let the others wait in the middle of a step."""
 REPORT_SECONDS = 0.5
 """How long to wait for the reason after a connection has broken."""
-FOREVER = timedelta(days=3650)
-
-NUMBERS = 1024
-"""Numbers of a message that are sent at once, its code and length among them. The rest of a longer one follows."""
-
 PR_SET_PDEATHSIG = 1
 
 
@@ -64,35 +59,24 @@ class Group:
                 timeout=timedelta(seconds=START_SECONDS),
                 device_id=torch.device("cuda", rank) if on_gpu else None,
             )
-            # Only the first process ever waits for others here; the others wait for work.
-            idle = FOREVER if rank else timedelta(seconds=HANG_SECONDS)
-            self._control = dist.new_group(backend="gloo", timeout=idle)
         finally:
             if previous is None:
                 del os.environ["GLOO_SOCKET_IFNAME"]
             else:
                 os.environ["GLOO_SOCKET_IFNAME"] = previous
-        self._message = torch.zeros(NUMBERS, dtype=torch.int64)
 
     def receive(self) -> tuple[int, Tensor]:
         """Wait for what the first process tells: a code, and numbers ``[n]``."""
-        dist.broadcast(self._message, 0, group=self._control)
-        code, length = self._message[:2].tolist()
-        if length <= NUMBERS - 2:
-            return code, self._message[2 : 2 + length].clone()
-        numbers = torch.empty(length, dtype=torch.int64)
-        dist.broadcast(numbers, 0, group=self._control)
-        return code, numbers
+        code, length = self.links.receive(torch.empty(2, dtype=torch.int64)).tolist()
+        return code, self.links.receive(torch.empty(length, dtype=torch.int64))
 
     def tell(self, code: int, numbers: Tensor | Sequence[int] = ()) -> None:
         """Tell the others what to do next. The others themselves tell nobody."""
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that the processes give."""
-        numbers = torch.tensor([number])
         with self.computing():
-            dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self._control)
-        return int(numbers)
+            return min(int(given) for given in self.links.exchange(torch.tensor([number])))
 
     @contextmanager
     def computing(self, *passing: type[Exception]) -> Iterator[None]:
@@ -101,10 +85,10 @@ class Group:
 
     def wait_at_most(self, seconds: float) -> None:
         """Bound how long a process waits for the others in the middle of what they compute."""
-        self.links.wait_at_most(seconds)
+        if self.rank == 0:  # it takes part in everything, and the others also wait for work
+            self.links.wait_at_most(seconds)
         for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not self._control:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 class Leader(Group):
@@ -161,13 +145,8 @@ class Leader(Group):
     def tell(self, code: int, numbers: Tensor | Sequence[int] = ()) -> None:
         """See Group.tell. Raises GroupError."""
         body = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.int64)
-        length = len(body)
-        self._message[0], self._message[1] = code, length
-        self._message[2 : 2 + length] = body[: NUMBERS - 2]
         with self.computing():
-            dist.broadcast(self._message, 0, group=self._control)
-            if length > NUMBERS - 2:
-                dist.broadcast(body, 0, group=self._control)
+            self.links.send(torch.cat([torch.tensor([code, len(body)]), body]))
 
     @contextmanager
     def computing(self, *passing: type[Exception]) -> Iterator[None]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -27,7 +27,7 @@ from transformers.distributed.tensor_parallel import ColwiseParallel, RowwisePar
 from typing_extensions import override
 
 from lmtp.runners.group import HANG_SECONDS, LOAD_SECONDS, Group, Leader, follow
-from lmtp.runners.links import Links
+from lmtp.runners.links import Links, shard_size
 from lmtp.runners.model import UnsupportedModel, in_words, limits_of
 from lmtp.runners.runner import MAX_SLOTS, default_budget
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -43,9 +43,10 @@ from lmtp.weights.manifest import WeightsError, read_manifest
 HEADS = re.compile(r"num_(attention|(\w+_)?key_value)_heads$")
 """How configurations name the heads that processes share."""
 
-WRONG_PLANS = ("hrm_text", "youtu")
-"""Types of models that by their plan in Transformers compute other logits than in one process; nightly tests find
-them."""
+LOADED_WRONGLY = ("hrm_text", "youtu")
+"""Types of models that Transformers loads otherwise in several processes than in one: hrm_text's fused matrices are
+split after they are shared, and youtu's padding token keeps its vector. A list, since the self-check sees nothing of
+this: it compares with the group's own pass, and no process has the whole model. Nightly tests find such types."""
 
 
 class Told(enum.IntEnum):
@@ -107,9 +108,9 @@ class SharedMemory(Memory):
         super().clear(slot)
 
     @override
-    def swap(self, one: int, other: int, length: int) -> None:
-        self._group.tell(Told.SWAP, [one, other, length])
-        super().swap(one, other, length)
+    def swap(self, one: int, other: int, short: int, long: int) -> None:
+        self._group.tell(Told.SWAP, [one, other, short, long])
+        super().swap(one, other, short, long)
 
 
 class ParallelStep(SlotStep):
@@ -173,6 +174,7 @@ def open_parallel(group: Leader, model: PreTrainedModel, kv_budget: int | None =
     budget = budget if kv_budget is None else kv_budget
     runner = SlotRunner(step, step.new_memory(layers), budget, MAX_SLOTS, limits_of(model).context)
     runner.description = f"slots over {group.count} processes"
+    runner.reason = "compiled steps and CUDA graphs run in one process only"
     return runner
 
 
@@ -192,7 +194,8 @@ def processes_for(choice: int | None, directory: Path, dtype: str) -> int:
     if choice is None:
         return next((n for n in range(gpus, 1, -1) if not refusal_of(directory, n)), 1)
     if gpus and choice > gpus:
-        raise SettingsError(f"PARALLEL is {choice}, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}.")
+        there = "is 1 GPU" if gpus == 1 else f"are {gpus} GPUs"
+        raise SettingsError(f"PARALLEL is {choice}, and there {there} on this machine.")
     if refusal := refusal_of(directory, choice):
         raise WeightsError(refusal)
     return choice
@@ -210,8 +213,8 @@ def refusal_of(directory: Path, processes: int) -> str:
     if plan.quantization or plan.load_in:
         return f"{manifest.source} is quantized, which several processes do not compute: {instead}."
     sharded: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    if config.model_type in WRONG_PLANS:
-        return f"Transformers' plan to share {config.model_type} among processes is wrong: {instead}."
+    if config.model_type in LOADED_WRONGLY:
+        return f"Transformers loads {config.model_type} otherwise in several processes than in one: {instead}."
     if not sharded:
         return f"Transformers has no plan to share {config.model_type} among processes: {instead}."
     heads = _heads(config)
@@ -256,18 +259,20 @@ class Rowwise(RowwiseParallel):
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Linear):
             return super().install_forward(module, mesh)
-        group = mesh.get_group()
 
         def forward(states: Tensor) -> Tensor:
-            part = functional.linear(states, module.weight)
-            if self._links.takes(part):
-                part = self._links.sum(part)
-            else:
-                dist.all_reduce(part, group=group)
+            part = _sum(functional.linear(states, module.weight), self._links)
             return part if module.bias is None else part + module.bias
 
         module.__dict__["forward"] = forward  # as Transformers' own hooks, of this module alone
         return module
+
+
+def _sum(part: Tensor, links: Links) -> Tensor:
+    if links.takes(part):
+        return links.sum(part)
+    dist.all_reduce(part)
+    return part
 
 
 def _load(group: Group, directory: Path, dtype: str) -> Loaded:
@@ -277,6 +282,8 @@ def _load(group: Group, directory: Path, dtype: str) -> Loaded:
     styles.register("rowwise", Rowwise(group.links))
     loaded = weights.load(directory, dtype, processes=group.count)
     _keep_shards(loaded.model)
+    if loaded.device.type == "cpu":
+        _share_vocabulary(loaded.model, group.links)
     group.wait_at_most(LOAD_SECONDS)  # the plan has made groups of its own
     return loaded
 
@@ -289,6 +296,36 @@ def _keep_shards(model: PreTrainedModel) -> None:
             for name, weight in list(module.named_parameters(recurse=False)):
                 if isinstance(weight, DTensor):
                     setattr(module, name, nn.Parameter(weight.to_local(), requires_grad=False))
+
+
+def _share_vocabulary(model: PreTrainedModel, links: Links) -> None:
+    """Embed tokens and compute logits without Transformers' hooks, which make distributed tensors of all that goes in
+    and out. Only the first process gets the logits."""
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if type(embeddings) is nn.Embedding and _rows(embeddings.weight) is not None:
+        table = _rows(embeddings.weight)
+        first = links.rank * shard_size(embeddings.num_embeddings, links.count)
+
+        def embed(ids: Tensor) -> Tensor:
+            own = (ids >= first) & (ids < first + len(table))
+            part = functional.embedding((ids - first).where(own, 0), table)
+            return _sum(part.masked_fill_(~own[..., None], 0), links)
+
+        embeddings.__dict__["forward"] = embed
+    if type(head) is nn.Linear and getattr(head, "bias", None) is None and _rows(head.weight) is not None:
+        weight = _rows(head.weight)
+
+        def logits(states: Tensor) -> Tensor:
+            return links.gather(functional.linear(states, weight), head.out_features)
+
+        head.__dict__["forward"] = logits
+
+
+def _rows(weight: Any) -> Any:
+    """This process's rows of a matrix whose rows the processes share; None for any other."""
+    shared = isinstance(weight, DTensor) and weight.placements == (Shard(0),)
+    return weight.to_local() if shared else None
 
 
 def _open(group: Group, model: PreTrainedModel) -> tuple[ParallelStep, list[Layer], Reference, int]:

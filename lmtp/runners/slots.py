@@ -106,12 +106,12 @@ class Memory:
         for tensor in self._tensors.values():
             tensor[:, slot] = 0
 
-    def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange the first ``length`` tokens of two slots."""
+    def swap(self, one: int, other: int, short: int, long: int) -> None:
+        """Exchange the first ``short`` tokens of one slot and the first ``long`` of the other, each moved once."""
         for tensor in self._tensors.values():
-            kept = tensor[:, one, :, :length].clone()
-            tensor[:, one, :, :length] = tensor[:, other, :, :length]
-            tensor[:, other, :, :length] = kept
+            kept = tensor[:, one, :, :short].clone()
+            tensor[:, one, :, :long] = tensor[:, other, :, :long]
+            tensor[:, other, :, :short] = kept
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -288,8 +288,10 @@ class Slots:
         if one == other:
             return
         ones, others = self._slots[one].held[1], self._slots[other].held[1]
-        if ones and others:
-            self._memory.swap(one, other, max(ones, others))
+        if ones > others > 0:
+            self._memory.swap(other, one, others, ones)
+        elif ones and others:
+            self._memory.swap(one, other, ones, others)
         elif ones:
             self._memory.copy(one, other, ones)
         elif others:

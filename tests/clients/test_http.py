@@ -1,6 +1,7 @@
 """The predictor behind Cog's HTTP runtime, as a client of the container sees it."""
 
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from shutil import rmtree
+from shutil import copy, copytree, ignore_patterns, rmtree
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lmtp.places import DIRECTORIES
-from tests.server import Server, serving
+from tests.server import ROOT, Server, serving
 
 QUESTION = "What is the capital of France?"
 ENDLESS = {
@@ -357,6 +358,19 @@ class TestLeaving:
 class TestDirectories:
     """The runtime makes three directories for each prediction and removes none."""
 
+    @pytest.fixture
+    def impatient_project(self, tmp_path: Path) -> Path:
+        """A copy of the project that looks at its places and at its health every 0.2 s."""
+        for name in ("lmtp", "script"):
+            copytree(ROOT / name, tmp_path / name, ignore=ignore_patterns("__pycache__"))
+        for name in ("predict.py", "cog.yaml"):
+            copy(ROOT / name, tmp_path)
+        for path in (tmp_path / "lmtp/places.py", tmp_path / "script/runtime.py"):
+            text, count = re.subn(r"(?m)^WATCH_SECONDS = .*", "WATCH_SECONDS = 0.2", path.read_text())
+            assert count == 1
+            path.write_text(text)
+        return tmp_path
+
     def test_none_is_left_once_a_prediction_has_ended(self, client: httpx.Client) -> None:
         for inputs in ({"prompt": QUESTION, "max_tokens": 2}, {"prompt": ""}):
             assert client.put("/predictions/leaves-nothing", json={"input": inputs}).status_code == 200
@@ -369,14 +383,16 @@ class TestDirectories:
         assert answer["status"] == "failed"
         assert "id cannot be a path" in answer["error"]
 
-    def test_a_server_that_has_lost_its_places_says_so(self, demo_weights: Path) -> None:
-        with serving(WEIGHTS_DIR=str(demo_weights), COMPILE="off", COG_MAX_CONCURRENCY="2") as server:
+    def test_a_server_that_has_lost_its_places_says_so(self, demo_weights: Path, impatient_project: Path) -> None:
+        with serving(
+            impatient_project, WEIGHTS_DIR=str(demo_weights), COMPILE="off", COG_MAX_CONCURRENCY="2"
+        ) as server:
             for id in ("x" * 300, "with\0NUL"):
                 httpx.post(f"{server.url}/predictions", json={"id": id, "input": {"prompt": QUESTION}}, timeout=20)
             health = httpx.get(f"{server.url}/health-check").json()
             assert health["status"] == "BUSY"
             while health["status"] == "BUSY":
-                time.sleep(0.5)
+                time.sleep(0.05)
                 health = httpx.get(f"{server.url}/health-check").json()
             assert health["status"] == "UNHEALTHY"
             assert "lost 2 or more of its 2 places" in health["user_healthcheck_error"]

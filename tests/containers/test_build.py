@@ -400,6 +400,20 @@ class TestClean:
         with pytest.raises(DeployError, match="There is no build directory work/mine: none is there"):
             commands.clean(shop, ["mine"])
 
+    def test_removes_links_but_not_what_they_lead_to(
+        self, build: Build, shop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        disk = tmp_path / "disk"
+        (disk / "photos").mkdir(parents=True)
+        shop.work.mkdir()
+        shop.store.symlink_to(disk)
+        build("tiny--4bit")
+        (shop.work / "tiny--4bit").rename(disk / "moved")
+        (shop.work / "tiny--4bit").symlink_to(disk / "moved")
+        commands.clean(shop, [])
+        assert not (shop.work / "tiny--4bit").is_symlink()
+        assert sorted(path.name for path in disk.iterdir()) == ["moved", "photos"]
+
 
 def test_the_list_shows_commits_and_states(
     build: Build, shop: Workshop, capsys: pytest.CaptureFixture[str], repositories: Hub
@@ -424,6 +438,18 @@ def test_the_script_says_what_is_wrong_and_reads_the_file_it_is_given(shop: Work
     assert ended.stderr == (
         f"script/models: {shop.file}, line 5: quantisation is unknown: did you mean quantization?\n"
     )
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_the_place_of_a_directory_is_replaced(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "letter").touch()
+    (tmp_path / "x").symlink_to(tmp_path / "mine")
+    tree.replace(tmp_path / "x", {"a": b"1"})
+    assert (tmp_path / "x" / "a").read_bytes() == b"1"
+    assert not (tmp_path / "x").is_symlink()
+    assert not there or (tmp_path / "mine" / "letter").exists()
 
 
 def test_a_directory_is_compared_by_what_its_files_hold(tmp_path: Path) -> None:

@@ -122,6 +122,13 @@ MODEL = PREFIX + '[models.x]\nhuggingface.repo = "org/name"\n'
         (MODEL + 'environment.WEIGHTS_DIR = "x"\n', 4, "WEIGHTS_DIR is not taken: the build decides"),
         (MODEL + 'environment."A-B" = "x"\n', 4, "A-B is no name of an environment variable"),
         (MODEL + "environment.COMPILE = false\n", 4, "COMPILE is False: give a text of one line, or a number"),
+        (MODEL + 'environment.A = "b PATH=/c"\n', 4, "A is 'b PATH=/c': Cog takes no spaces, quotes"),
+        (MODEL + "environment.A = '$HOME'\n", 4, "A is '$HOME': Cog takes no spaces, quotes"),
+        (MODEL + 'environment.A = "b\\nRUN c"\n', 4, "give a text of one line"),
+        (MODEL + 'huggingface.version = "`rm`"\n', 4, "huggingface.version is '`rm`': give a branch, a tag or a commit"),
+        (MODEL + 'adapters = "org/lora@a|b"\n', 4, "'org/lora@a|b' is no adapter: give a repository"),
+        (MODEL + 'adapters.a = "../lora"\n', 4, "'../lora' is no adapter: give a repository"),
+        (PREFIX + '[models."a\\nb"]\nhuggingface.repo = "org/name"\n', 2, "a\\nb is no name for a model"),
         (MODEL + 'hardware = "Nvidia T4"\n', 4, "hardware is 'Nvidia T4': give a name as Replicate's API lists it"),
         (MODEL + 'visibility = "secret"\n', 4, "visibility is 'secret': choose one of private, public"),
         (MODEL + '[models.x]\nhuggingface.repo = "org/name"\n', 4, "the model x is there twice: give one of them another"),
@@ -142,6 +149,20 @@ def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(DeployError, match="cannot be read"):
         models.read(tmp_path / "models.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#" * 2**21, "has 2097152 bytes: 1048576 is the limit"),
+        ("a = " + "[" * 5000, "nested too deeply"),
+        (MODEL + "config" + ".a" * 1200 + " = 1\n", "nested too deeply"),
+        (MODEL + 'quantisation = """' + " " * 100_000 + '"""\n', "line 4: quantisation is unknown"),
+    ],
+)
+def test_a_file_that_would_take_for_ever_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DeployError, match=message):
+        read(tmp_path, text)
 
 
 def test_settings_are_checked_by_themselves_and_the_process_keeps_its_own(

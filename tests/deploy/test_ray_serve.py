@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks import lmql_client, lmql_queries
-from tests.replicate_stand_in import StandIn, stand_in
+from tests.replicate_stand_in import TERMINAL, StandIn, stand_in
 from tests.server import ENDLESS, Server, child, serving, started
 
 pytest.importorskip("ray", reason="requirements/ray.txt is not installed")
@@ -113,6 +113,9 @@ async def queries(api: StandIn, weights: Path, cache: Path) -> None:
                 await lmql.run(lmql_queries.text(name, model, number))
 
         await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
+    # LMQL's client leaves as soon as it has the last line, before the prediction's metrics.
+    while any(prediction.status not in TERMINAL for prediction in api.predictions.values()):
+        await asyncio.sleep(0.02)
 
 
 @slow

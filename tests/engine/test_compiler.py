@@ -468,7 +468,7 @@ async def test_however_much_some_predictions_hold_others_find_room(
 def test_a_lexer_has_a_bound_on_its_states_and_a_check_beyond_it_claims_nothing(
     compiler: Compiler, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "states_of", lambda _: 50_000)
+    monkeypatch.setattr(compiling, "states_of", lambda *_: 50_000)
     monkeypatch.setitem(Source._field_defaults, "states", 50_000)
     regex = ".*[a-m].{20}x.*"
     text = "".join(random.Random(0).choices(string.ascii_lowercase, k=600))
@@ -493,9 +493,13 @@ def test_the_constraints_of_a_prediction_share_a_number_of_lexer_states(
 ) -> None:
     regexes = [f".*[a-m].{{20}}x{i}.*" for i in range(256)]
     operations = [Generate(stream_id=i, prompt="x", regex=regex) for i, regex in enumerate(regexes)]
-    assert source.states_of(256) * 256 <= source.PREDICTION_STATES
-    assert source.states_of(1) == source.states_of(8) == source.MAX_STATES
-    assert len({source.states_of(count) for count in range(257)}) <= 6
+
+    def states_of(constraints: int) -> int:
+        return source.states_of(constraints, source.PREDICTION_STATES)
+
+    assert states_of(256) * 256 <= source.PREDICTION_STATES
+    assert states_of(1) == states_of(8) == source.MAX_STATES
+    assert len({states_of(count) for count in range(257)}) <= 6
     same = [Generate(stream_id=i, prompt="x", regex="the same") for i in range(256)]
     assert compiler.batch(same)._states == source.MAX_STATES
     share = compiler.batch(operations)
@@ -507,11 +511,25 @@ def test_the_constraints_of_a_prediction_share_a_number_of_lexer_states(
             grammar.matcher.compute_bitmask()
             grammar.advance(token)
 
-    with pytest.raises(RequestError, match=rf"too many states; {source.states_of(256)} are the most"):
+    with pytest.raises(RequestError, match=rf"too many states; {states_of(256)} are the most"):
         follow(asyncio.run(share.grammar(operations[0])))
     # What another prediction compiles alone has all of them.
     with pytest.raises(RequestError, match=rf"too many states; {source.MAX_STATES} are the most"):
         follow(asyncio.run(compiler.batch().grammar(operations[0])))
+
+
+def test_the_lexers_of_64_predictions_together_have_a_bound_on_their_states(compiler: Compiler) -> None:
+    def batch_of(constraints: int) -> Batch:
+        return compiler.batch(Generate(stream_id=i, prompt="x", regex=f"x{i}") for i in range(constraints))
+
+    held = [batch_of(8) for _ in range(63)]
+    large = compiling.MAX_LARGE * source.PREDICTION_STATES
+    assert sum(8 * batch._states for batch in held) <= large + (63 - compiling.MAX_LARGE) * source.MAX_STATES
+    assert batch_of(1)._states == source.MAX_STATES  # one constraint has all of them, whatever others do
+    assert batch_of(64)._states >= 2_000  # enough for ordinary schemas
+    del held
+    gc.collect()
+    assert batch_of(8)._states == source.MAX_STATES
 
 
 @pytest.mark.parametrize("count", [501, 1_500])
@@ -541,7 +559,14 @@ def test_thousands_of_choices_are_followed(compiler: Compiler, tokenizer: PreTra
     assert grammar.accepting
     with pytest.raises(RequestError, match="cannot be followed here"):
         ask(compiler, choices=words).advance(tokenizer.encode("k")[0])
-    assert ask(compiler, choices=words)
+
+
+def test_choices_that_one_stream_could_not_follow_are_there_for_the_next(
+    compiler: Compiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(RequestError, match="cannot be followed here"):
+        ask(compiler, choices=["one", "two"]).advance(tokenizer.encode("k")[0])
+    assert ask(compiler, choices=["one", "two"])
 
 
 def test_a_deeply_nested_schema_fails_alone(compiler: Compiler) -> None:

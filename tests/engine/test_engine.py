@@ -380,10 +380,12 @@ def test_a_row_that_cannot_be_sampled_fails_alone(monkeypatch: pytest.MonkeyPatc
     engine = start(model)
     sample = sampling.sample
 
-    def picky(logits: torch.Tensor, rows: Sequence[sampling.Draw], allowed: Allowed | None) -> list[sampling.Choice]:
+    def picky(
+        logits: torch.Tensor, rows: Sequence[sampling.Draw], allowed: Allowed | None, meanwhile: Callable[[], None]
+    ) -> list[sampling.Choice]:
         if any(row.operation.stream_id == "bad" for row in rows):
             raise IndexError("out of bounds")
-        return sample(logits, rows, allowed)
+        return sample(logits, rows, allowed, meanwhile)
 
     monkeypatch.setattr(sampling, "sample", picky)
     one, other = prompts(7, 9, seed=13)

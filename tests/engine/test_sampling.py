@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lmtp.engine.masks import Allowed, Bias
-from lmtp.engine.penalties import Seen, is_penalized
-from lmtp.engine.sampling import Draw, Row, Target, sample, uniforms_of
+from lmtp.engine.masks import Allowed, Bias, stack
+from lmtp.engine.penalties import Seen, is_penalized, penalize
+from lmtp.engine.sampling import LOWEST, Draw, Row, Target, sample, uniforms_of
 from lmtp.protocol import Generate
 
 VOCABULARY = 3000
@@ -218,8 +218,9 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.noted: list[str] = []
 
-    def fetch(self, tensor: Tensor) -> Any:
+    def fetch(self, tensor: Tensor, meanwhile: Callable[[], None]) -> Any:
         self.noted.append("fetch")
+        meanwhile()
         assert tensor.numel() < 1000
         return tensor.numpy()
 
@@ -380,3 +381,111 @@ def test_a_failure_while_sampling_leaves_no_mask_behind(monkeypatch: pytest.Monk
         with pytest.raises(RuntimeError, match="out of memory"):
             sample(logits, [Target(4, 0), Draw(settings(), Bias.of(bias))])
     assert torch.equal(logits, before)
+
+
+def odd_logits(generator: random.Random, rows: int, vocabulary: int) -> Tensor:
+    """Flat and peaked ones, ties, impossible tokens, no possible one, and what is no number; of any float dtype."""
+    seed = torch.Generator().manual_seed(generator.randrange(2**31))
+    logits = torch.randn(rows, vocabulary, generator=seed) * generator.choice([0.0, 1.0, 30.0])
+    if generator.random() < 0.3:
+        logits = logits.round()
+    for row in logits:
+        place, kind = generator.randrange(vocabulary), generator.random()
+        if kind < 0.1:
+            row[place] = generator.choice([math.nan, math.inf])
+        elif kind < 0.2:
+            row.fill_(-math.inf)
+        elif kind < 0.3:
+            row[:place] = -math.inf
+        elif kind < 0.4:
+            row.fill_(-math.inf)[place] = 60_000.0
+    return logits.to(generator.choice([torch.float32, torch.bfloat16, torch.float16]))
+
+
+def odd_row(generator: random.Random, vocabulary: int) -> Row:
+    """A score, or any sampling settings, at their limits too."""
+    if generator.random() < 0.15:
+        return Target(generator.randrange(vocabulary), generator.choice([0, 1, 5]))
+    choices: dict[str, list[Any]] = {
+        "temperature": [0.0, 1e-4, 0.8, 1.0, 1.0, 50.0],
+        "top_p": [None, None, 1e-9, 0.5, 0.9, 0.999999, 1.0],
+        "top_k": [None, None, None, 1, 5, 10**6],
+        "min_p": [None, None, None, 0.01, 1.0],
+        "repetition_penalty": [None, None, None, 0.5, 2.0],
+        "frequency_penalty": [None, None, None, -2.0, 1.0],
+        "top_logprobs": [0, 1, 5, 20],
+    }
+    operation = settings(**{name: generator.choice(values) for name, values in choices.items()})
+    numbers = torch.zeros(vocabulary)
+    if generator.random() < 0.3:
+        numbers.fill_(-math.inf)
+        numbers[generator.randrange(vocabulary)] = 0.0
+    bias = Bias.of(numbers) if generator.random() < 0.5 else None
+    forbidden = [generator.randrange(vocabulary)] if generator.random() < 0.1 else []
+    tokens = [generator.randrange(vocabulary) for _ in range(5)]
+    counts = Seen(operation, tokens[:2]).counts(tokens) if is_penalized(operation) else None
+    first = generator.choice([0.0, 1 - 2.0**-53, generator.random(), generator.random()])
+    return Draw(operation, bias, forbidden, counts, (first, generator.random()))
+
+
+def masked(logits: Tensor, row: Row) -> Tensor:
+    """A row's logits after its own masks."""
+    logits = logits.double().clone()
+    if isinstance(row, Draw):
+        logits[list(row.forbidden)] = -math.inf
+        if row.bias is not None:
+            logits += stack([row.bias], len(logits), torch.device("cpu"))[0]
+    return logits
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_the_logits_a_row_gets_what_it_gets_alone_and_on_a_gpu(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error, if it has no possible token or no numbers; else a token that its filters keep."""
+    generator = random.Random(seed)
+    errors = 0
+    for _ in range(12):
+        vocabulary = generator.choice([1, 2, 255, 256, 257, 3000])
+        rows = [odd_row(generator, vocabulary) for _ in range(generator.choice([1, 3, 17]))]
+        logits = odd_logits(generator, len(rows), vocabulary)
+        together = sample(logits, rows)
+        alone = [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+        with monkeypatch.context() as patched:
+            patched.setattr("lmtp.engine.sampling.on_host", lambda tensor: False)
+            patched.setattr("lmtp.engine.sampling._fetch", Waits().fetch)
+            on_gpu = sample(logits, rows)
+        for i, (row, choice) in enumerate(zip(rows, together, strict=True)):
+            for other in (alone[i], on_gpu[i]):  # of tokens that are equally likely, any may be reported
+                assert choice[:2] + choice[3:] == other[:2] + other[3:]
+            own = masked(logits[i], row)
+            logprobs = own.log_softmax(-1)
+            if logprobs.isnan().any():
+                assert choice.error
+                errors += 1
+                continue
+            assert not choice.error
+            assert choice.logprob == pytest.approx(max(logprobs[choice.token].item(), LOWEST), rel=1e-5, abs=2e-5)
+            if isinstance(row, Draw):
+                check_kept(own, row, choice.token)
+    assert errors > 5
+
+
+def check_kept(logits: Tensor, row: Draw, token: int) -> None:
+    """That the token is possible, and that temperature, penalties, top-k, top-p and min-p keep it."""
+    operation, vocabulary = row.operation, len(logits)
+    assert logits[token] > -math.inf
+    if row.counts is not None:
+        logits = penalize(logits[None], [operation], [row.counts])[0]
+    logits = (logits - logits.max()) / max(operation.temperature, 1e-9)
+    if operation.temperature < 1e-5:
+        assert logits[token] == 0
+        return
+    k = min(operation.top_k or vocabulary, vocabulary)
+    likely = logits >= logits.topk(k).values[-1]
+    assert likely[token]
+    probabilities = torch.where(likely, logits, -math.inf).softmax(-1)
+    if operation.min_p:
+        assert probabilities[token] >= probabilities.max() * operation.min_p * 0.999
+    if operation.top_p:
+        assert probabilities[logits > logits[token] + 1e-4].sum() < operation.top_p + 1e-6

@@ -62,9 +62,9 @@ class Fake:
             await send("completed", {"status": "succeeded"})
             return response
         self.inputs.append(given)
-        for line in self.lines:
-            await send("output", {"chunk": line})
         try:
+            for line in self.lines:
+                await send("output", {"chunk": line})
             while self.endless:
                 await send("output", {"chunk": token(0)})
                 await asyncio.sleep(0.01)

@@ -9,8 +9,9 @@ import aiohttp
 import pytest
 
 from gateway import target as target_module
+from gateway.errors import UNEXPECTED
 from gateway.server import MAX_BODY
-from gateway.target import open_target
+from gateway.target import Container, open_target
 from tests.gateway.containers import Client, Fake, served, token
 
 COMPLETION = {"model": "tiny", "prompt": "x"}
@@ -153,6 +154,55 @@ async def test_an_oversized_body_is_refused() -> None:
         assert (await response.json())["error"]["message"] == f"The body has more than {MAX_BODY} bytes."
 
 
+class Broken(Container):
+    """A target with a mistake of its own."""
+
+    def _predict(self, inputs: Any, running: Any) -> Any:
+        raise RuntimeError("r8_secret")
+
+
+class TestUnforeseen:
+    """An exception that nobody expected: the client gets the protocol's error without it, the log gets all of it."""
+
+    async def test_is_an_error_object(self, caplog: pytest.LogCaptureFixture) -> None:
+        async with served(Fake(), make=Broken) as client:
+            status, answer = await post(client, COMPLETION)
+        assert status == 500
+        assert answer["error"] == {"message": UNEXPECTED, "type": "server_error", "param": None, "code": None}
+        assert "RuntimeError: r8_secret" in caplog.text
+
+    @pytest.mark.parametrize(("name", "word"), [("GENERATE", "TOKEN"), ("SCORE", "TOKEN"), ("MODEL_INFO", "MSG")])
+    async def test_is_an_error_of_its_operation(self, name: str, word: str, caplog: pytest.LogCaptureFixture) -> None:
+        async with served(Fake(), make=Broken) as client, client.ws_connect("/") as socket:
+            await socket.send_str(f'{name} {{"stream_id": 1}}')
+            assert await socket.receive_str(timeout=5) == f'{word} [{{"stream_id":1,"error":"{UNEXPECTED}"}}]'
+            await socket.send_str(f'{name} {{"stream_id": 1}}')  # the connection goes on
+            assert UNEXPECTED in await socket.receive_str(timeout=5)
+        assert "RuntimeError: r8_secret" in caplog.text
+
+    async def test_ends_a_stream_that_has_begun(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(usage: Any, running: Any, n: int = 1) -> None:
+            raise RuntimeError("r8_secret")
+
+        monkeypatch.setattr("gateway.openai_answers.Usage.count", broken)
+        async with (
+            served(Fake([token(0)])) as client,
+            client.post("/v1/completions", json={**COMPLETION, "stream": True}) as response,
+        ):
+            first, last = (await response.text()).strip().split("\n\n")
+        assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "a"
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == UNEXPECTED
+        assert "RuntimeError: r8_secret" in caplog.text
+
+    async def test_of_the_page_is_its_error(self, caplog: pytest.LogCaptureFixture) -> None:
+        async with served(Fake(), make=Broken) as client:
+            status, answer = await post(client, {"input": {"prompt": "x"}}, "/inspect")
+        assert (status, answer["error"]["message"]) == (500, UNEXPECTED)
+        assert "RuntimeError: r8_secret" in caplog.text
+
+
 class TestTarget:
     async def test_a_busy_target_is_asked_again(self) -> None:
         fake = Fake([token(0, finish="stop")], refusals=[409, 409, 409])
@@ -204,6 +254,16 @@ class TestTarget:
             assert response.status == 200
             *_, last = (await response.text()).strip().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "grammar: too costly"
+
+    async def test_an_error_on_the_page_comes_after_the_tokens_before_it(self) -> None:
+        broken = f"TOKEN {json.dumps({'stream_id': 0, 'error': 'grammar: too costly'})}\n"
+        async with (
+            served(Fake([token(0) + broken])) as client,
+            client.post("/inspect", json={"input": {"prompt": "x"}}) as response,
+        ):
+            first, last = map(json.loads, (await response.text()).splitlines())
+        assert first["text"] == "a"
+        assert last == {"error": "grammar: too costly"}
 
     @pytest.mark.parametrize("stream", [True, False])
     async def test_a_client_that_leaves_cancels_its_prediction(self, stream: bool) -> None:

@@ -64,6 +64,16 @@ def test_an_error_is_shown_in_the_predictors_words(seen: Any) -> None:
     assert seen["error"].startswith("regex: ")
 
 
+def test_a_text_that_left_its_constraint_says_so(seen: Any) -> None:
+    assert (seen["constrained"], seen["freed"]) == (False, True)
+
+
+def test_a_model_that_was_busy_or_down_is_asked_again_by_the_next_run(seen: Any) -> None:
+    assert seen["busy"] == "The target is busy; ask again later."
+    assert seen["down"] == "The gateway answered with status 502."
+    assert seen["up"] == [False, "demo"]
+
+
 def test_a_phone_gets_a_sheet_and_no_sideways_scrolling(seen: Any) -> None:
     assert seen["sheet"] == "fixed"
     assert seen["overflow"] <= 0

@@ -49,11 +49,15 @@ async def test_frames_that_are_no_operations_are_answered_and_not_fatal() -> Non
         "SCORE [1]",
         'MODEL_INFO {"prompt": []}',
         'GENERATE {"stream_id": 6} {"stream_id": 7}',
+        'GENERATE {"stream_id": 007}',
+        'GENERATE {"stream_id": 1.5}',
+        'GENERATE {"stream_id": "a\nb"}',
+        'GENERATE {"stream_id": 8, "a": ' + "[" * 100_000,
     ]
     async with served(Fake([token(1, stream=9, finish="stop")])) as client:
-        *answers, last = await exchange(client, *frames, 'GENERATE {"stream_id": 9, "prompt": []}', count=7)
-    assert [word for word, _ in answers] == ["TOKEN", "TOKEN", "TOKEN", "TOKEN", "MSG", "TOKEN"]
-    assert [reply["stream_id"] for _, reply in answers] == [None, None, 5, None, None, 6]
+        *answers, last = await exchange(client, *frames, 'GENERATE {"stream_id": 9, "prompt": []}', count=11)
+    assert [word for word, _ in answers] == ["TOKEN", "TOKEN", "TOKEN", "TOKEN", "MSG", *["TOKEN"] * 5]
+    assert [reply["stream_id"] for _, reply in answers] == [None, None, 5, None, None, 6, None, None, None, 8]
     assert all(reply["error"] for _, reply in answers)
     assert last[1]["token"] == 1
 

@@ -1,4 +1,4 @@
-"""Sums over Unix sockets, with threads in the place of processes."""
+"""What goes over Unix sockets, with threads in the place of processes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmtp.runners.links import MAX_BYTES, Links, pairs
+from lmtp.runners.links import MAX_BYTES, Links, pairs, shard_size
 
 
 def sums(parts: list[Tensor], rounds: int = 1) -> list[Tensor]:
@@ -62,3 +62,24 @@ def test_a_process_that_does_not_answer_is_an_error() -> None:
         ours.sum(torch.ones(2))
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("size", [9, 4])  # three of each; two, two and none
+def test_the_first_process_gathers_what_all_have_of_a_dimension(size: int) -> None:
+    whole = torch.arange(2.0 * size).view(2, size)
+    shards = whole.split(shard_size(size, 3), -1)
+    parts = [*shards, *[whole[:, :0]] * (3 - len(shards))]
+    links = [Links(rank, sockets) for rank, sockets in enumerate(pairs(3))]
+    for link, part in zip(links[1:], parts[1:], strict=True):
+        assert torch.equal(link.gather(part, size), torch.zeros(2, size))
+    assert torch.equal(links[0].gather(parts[0], size), whole)
+    for link in links:
+        link.close()
+
+
+def test_what_the_first_process_sends_is_received_by_all_others() -> None:
+    first, *others = (Links(rank, sockets) for rank, sockets in enumerate(pairs(3)))
+    first.send(torch.arange(5))
+    assert [link.receive(torch.empty(5, dtype=torch.int64)).tolist() for link in others] == [[0, 1, 2, 3, 4]] * 2
+    for link in (first, *others):
+        link.close()

@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmtp.engine.engine import Engine, LoadedModel
@@ -31,8 +38,9 @@ from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.selfcheck import Reference, _check_texts
 from lmtp.runners.slot_runner import SlotRunner
 from lmtp.settings import ROOT, SettingsError
-from lmtp.weights.manifest import WeightsError
+from lmtp.weights.manifest import Adapter, WeightsError, read_manifest, write_manifest
 from tests.models import config_of
+from tests.runners.test_encoder_decoder import T5
 from tests.server import Server, serving
 from tests.tiny import ARCHITECTURES, BASE, CACHE_MODELS, answers, begin, collect, own_greedy, own_logits, randomize
 from tests.tiny import random_prompts as prompts
@@ -47,6 +55,7 @@ MODELS: dict[str, Config] = {
     "gemma3_text": ("Gemma3TextConfig", {**BASE, "head_dim": 8, "sliding_window": 8}),
     "mixtral": ("MixtralConfig", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+SIX_HEADS = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
 NINE_HEADS: Config = ("LlamaConfig", {**BASE, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3})
 
 
@@ -66,7 +75,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Ca
     def save(config: Config) -> Path:
         directory = tmp_path_factory.mktemp("weights")
         kind, arguments = config
-        auto = AutoModelForMaskedLM if kind == "BertConfig" else AutoModelForCausalLM
+        autos = {"BertConfig": AutoModelForMaskedLM, "T5Config": AutoModelForSeq2SeqLM}
+        auto: Any = autos.get(kind, AutoModelForCausalLM)
         torch.manual_seed(0)
         model = randomize(auto.from_config(getattr(transformers, kind)(**arguments)))
         return as_weights(model, directory, tokenizer_files)
@@ -121,7 +131,9 @@ def served(request: pytest.FixtureRequest, two: Leader, saved: Callable[[Config]
 def test_each_process_keeps_only_its_own_heads_and_runs_the_same_runner(served: Served) -> None:
     runner = served.engine.runner
     assert type(runner) is SlotRunner
-    assert (runner.description, runner.reason) == ("slots over 2 processes", "")
+    assert runner.description == "slots over 2 processes"
+    assert runner.reason == "compiled steps and CUDA graphs run in one process only"
+    assert runner.fast is None
     answers(served.engine, Generate(stream_id=0, prompt=[5], max_tokens=1))
     assert {keys.shape[1] for keys in runner._memory.keys} == {1}  # of two
 
@@ -244,7 +256,7 @@ def test_a_process_that_hangs_ends_the_group_and_every_prediction_gets_an_error(
         stopped = time.monotonic()
         failed = collect(running)
     assert "2 that compute the model failed or did not answer" in str(failed.replies[0][-1])
-    while not llama.engine.problem and time.monotonic() < stopped + 6:
+    while not llama.engine.problem and time.monotonic() < stopped + 5:
         time.sleep(0.05)
     assert "the engine has stopped and must be restarted: GroupError: " in llama.engine.problem
     assert process.wait(5) == -signal.SIGKILL
@@ -258,20 +270,42 @@ def nine(saved: Callable[[Config], Path]) -> Path:
     return saved(NINE_HEADS)
 
 
-def test_three_processes_share_nine_heads_and_one_that_is_killed_is_reported_and_leaves_nothing(
-    two: Leader, nine: Path
-) -> None:
+@pytest.fixture(scope="module")
+def three(two: Leader) -> Iterator[Leader]:
     two.close()
     group = Leader(3, parallel.__name__)
+    yield group
+    group.close()
+
+
+def equals_one_process(served: Served) -> None:
+    """Tokens and log-probabilities of several texts are those of the whole model."""
+    several = prompts(3, 41, 9)
+    batch = answers(served.engine, *(Generate(stream_id=i, prompt=p, max_tokens=16) for i, p in enumerate(several)))
+    for i, prompt in enumerate(several):
+        assert batch.ids(i) == own_greedy(served.model, prompt, 16)
+        logprobs = torch.log_softmax(own_logits(served.model, prompt + batch.ids(i)), -1)[len(prompt) - 1 :]
+        expected = [row[token].item() for row, token in zip(logprobs, batch.ids(i), strict=False)]
+        assert [token.logprob for token in batch.tokens(i)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [name for name in MODELS if name != "llama"])
+def test_three_processes_equal_one_with_six_heads(
+    three: Leader, saved: Callable[[Config], Path], architecture: str
+) -> None:
+    kind, arguments = MODELS[architecture]
+    opened = serve(three, saved((kind, {**arguments, **SIX_HEADS})))
+    equals_one_process(opened)
+    opened.engine.stop()
+
+
+def test_three_processes_share_nine_heads_and_one_that_is_killed_is_reported_and_leaves_nothing(
+    three: Leader, nine: Path
+) -> None:
+    group = three
     try:
         opened = serve(group, nine)
-        several = prompts(3, 41, 9)
-        batch = answers(opened.engine, *(Generate(stream_id=i, prompt=p, max_tokens=16) for i, p in enumerate(several)))
-        for i, prompt in enumerate(several):
-            assert batch.ids(i) == own_greedy(opened.model, prompt, 16)
-            logprobs = torch.log_softmax(own_logits(opened.model, prompt + batch.ids(i)), -1)[len(prompt) - 1 :]
-            expected = [row[token].item() for row, token in zip(logprobs, batch.ids(i), strict=False)]
-            assert [token.logprob for token in batch.tokens(i)] == pytest.approx(expected, abs=1e-4)
+        equals_one_process(opened)
 
         group.processes[0].kill()
         killed = time.monotonic()
@@ -330,9 +364,10 @@ def test_auto_takes_as_many_gpus_as_can_share_a_model_that_one_has_no_room_for(
     [
         (ARCHITECTURES["gpt2"], {}, "Transformers has no plan to share gpt2 among processes: set PARALLEL=off"),
         (("BertConfig", {**BASE, "num_key_value_heads": None}), {}, "is no decoder"),
+        (("T5Config", {**T5, "vocab_size": 128}), {}, "is no decoder, and only decoders run in several processes"),
         (MODELS["llama"], {"load_in": "int8"}, "is quantized, which several processes do not compute"),
     ],
-    ids=["without a plan", "encoder", "quantized"],
+    ids=["without a plan", "encoder", "encoder-decoder", "quantized"],
 )
 def test_what_several_processes_do_not_serve_is_refused_before_they_start(
     saved: Callable[[Config], Path], config: Config, model_args: dict[str, Any], message: str
@@ -341,6 +376,25 @@ def test_what_several_processes_do_not_serve_is_refused_before_they_start(
     (directory / "manifest.json").unlink()
     seal(directory, model_args=model_args)
     with pytest.raises(WeightsError, match=message):
+        parallel.processes_for(2, directory, "auto")
+
+
+@pytest.mark.parametrize("how", ["merged", "beside the model"])
+def test_adapters_are_refused(nine: Path, how: str) -> None:
+    manifest = read_manifest(nine)
+    adapter = Adapter("org/adapter", None)
+    with_one = {"adapter": adapter} if how == "merged" else {"adapters": {"own": adapter}}
+    try:
+        write_manifest(nine, msgspec.structs.replace(manifest, **with_one))
+        with pytest.raises(WeightsError, match="has an adapter, which several processes do not compute: set PARALLEL="):
+            parallel.processes_for(3, nine, "auto")
+    finally:
+        write_manifest(nine, manifest)
+
+
+def test_types_whose_weights_are_loaded_wrongly_are_refused(saved: Callable[[Config], Path]) -> None:
+    directory = saved(("YoutuConfig", config_of("youtu").to_dict()))
+    with pytest.raises(WeightsError, match="loads youtu otherwise in several processes than in one: set PARALLEL=off"):
         parallel.processes_for(2, directory, "auto")
 
 

@@ -1,9 +1,11 @@
 """Slots: whose prefix is taken over, who has to go, what the memory holds after it was moved."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmtp.runners.slots import Layer, Memory, Slots, check_budget, common_prefix
 from lmtp.runners.step import Stream
@@ -50,6 +52,39 @@ def test_a_prefix_is_taken_over_from_an_idle_slot_and_the_last_prompt_token_is_l
     assert slots.admit(second)
     assert (second.computed, second.reused) == (3, 3)
     check(memory, second)
+
+
+class Moved(TorchDispatchMode):
+    """Counts the numbers that are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default):
+            self.numbers += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("long_first", [True, False])
+def test_streams_that_change_places_move_no_more_than_they_hold(long_first: bool) -> None:
+    memory, slots = make()
+    long, short, last = stream(list(range(900))), stream([5] * 4), stream([6] * 4)
+    for some in (long, short, last) if long_first else (short, last, long):
+        slots.admit(some)
+        compute(memory, some)
+    gone = long if long_first else short
+    with Moved() as moved:
+        slots.release(gone)
+    assert moved.numbers == (900 + 4 + 4) * PER_TOKEN // 4
+    for some in slots.active:
+        check(memory, some)
+    again = stream(list(range(900)) if long_first else [5] * 4)
+    slots.admit(again)
+    assert again.reused == len(again.tokens) - 1
+    check(memory, again)
 
 
 def test_a_prefix_is_copied_from_a_running_stream_which_keeps_its_own() -> None:

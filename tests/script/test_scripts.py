@@ -1,6 +1,7 @@
 """script/serve, script/predict and the modules behind them, with a small predictor that needs no model."""
 
 import ast
+import errno
 import http.client
 import json
 import os
@@ -98,6 +99,12 @@ def project(tmp_path: Path) -> Path:
 def run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end."""
     command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+def limit_memory(script: Path, limit: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end with a limit on its address space."""
+    command = ["sh", "-c", f'ulimit -v {limit // 1024} && exec "$@"', "sh", sys.executable, str(script), *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
@@ -252,6 +259,24 @@ class TestServe:
         served = run(project / "script" / script)
         assert (served.returncode, served.stdout) == (1, "")
         assert served.stderr == f"script/{script}: predict.py: invalid default for times: int: must be at minimum 1\n"
+
+    @pytest.mark.parametrize("script", ["serve", "predict"])
+    def test_fails_where_the_project_cannot_be_written(self, project: Path, script: str) -> None:
+        (project / ".cog").touch()  # where its directory should be
+        served = run(project / "script" / script)
+        assert (served.returncode, served.stdout) == (1, "")
+        path = project / ".cog/openapi_schema.json"
+        assert served.stderr.splitlines()[-1] == (
+            f"script/{script}: The runtime needs {path}, which cannot be written: File exists."
+        )
+
+    def test_names_a_limit_on_memory_where_setup_fails(self, project: Path) -> None:
+        limited = limit_memory(project / "script/serve", 8 * 2**30, "--port", "0", SETUP="fail")
+        assert limited.returncode == 1
+        assert limited.stderr.splitlines()[-1] == (
+            "script/serve: Setup failed: RuntimeError: There are no weights. Run `make weights`."
+            " (`ulimit -v` allows 8192 MB of memory, which may be too little.)"
+        )
 
     @pytest.mark.parametrize("behaviour", ["", "hang"])
     @pytest.mark.parametrize(
@@ -472,6 +497,15 @@ class TestEnvironment:
         names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
         assert {name.partition(".")[0] for name in names} <= {"environment", *sys.stdlib_module_names}
 
+    @pytest.mark.parametrize("script", ["serve", "predict", "build", "download_weights"])
+    def test_scripts_refuse_less_memory_than_pytorch_needs(self, script: str) -> None:
+        path = ROOT / "script" / script
+        limited = limit_memory(path, 2**29)
+        assert (limited.returncode, limited.stdout) == (1, "")
+        assert limited.stderr == (
+            f"{path}: `ulimit -v` allows 512 MB of memory, and PyTorch needs more than 1024: raise the limit.\n"
+        )
+
     @pytest.mark.parametrize("script", ["serve", "predict"])
     def test_scripts_can_be_executed_and_explain_themselves(self, script: str) -> None:
         # The first `python3` on the path has to be one with the packages, as inside the image.
@@ -627,6 +661,26 @@ class TestSchema:
         with pytest.raises(schema.SchemaError, match=r"^predict\.py: ") as raised:
             describe(source)
         assert problem in str(raised.value)
+
+    def test_is_written_whole_or_not_at_all(
+        self, describe: Describe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        signature = describe(predictor(""))
+        schema.write(signature, tmp_path)
+        written = (tmp_path / ".cog/openapi_schema.json").read_text()
+
+        def write_a_part(path: Path, text: str, encoding: str) -> None:
+            path.write_bytes(text.encode(encoding)[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", write_a_part)
+        schema.write(signature, tmp_path)  # nothing has changed, so nothing has to be written
+        (tmp_path / ".cog/openapi_schema.json").write_bytes(b"older")
+        with pytest.raises(schema.SchemaError, match=r"openapi_schema.json, which cannot be written: No space left"):
+            schema.write(signature, tmp_path)
+        assert [path.name for path in (tmp_path / ".cog").iterdir()] == ["openapi_schema.json"]
+        assert (tmp_path / ".cog/openapi_schema.json").read_text() == "older"
+        assert json.loads(written)["openapi"]
 
     def test_can_read_this_projects_predictor(self) -> None:
         signature = schema.read_signature()

@@ -73,6 +73,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilebert": ("MobileBertConfig", BASE | {"embedding_size": 16, "true_hidden_size": 32, "intra_bottleneck_size": 32}),
     "reformer": ("ReformerConfig", {"vocab_size": 320, "hidden_size": 32, "attn_layers": ["lsh"], "num_attention_heads": 2, "attention_head_size": 16, "max_position_embeddings": 64, "axial_pos_embds": False, "is_decoder": False, "lsh_attn_chunk_length": 4, "num_buckets": 4, "eos_token_id": None}),
     "bart": ("BartConfig", BASE | {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 3}),
+    "deberta": ("DebertaV2Config", BASE | {"legacy": False}),
     "qwen3": ("Qwen3Config", BASE | {"head_dim": 8, "num_key_value_heads": 2, "pad_token_id": None}),
 }  # fmt: skip
 FIVE = ("bert", "roberta", "longformer", "modernbert", "distilbert")

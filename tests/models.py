@@ -117,6 +117,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"block_size": 2, "num_random_blocks": 1},
     "esmc": {"num_key_value_heads": 4},
     "minimax": {"block_size": 8},
+    "neomme": {"head_dim": 16},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16), "num_buckets": 4, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
@@ -143,6 +144,8 @@ def config_of(model_type: str, decoder: bool = True) -> PreTrainedConfig:
     arguments = _small(kind)
     if decoder and "is_decoder" in {field.name for field in dataclasses.fields(kind)}:
         arguments["is_decoder"] = True
+        if model_type == "big_bird":
+            arguments["attention_type"] = "original_full"  # limits_of
     for name, value in CHANGES.get(model_type, {}).items():
         *parts, last = name.split(".")
         target = arguments

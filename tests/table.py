@@ -18,10 +18,11 @@ For each type of model it makes a tiny random model in float32 whose windows and
 serves it. *Exact* means equal to Transformers: greedy streams to `generate`, alone and beside other streams; a text that
 continues an earlier one to `generate` from its beginning; log-probabilities to those of one forward pass within 0.001.
 
-The comparison departs from this in a few places. Doge and Moshi get windows as long as their context, since beyond them
-Transformers' own results depend on how it cuts a text; longer texts are not served. Where `generate` fails with its cache
-(BLT), it runs without one. RoBERTa and its like are compared with a forward pass that has the positions `generate` gives,
-which are not those of a plain one. What a configuration forces on `generate`, such as a last token, is left out.
+The comparison departs from this in a few places. Doge and Moshi get windows as long as their context, and BigBird as a
+decoder full attention, since beyond these Transformers' own results depend on how it cuts a text; longer texts are not served.
+Where `generate` fails with its cache (BLT), it runs without one. RoBERTa and its like are compared with a forward pass that has
+the positions `generate` gives, which are not those of a plain one. What a configuration forces on `generate`, such as a last
+token, is left out.
 
 At setup a runner proves itself again on the real model (`lmtp/runners/selfcheck.py`). A model that no runner serves exactly
 is refused with the reason.

@@ -80,7 +80,7 @@ def fetch(model: Model, parts: Parts) -> None:
     """
     for part in parts.all[1:]:
         _fetch_adapter(part, mixed=bool(parts.adapters))
-    _fetch_model(model, parts.base)
+    _fetch_model(model, parts)
 
 
 def _fetch_adapter(part: Part, mixed: bool) -> None:
@@ -95,9 +95,10 @@ def _fetch_adapter(part: Part, mixed: bool) -> None:
         adapters.check_tensors(part.entry, repository)
 
 
-def _fetch_model(model: Model, part: Part) -> None:
+def _fetch_model(model: Model, parts: Parts) -> None:
+    part = parts.base
     repository, trusted = part.source.repository, model.model_args["trust_remote_code"]
-    check = partial(_check, model)
+    check = partial(_check, model, parts)
     if not holds(part.entry):
         chosen = repository in [source.repository for source in model.sources[1:]]
         collect: Callable[[Path], Mapping[str, str | None]] = partial(
@@ -117,8 +118,9 @@ def _fetch_model(model: Model, part: Part) -> None:
     check(part.entry)
 
 
-def _check(model: Model, directory: Path) -> None:
-    """Raise WeightsError if the model whose config.json is in the directory could not be served with its arguments."""
+def _check(model: Model, parts: Parts, directory: Path) -> None:
+    """Raise WeightsError if the model whose config.json is in the directory could not be served with its arguments and
+    its adapters, which are in the store."""
     if model.model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes():
         return  # Only its own code can tell.
     command = f"script/models build {model.name}` with `config.trust_remote_code = true` in `models.toml"
@@ -128,3 +130,5 @@ def _check(model: Model, directory: Path) -> None:
             f"{model.name} is a model of the kind {plan.kind}, which serves no named adapters: give one, as adapters ="
             ' "org/name", which is merged.'
         )
+    for part in parts.all[1:] if plan.quantized else ():
+        adapters.check_quantized(part.entry / adapters.CONFIG, part.source.repository)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmtp.runners.adapters import Adapters
-from lmtp.runners.model import accepts_positions, input_device, only_wanted, token_types
+from lmtp.runners.model import accepts_positions, input_device, only_wanted, rope_kinds, token_types
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 from lmtp.weights.kinds import PREFIX_LM
@@ -59,6 +59,8 @@ class ModelCache:
     arguments: dict[str, Any] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     salt: object = Stream.SHARED
+    scales: set[tuple[bool, ...]] = field(default_factory=set)
+    """What `CacheRunner._scale` was as the tokens were computed."""
 
 
 class CacheRunner:
@@ -85,6 +87,7 @@ class CacheRunner:
         self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors
         self._accepts_positions = accepts_positions(model)
+        self._bounds = _longrope_bounds(model)
         self._keeps = mode is Mode.CACHES and model.config.model_type not in PROMPT_APART
         self._device = input_device(model)
         self._caches: list[ModelCache] = []
@@ -131,10 +134,16 @@ class CacheRunner:
             cache
             for cache in self._idle
             if cache.salt == stream.salt
+            and cache.scales <= {self._scale(len(stream.tokens))}
             and len(cache.tokens) <= stream.first_wanted
             and common_prefix(cache.tokens, stream.tokens) == len(cache.tokens)
         ]
         return max(usable, key=lambda cache: len(cache.tokens), default=None)
+
+    def _scale(self, length: int) -> tuple[bool, ...]:
+        """Which of its factors LongRoPE takes for a text of this length. A text computed whole has one for all tokens,
+        so nothing computed by another one is reused for it."""
+        return tuple(length > bound for bound in self._bounds)
 
     @torch.inference_mode()
     def _run(self, step: Step[Stream]) -> Tensor:
@@ -180,6 +189,8 @@ class CacheRunner:
         with only_wanted(model, torch.arange(min(wanted, last - 1) - last, 0)):
             output = model(**inputs, return_dict=True)
         cache.arguments = model._update_model_kwargs_for_generation(output, cache.arguments)
+        kept = set() if inputs["input_ids"].shape[1] == last else cache.scales
+        cache.scales = kept | {self._scale(last)}
         return output.logits[0]
 
     def _new_cache(self, ids: Tensor) -> dict[str, Any]:
@@ -193,3 +204,12 @@ class CacheRunner:
             GenerationConfig(), arguments, GenerationMode.GREEDY_SEARCH, batch_size=1, max_cache_length=self.longest
         )
         return arguments
+
+
+def _longrope_bounds(model: PreTrainedModel) -> list[int]:
+    """The lengths beyond which rotary embeddings of the kind LongRoPE take their other factors."""
+    return [
+        kind["original_max_position_embeddings"]
+        for kind in rope_kinds(model)
+        if kind.get("rope_type", kind.get("type")) == "longrope"
+    ]

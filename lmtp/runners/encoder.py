@@ -272,7 +272,8 @@ def open_encoder(model: PreTrainedModel, limits: Limits) -> EncoderRunner:
 def _random_texts(model: PreTrainedModel, limits: Limits) -> list[Text]:
     """Random texts without padding, each with one end of sequence, which some classifiers look for."""
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) or 0 for name in WINDOWS]
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    windows = [getattr(layer, name, None) or 0 for layer in layers for name in WINDOWS]
     local = max(max(window) if isinstance(window, list | tuple) else int(window) for window in windows)
     if getattr(config, "attention_type", None) == "block_sparse":
         local = (5 + 2 * config.num_random_blocks) * config.block_size

@@ -114,6 +114,8 @@ def limits_of(model: PreTrainedModel) -> Limits:
     context = next((length for length in lengths if isinstance(length, int) and length > 0), UNBOUNDED_CONTEXT)
     if bound := CONSISTENT_UP_TO.get(config.model_type):
         context = min(context, getattr(config, bound))
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":  # full for shorter texts
+        context = min(context, (5 + 2 * config.num_random_blocks) * config.block_size)
     ends: set[int] = set()
     for source in (model.generation_config, config, model.config):
         ids = getattr(source, "eos_token_id", None)
@@ -170,6 +172,8 @@ def _encoder_limits(model: PreTrainedModel, head: Head) -> Limits:
     try:
         embeddings: nn.Module = model.get_output_embeddings() or model.get_input_embeddings()
         vocabulary = next(embeddings.parameters()).shape[0]
+        if getattr(config, "legacy", True) is False:  # DeBERTa's output layer ends in its embeddings of tokens
+            vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     except Exception:  # whatever the model's code raises; Perceiver's embeddings are a parameter, CANINE's are hashed
         raise UnsupportedModel("it has no layer that embeds token ids; choose another model.") from None
     return Limits(vocabulary, positions - unused, (), head=head)
@@ -274,6 +278,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def accepts_positions(model: PreTrainedModel) -> bool:
     """Whether the model takes ``position_ids``."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def rope_kinds(model: PreTrainedModel) -> list[Mapping[str, Any]]:
+    """The parameters of the model's rotary embeddings, of which kinds of layers may have their own."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def token_types(ids: Tensor, prompt_length: int) -> Tensor:

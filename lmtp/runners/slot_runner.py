@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from typing_extensions import override
 
 from lmtp.runners.adapters import Adapters
-from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted
+from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, limits_of, only_wanted, rope_kinds
 from lmtp.runners.slots import Layer, Memory, Slots
 from lmtp.runners.step import Step, StepInputs, StepLimits, Stream
 from lmtp.runners.temperature import scale_by_position
@@ -257,10 +257,7 @@ def _mask_rules(model: PreTrainedModel) -> dict[str, Visible]:
 def _rope_depends_on_batch(model: PreTrainedModel) -> bool:
     """Whether Transformers computes the embedding from the highest position in the batch: a long row would then change
     its neighbours."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds)
+    return any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in rope_kinds(model))
 
 
 LENGTH = re.compile("window|local|chunk|floor|extent")

@@ -62,7 +62,7 @@ def download(
         if source != "demo" and path.resolve() == target:
             if adapter or named or (target / adapters.CONFIG).exists():
                 raise WeightsError(f"{target} cannot take an adapter where it is: choose a directory with --to.")
-            _adopt(target, loading, partial(_check, target, source, revision, loading, False))
+            _adopt(target, loading, partial(_check, target, source, revision, loading, {}, target))
             return
         refuse_foreign_files(target)
         chosen = _adapter(adapter) if adapter else None
@@ -111,25 +111,29 @@ def _download(
             f"{adapter.source} would be merged, and so change the model that {', '.join(named)} were trained for: name"
             f" it as well, with --adapter NAME={adapter.source}, or give no names."
         )
-    check = partial(_check, target, source, revision, loading, bool(named))
+    folders = _folders(adapter, named)
+    check = partial(_check, target, source, revision, loading, folders)
     trusted = loading["trust_remote_code"]
-    quantized = bool(loading.get("load_in") or loading.get("quantization_config"))
     chosen = adapter is not None or source in [each.source for each in named.values()]
-    collect: Callable[[Path], Mapping[str, str | None]]
+    collect: Collect
     if local:
         origin = Origin(source, None, trusted, adapter, named)
-        collect = partial(_copy_model, Path(source), trusted, chosen, check)
+        collect = partial(_copy_model, Path(source), trusted, chosen)
     elif source == "demo":
         quantization.check(None, loading, source)
         origin = Origin("demo", demo.VERSION, False, adapter, named)
-        collect = partial(_convert_demo, check)
+        collect = _convert_demo
     elif re.fullmatch(REPOSITORY, source):
         origin = Origin(source, hub.commit_of(source, revision or "main"), trusted, adapter, named)
-        collect = partial(hub.collect, source, str(origin.revision), trusted, chosen, check)
+        collect = partial(hub.collect, source, str(origin.revision), trusted, chosen)
     else:
         raise WeightsError(f"{ascii(source)[1:-1]} is neither a directory nor a repository's name, such as org/name.")
-    install(origin, loading, target, partial(_with_adapters, _folders(adapter, named), collect, quantized), check)
+    install(origin, loading, target, partial(_with_adapters, folders, collect, check), partial(check, target))
 
+
+Collect = Callable[[Callable[[Path], object], Path], Mapping[str, str | None]]
+"""Puts a model's files into a directory, once a check has passed the one that holds its config.json. Returns their
+names, each with its checksum if it is known."""
 
 REPOSITORY = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?"
 
@@ -183,21 +187,20 @@ def _folders(adapter: Adapter | None, named: Mapping[str, Adapter]) -> dict[str,
 
 def _with_adapters(
     folders: Mapping[str, Adapter],
-    collect: Callable[[Path], Mapping[str, str | None]],
-    quantized: bool,
+    collect: Collect,
+    check: Callable[[Path, Path], object],
     directory: Path,
 ) -> Mapping[str, str | None]:
-    """Collect the adapters, which are small, and then the model."""
+    """Collect the adapters, which are small, and then the model. `check` takes the directory of the adapters' folders,
+    and that of the model's config.json."""
     found: dict[str, str | None] = {}
     for folder, adapter in folders.items():
         mixed = folder != adapters.FOLDER
         names = _collect_adapter(adapter, mixed, directory / folder)
-        if quantized:
-            adapters.check_quantized(directory / folder / adapters.CONFIG, adapter.source)
         if mixed:
             adapters.check_tensors(directory / folder, adapter.source)
         found |= {f"{folder}/{name}": checksum for name, checksum in names.items()}
-    return {**collect(directory), **found}
+    return {**collect(partial(check, directory), directory), **found}
 
 
 def _collect_adapter(adapter: Adapter, mixed: bool, folder: Path) -> Mapping[str, str | None]:
@@ -217,19 +220,25 @@ def _check(
     source: str,
     revision: str | None,
     model_args: Mapping[str, Any],
-    mixed: bool,
+    folders: Mapping[str, Adapter],
+    beside: Path,
     directory: Path,
 ) -> None:
-    """Raise WeightsError if the model whose config.json is in the directory could not be loaded. Runs no code of it."""
-    if model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes():
-        return  # Only its own code can tell.
-    options = ("--revision", revision) if revision else ()
-    plan = plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
-    if mixed and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
-        raise WeightsError(
-            f"{source} is a model of the kind {plan.kind}, which serves no named adapters: give one --adapter SOURCE,"
-            " without a name, which is merged."
-        )
+    """Raise WeightsError if the model whose config.json is in the directory could not be loaded, or not with the
+    adapters in their folders `beside` it. Runs no code of it."""
+    if not (model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes()):
+        options = ("--revision", revision) if revision else ()
+        plan = plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
+        quantized = plan.quantized
+        if folders and adapters.FOLDER not in folders and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
+            raise WeightsError(
+                f"{source} is a model of the kind {plan.kind}, which serves no named adapters: give one --adapter"
+                " SOURCE, without a name, which is merged."
+            )
+    else:  # only its own code can tell
+        quantized = bool(model_args.get("load_in") or model_args.get("quantization_config"))
+    for folder, adapter in folders.items() if quantized else ():
+        adapters.check_quantized(beside / folder / adapters.CONFIG, adapter.source)
 
 
 def _convert_demo(check: Callable[[Path], object], directory: Path) -> Mapping[str, None]:
@@ -316,7 +325,9 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     origin = origin_of(manifest)
     folders = _folders(manifest.adapter, manifest.adapters)
     if manifest.source == "demo" and not all(map(belongs_to_an_adapter, broken)):
-        collect = partial(_with_adapters, folders, demo.collect, False)  # One conversion makes all its files.
+        collect = partial(
+            _with_adapters, folders, _convert_demo, lambda *_: None
+        )  # One conversion makes all its files.
         install(origin, manifest.model_args, target, collect, again=True)
         return
     if Path(manifest.source) == target:

@@ -30,6 +30,12 @@ class Plan:
     keywords: dict[str, Any]
     """What `from_pretrained` takes besides, but for dtype and device."""
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the loaded weights are: an adapter is then added to them in each step."""
+        stored = self.quantization and quantization.format_of(self.quantization) not in quantization.DEQUANTIZED
+        return bool(stored or self.load_in or "quantization_config" in self.keywords)
+
 
 def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> Plan:
     """Decide from the directory's config.json. No other file of the model has to be there.

@@ -341,6 +341,23 @@ class TestWhatCannotBeBuilt:
         assert repositories.sent["model.safetensors"] == 0
         assert [path.name for path in shop.work.iterdir()] == [".store"]
 
+    @pytest.mark.parametrize(
+        ("config", "extra"), [({}, "quantization = '4bit'\n"), ({"quantization_config": {"load_in_4bit": True}}, "")]
+    )
+    def test_is_refused_before_its_weights_are_fetched_where_an_adapter_is_not_added_to_quantized_ones(
+        self, build: Build, shop: Workshop, repositories: Hub, config: dict[str, object], extra: str
+    ) -> None:
+        for name, file, changes in (
+            ("org/tiny", "config.json", config),
+            ("org/lora", "adapter_config.json", {"use_dora": True}),
+        ):
+            files = repositories.repositories[name].files
+            files[file] = json.dumps(json.loads(files[file]) | changes).encode()
+        edit(shop, PLAIN + extra + 'adapters = "org/lora"\n')
+        with pytest.raises(WeightsError, match="org/lora uses DoRA, which is not added to quantized weights"):
+            build()
+        assert repositories.sent["model.safetensors"] == 0
+
 
 def test_code_of_the_models_own_lies_apart_from_its_weights(
     build: Build, shop: Workshop, repositories: Hub, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch

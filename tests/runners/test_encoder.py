@@ -89,6 +89,14 @@ def test_a_model_that_padding_changes_runs_texts_of_equal_length_together(name: 
         torch.testing.assert_close(got, own(model, some), rtol=0, atol=1e-4)
 
 
+def test_the_vocabulary_is_that_of_the_embeddings_where_the_output_layer_ends_in_them() -> None:
+    model = build("deberta")
+    runner = open_runner(model)
+    assert limits_of(model).vocabulary == 320
+    some = texts(3, 17, 8)
+    torch.testing.assert_close(run(runner, some), own(model, some), rtol=0, atol=1e-4)
+
+
 def test_a_short_text_changes_nothing_about_a_long_one_after_it() -> None:
     """BigBird's plain code turns to full attention for good at the first short text."""
     (long,) = texts(60)

@@ -193,7 +193,11 @@ def test_masks_go_to_a_gpu_as_a_bit_a_token(device: Device, monkeypatch: pytest.
     monkeypatch.setattr(Device, "copy", counted)
     vocabulary, rows, steps = 4096, 16, 8
     engine = start_on(build("llama", num_hidden_layers=1, vocab_size=vocabulary), kv_budget=2**19, graphs=False)
-    masked = {"logit_bias": dict.fromkeys(range(3, 40), 100.0), "min_tokens": steps, "max_tokens": steps}
+    masked: dict[str, Any] = {
+        "logit_bias": dict.fromkeys(range(3, 40), 100.0),
+        "min_tokens": steps,
+        "max_tokens": steps,
+    }
     try:
         copied.clear()
         answers(engine, *(Generate(stream_id=i, prompt=[5, i], **masked) for i in range(rows)))

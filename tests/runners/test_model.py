@@ -92,3 +92,16 @@ def test_the_context_is_what_the_configuration_names(llama: PreTrainedModel, mod
         assert limits_of(llama).context == context
     finally:
         llama.config = own
+
+
+@pytest.mark.parametrize(("attention", "context"), [("block_sparse", (5 + 2 * 1) * 2), ("original_full", 512)])
+def test_a_causal_bigbird_ends_where_its_blocks_would_let_it_see_later_tokens(
+    llama: PreTrainedModel, attention: str, context: int
+) -> None:
+    own = llama.config
+    llama.config = config_of("big_bird")
+    llama.config.attention_type = attention
+    try:
+        assert limits_of(llama).context == context
+    finally:
+        llama.config = own

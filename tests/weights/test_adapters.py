@@ -264,6 +264,32 @@ def test_what_is_not_added_to_quantized_weights_is_refused_before_the_base_is_fe
     assert "model.safetensors" not in adapted.fetched()
 
 
+def test_over_a_checkpoint_that_comes_quantized_it_is_refused_before_the_weights_are_fetched(
+    adapted: Hub, download: Download, tiny: Path, tmp_path: Path
+) -> None:
+    change(use_dora=True)(adapted.repositories["org/lora"])
+    config = json.loads((tiny / "config.json").read_bytes())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    adapted.repositories["org/tiny"].files["config.json"] = json.dumps(config).encode()
+    local = tmp_path / "local"
+    shutil.copytree(tiny, local)
+    (local / "config.json").write_text(json.dumps(config))
+    for base in ("org/tiny", local):
+        with refusal("org/lora uses DoRA, which is not added to quantized weights: choose a LoRA"):
+            download(base, tmp_path / "weights", adapter="org/lora")
+    assert adapted.fetched() == {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+
+
+def test_an_adapter_in_place_is_refused_when_its_model_is_to_be_quantized(
+    adapted: Hub, download: Download, tmp_path: Path
+) -> None:
+    change(use_dora=True)(adapted.repositories["org/lora"])
+    download("org/tiny", tmp_path, adapter="org/lora")
+    with refusal("org/lora uses DoRA, which is not added to quantized weights"):
+        download("org/tiny", tmp_path, adapter="org/lora", load_in="4bit")
+    assert "load_in" not in read_manifest(tmp_path).model_args
+
+
 def test_an_adapter_of_experts_is_merged(tiny: Path, tmp_path: Path) -> None:
     base = seeded(MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4)))
     directory = saved(base, tmp_path / "base", tiny)

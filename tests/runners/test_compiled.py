@@ -148,7 +148,7 @@ def test_attention_is_that_of_pytorch(library: Path, masks: Callable[..., Tensor
         query = torch.randn(3, q, 2 * group, dim).transpose(1, 2).to(dtype)
         key, value = (torch.randn(4, 2, columns + 1, size).to(dtype)[:3, :, :columns] for size in (dim, out_dim))
         expected = functional.scaled_dot_product_attention(
-            *(each.double() for each in (query, key, value, shown)), scale=0.3, enable_gqa=True
+            query.double(), key.double(), value.double(), shown.double(), scale=0.3, enable_gqa=True
         )
         output = attention(library, query, key, value, shown, scale=0.3)
         assert output.is_contiguous()

@@ -378,6 +378,26 @@ def test_a_token_is_disputed_only_where_rounding_decides_its_draw(monkeypatch: p
                 disputed(model, operation, [other])
 
 
+def test_no_token_of_a_cpu_is_disputed_and_any_other_one_is() -> None:
+    model, engine = one_layer(), start(one_layer())
+    repeated = random_prompts(6)[0] * 4
+    some = [
+        Generate(stream_id=i, prompt=repeated, max_tokens=9, seed=i, **options)
+        for i, options in enumerate(SAMPLING.values())
+    ]
+    try:
+        got = answers(engine, *some)
+    finally:
+        engine.stop()
+    for i, operation in enumerate(some):
+        ids = got.ids(i)
+        assert disputed(model, operation, ids) == 0
+        with pytest.raises(AssertionError):
+            disputed(model, operation, [*ids[:5], (ids[5] + 64) % VOCABULARY, *ids[6:]])
+        with pytest.raises(AssertionError, match="finished"):
+            disputed(model, operation, ids[:-1])
+
+
 @dataclass
 class Watch:
     """What an engine's steps ask of the device."""

@@ -109,14 +109,15 @@ def test_a_step_finds_the_places_that_it_writes_to_once_for_all_layers_of_as_man
     cache = SlotCache(inputs, 16)
     with Launched() as launched:
         for layer, each in enumerate(heads):
-            states = [torch.randn(2, each, 2, dim) for dim in (2, 4)]
-            for state, read, whole in zip(
-                states, cache.update(*states, layer), (memory.keys[layer], memory.values[layer]), strict=True
+            keys, values = torch.randn(2, each, 2, 2), torch.randn(2, each, 2, 4)
+            read = cache.update(keys, values, layer)
+            for states, seen, whole in zip(
+                (keys, values), read, (memory.keys[layer], memory.values[layer]), strict=True
             ):
-                assert read.shape == (2, each, 16, state.shape[3])
-                assert torch.equal(whole[0, :, 3:5], state[0])
-                assert torch.equal(whole[1, :, [7, 32]], state[1])
-                assert torch.count_nonzero(whole) == state.numel()
+                assert seen.shape == (2, each, 16, states.shape[3])
+                assert torch.equal(whole[0, :, 3:5], states[0])
+                assert torch.equal(whole[1, :, [7, 32]], states[1])
+                assert torch.count_nonzero(whole) == states.numel()
     assert launched.names.count("aten.arange.default") == 2 * len(set(heads))
 
 

@@ -15,7 +15,7 @@ from gateway.errors import told
 from gateway.model import Model
 from gateway.openai_requests import Request
 from gateway.replies import Reply
-from gateway.target import Running, failed
+from gateway.target import Running, TargetError, failed
 
 Json = dict[str, Any]
 Parts = AsyncGenerator[list[Json], None]
@@ -31,10 +31,15 @@ class Usage:
     cached: int = 0
 
     def count(self, running: Running, n: int = 1) -> None:
-        """Take the metrics of a prediction that has ended. ``n``: how often it counted the prompt."""
-        self.prompt = running.metrics.get("input_token_count", 0) // n
-        self.completion = running.metrics.get("output_token_count", 0)
-        self.cached = min(running.metrics.get("reused_token_count", 0), self.prompt)
+        """Take the metrics of a prediction that has ended. ``n``: how often it counted the prompt. Raises TargetError
+        for metrics that are no numbers."""
+        try:
+            metrics = msgspec.convert(running.metrics, _Metrics)
+        except msgspec.ValidationError as error:
+            raise TargetError(502, f"The target's metrics are not the predictor's: {error}.") from error
+        self.prompt = int(metrics.input_token_count) // n
+        self.completion = int(metrics.output_token_count)
+        self.cached = min(int(metrics.reused_token_count), self.prompt)
 
     def document(self) -> Json:
         """As responses hold it."""
@@ -44,6 +49,14 @@ class Usage:
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+
+
+class _Metrics(msgspec.Struct):
+    """What is counted, of a prediction's metrics. Some JSON libraries write whole numbers as 4.0."""
+
+    input_token_count: float = 0
+    output_token_count: float = 0
+    reused_token_count: float = 0
 
 
 @dataclass
@@ -76,11 +89,19 @@ async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
         yield parsed
 
 
+def index_of(token: Reply, count: int) -> int:
+    """The index of the choice, or of the scored prompt, that a token belongs to. Raises TargetError unless it is one
+    of ``count``."""
+    if not isinstance(token.stream_id, int) or not 0 <= token.stream_id < count:
+        raise TargetError(502, f"The target sent a token of stream {token.stream_id!a:.99}, which was not asked for.")
+    return token.stream_id
+
+
 async def gather(running: Running, choices: list[Choice]) -> None:
     """Add the tokens of a prediction to the choices. Stream ids are their indexes."""
     async for some in tokens(running):
         for token in some:
-            choice = choices[int(token.stream_id or 0)]
+            choice = choices[index_of(token, len(choices))]
             choice.tokens.append(token)
             choice.finish_reason = token.finish_reason or choice.finish_reason
 

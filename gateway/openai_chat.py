@@ -34,11 +34,12 @@ class _Chatting:
     async def parts(self) -> Parts:
         """The choices as they grow; first the role of each."""
         role = {"role": "assistant", "content": "", "refusal": None}
-        first = [_delta(i, role, None, None) for i in range(self._asked.n)]
+        n = self._asked.n
+        first = [_delta(i, role, None, None) for i in range(n)]
         async with self._target.predict(self._inputs) as running:
             async for tokens in answers.tokens(running):
                 yield first + [
-                    _delta(int(t.stream_id or 0), {"content": t.text}, self._logprobs([t]), t.finish_reason)
+                    _delta(answers.index_of(t, n), {"content": t.text}, self._logprobs([t]), t.finish_reason)
                     for t in tokens
                 ]
                 first = []

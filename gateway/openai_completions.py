@@ -93,7 +93,7 @@ class _Completing:
             async with self._target.predict(_batch(operations)) as running:
                 async for tokens in answers.tokens(running):
                     for token in tokens:
-                        self.echoes[int(token.stream_id or 0)].append(token)
+                        self.echoes[answers.index_of(token, len(prompts))].append(token)
         for echo in self.echoes:
             for token in echo:
                 token.stream_id, token.finish_reason = ECHO, None
@@ -141,7 +141,7 @@ class _Completing:
         if operations:
             async with self._target.predict(_batch(operations)) as running:
                 async for tokens in answers.tokens(running):
-                    yield [self._choice(int(t.stream_id or 0), [t], t.finish_reason) for t in tokens]
+                    yield [self._choice(answers.index_of(t, len(operations)), [t], t.finish_reason) for t in tokens]
             self._count(running)
 
     async def whole(self, prompts: list[str | list[int]]) -> list[Json]:

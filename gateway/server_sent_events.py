@@ -1,6 +1,7 @@
 """Server-sent events, read from the pieces in which they arrive.
 
-The format: https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation, with line feeds.
+The format: https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation. Lines end in LF,
+CRLF or CR.
 """
 
 MAX_EVENT = 2**28
@@ -15,9 +16,16 @@ class Events:
 
     def __init__(self) -> None:
         self._waiting = bytearray()
+        self._ended_in_return = False
+        """Whether the last piece did, so a line feed that comes next belongs to it."""
 
     def feed(self, piece: bytes) -> list[Event]:
         """The events that end in the next piece. Raises ValueError for one that is too large."""
+        if self._ended_in_return and piece.startswith(b"\n"):
+            piece = piece[1:]
+        self._ended_in_return = piece.endswith(b"\r")
+        if b"\r" in piece:
+            piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         waiting = self._waiting
         if waiting:
             # The last event repeats the whole output: it must be neither copied nor searched for each of its pieces.

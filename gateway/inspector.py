@@ -59,7 +59,7 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
                 text = "".join([chunk async for chunk in running.chunks])
                 await response.write(_of_document(model, _read(text)))
             else:
-                async for some in tokens(running):
+                async for some in tokens(running, ("prompt", 0)):
                     await response.write(b"".join([_line(_token(model, token)) for token in some]))
         metrics = {name: running.metrics[name] for name in _METRICS if name in running.metrics}
         await response.write(_line({"metrics": metrics}))

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,8 +77,8 @@ def head(asked: Request, kind: str, prefix: str) -> Json:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
 
 
-async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
-    """The tokens as they come. Raises TargetError if a stream failed."""
+async def tokens(running: Running, streams: Collection[int | str]) -> AsyncIterator[list[Reply]]:
+    """The tokens as they come. Raises TargetError if a stream failed, or is none of those asked for, ``streams``."""
     async for lines in replies.lines(running.chunks):
         parsed = replies.parse(lines)
         for i, token in enumerate(parsed):
@@ -86,22 +86,18 @@ async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
                 if i:
                     yield parsed[:i]
                 raise failed(token.error)
+            if token.stream_id not in streams:
+                raise TargetError(
+                    502, f"The target sent a token of stream {token.stream_id!a:.99}: nobody asked for it."
+                )
         yield parsed
-
-
-def index_of(token: Reply, count: int) -> int:
-    """The index of the choice, or of the scored prompt, that a token belongs to. Raises TargetError unless it is one
-    of ``count``."""
-    if not isinstance(token.stream_id, int) or not 0 <= token.stream_id < count:
-        raise TargetError(502, f"The target sent a token of stream {token.stream_id!a:.99}, which was not asked for.")
-    return token.stream_id
 
 
 async def gather(running: Running, choices: list[Choice]) -> None:
     """Add the tokens of a prediction to the choices. Stream ids are their indexes."""
-    async for some in tokens(running):
+    async for some in tokens(running, range(len(choices))):
         for token in some:
-            choice = choices[index_of(token, len(choices))]
+            choice = choices[int(token.stream_id or 0)]
             choice.tokens.append(token)
             choice.finish_reason = token.finish_reason or choice.finish_reason
 

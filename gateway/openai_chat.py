@@ -34,12 +34,11 @@ class _Chatting:
     async def parts(self) -> Parts:
         """The choices as they grow; first the role of each."""
         role = {"role": "assistant", "content": "", "refusal": None}
-        n = self._asked.n
-        first = [_delta(i, role, None, None) for i in range(n)]
+        first = [_delta(i, role, None, None) for i in range(self._asked.n)]
         async with self._target.predict(self._inputs) as running:
-            async for tokens in answers.tokens(running):
+            async for tokens in answers.tokens(running, range(self._asked.n)):
                 yield first + [
-                    _delta(answers.index_of(t, n), {"content": t.text}, self._logprobs([t]), t.finish_reason)
+                    _delta(int(t.stream_id or 0), {"content": t.text}, self._logprobs([t]), t.finish_reason)
                     for t in tokens
                 ]
                 first = []

@@ -31,6 +31,9 @@ MAX_BODY_SECONDS = 60.0
 MAX_REQUESTS = 512
 """Requests at once; as many WebSockets may be open beside them, since most of these are idle."""
 
+MAX_IDLE_SECONDS = 75.0
+"""How long a connection may wait for its next request. Proxies, which must be the first to close, take up to 60."""
+
 MAX_UNREAD_SECONDS = 60.0
 """How long a client may take nothing of what was sent to it. Then its connection closes, which ends its predictions."""
 
@@ -77,6 +80,17 @@ class Gateway:
         router.add_route("*", "/{path:.*}", self._unknown)
         application.on_cleanup.append(lambda _: self._target.close())
         return application
+
+    def runner(self) -> web.AppRunner:
+        """The application, ready to be set up."""
+        # A client that leaves cancels its handler, and with it what runs on the target.
+        return web.AppRunner(
+            self.application(),
+            handler_cancellation=True,
+            shutdown_timeout=2,
+            access_log=None,
+            keepalive_timeout=MAX_IDLE_SECONDS,
+        )
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

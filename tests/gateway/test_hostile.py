@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from gateway import server, server_sent_events
@@ -111,7 +112,7 @@ class TestAnswers:
     ) -> None:
         async with served(Fake([token(0, stream=stream, finish="stop")])) as client:
             found = await messages(client, path, PATHS[path])
-        assert found == [f"The target sent a token of stream {stream!r}, which was not asked for."] * 2
+        assert found == [f"The target sent a token of stream {stream!r}: nobody asked for it."] * 2
         assert "not foreseen" not in caplog.text
 
     async def test_of_prompts_that_nobody_asked_for_are_a_bad_gateway(self) -> None:
@@ -188,6 +189,20 @@ async def test_a_body_that_trickles_in_gives_its_place_up(monkeypatch: pytest.Mo
         async with client.post("/v1/completions", json=COMPLETION) as response:  # though the first is still connected
             assert response.status == 200
         writer.close()
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
+async def test_a_connection_without_a_request_is_closed(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_IDLE_SECONDS", 0.05)
+    runner = Gateway(Container("http://127.0.0.1:1")).runner()
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    reader, writer = await asyncio.open_connection(*runner.addresses[0])
+    writer.write(begun)
+    async with asyncio.timeout(20):
+        assert await reader.read() == b""
+    writer.close()
+    await runner.cleanup()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux watches over connections")

@@ -28,7 +28,7 @@ import stat
 import termios
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -92,17 +92,20 @@ def _insert(descriptor: int, end: int) -> tuple[int, int]:
     return before, pipe[1 - end]
 
 
-def _slot_sockets() -> list[int]:
-    """This process's ends of the slots' sockets, in the order of the slots."""
-    found = {}
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
+def _slot_sockets() -> dict[int, int]:
+    """This process's ends of the slots' sockets, by the index of the slot."""
+    found: dict[int, int] = {}
+    descriptors: list[str] = []
+    with suppress(OSError):  # there is no /proc
+        descriptors = os.listdir("/proc/self/fd")
+    for descriptor in map(int, descriptors):
         with suppress(OSError):  # it is closed again, or has no peer
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as duplicate:
                     peer = duplicate.getpeername()
                 if isinstance(peer, bytes) and (name := SLOT_SOCKET.fullmatch(peer)):
                     found[int(name[1])] = descriptor
-    return [found[index] for index in sorted(found)]
+    return found
 
 
 class Receipt:
@@ -132,7 +135,10 @@ class Receipt:
 
     def _request(self, connection: int) -> int | None:
         """Send the message and return the pipe, if the socket takes it now: whole or not at all, as it is short."""
-        pipe, end = os.pipe()
+        try:
+            pipe, end = os.pipe()
+        except OSError:  # too many files are open
+            return None
         os.write(end, b"null")
         os.close(end)
         path = f"/proc/{os.getpid()}/fd/{pipe}"
@@ -147,6 +153,14 @@ class Receipt:
         """Close the pipe, which the server has read."""
         if self._pipe is not None:
             os.close(self._pipe)
+
+    def withdraw(self) -> None:
+        """Empty the pipe. A server that reads it after all would take its content for output of the next prediction.
+
+        It stays open, so that its name never leads to another file.
+        """
+        if self._pipe is not None:
+            os.read(self._pipe, select.PIPE_BUF)
 
 
 @dataclass
@@ -175,9 +189,9 @@ class Relay:
     """Passes messages on between server and worker. A message is a JSON object after its length in four bytes."""
 
     def __init__(
-        self, from_server: int, to_worker: int, from_worker: int, to_server: int, slot_sockets: Sequence[int] = ()
+        self, from_server: int, to_worker: int, from_worker: int, to_server: int, slot_sockets: Mapping[int, int]
     ) -> None:
-        """All are file descriptors: of pipes, and of the worker's ends of the slots' sockets, in their order."""
+        """All are file descriptors: of pipes, and of the worker's ends of the slots' sockets, by the slots' indices."""
         self._from_server, self._to_worker = from_server, to_worker
         self._from_worker, self._to_server = from_worker, to_server
         self._slot_sockets = slot_sockets
@@ -240,7 +254,8 @@ class Relay:
             self._ended[slot] = Ended(frame, unchecked=bool(cancel and cancel.sent), receipt=receipt)
         else:
             if kind == "ready":
-                self._sockets = dict(zip(map(str, message.get("slots", [])), self._slot_sockets, strict=False))
+                slots = enumerate(map(str, message.get("slots", [])))
+                self._sockets = {slot: self._slot_sockets[i] for i, slot in slots if i in self._slot_sockets}
             elif kind == "failed":  # the server gives this slot to nobody
                 self._cancels.pop(slot, None)
             self._send(frame)
@@ -257,7 +272,8 @@ class Relay:
                 continue
             if come:
                 ended.receipt.close()
-            else:  # the server may still read the pipe: leave it open
+            else:
+                ended.receipt.withdraw()
                 self._sockets = {}
             del self._ended[slot]
             self._send(ended.idle)

@@ -159,7 +159,7 @@ def write(signature: Signature, root: Path) -> None:
     draft = path.with_suffix(f".{os.getpid()}")
     text = json.dumps(openapi(signature), indent=2)
     try:
-        if path.exists() and path.read_text(encoding="utf-8") == text:
+        if path.exists() and path.read_bytes() == text.encode():
             return
         path.parent.mkdir(exist_ok=True)
         draft.write_text(text, encoding="utf-8")

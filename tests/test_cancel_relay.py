@@ -1,5 +1,6 @@
 """The relay in the control channel between Cog's server and its worker."""
 
+import errno
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ class Channel:
             worker_end.setblocking(False)
         self.slots = {slot: SlotReader(server_end) for slot, (_, server_end) in pairs.items()}
         descriptors = [worker_end.fileno() for worker_end in self._slot_sockets]
-        relay = Relay(from_server, to_worker, from_worker, to_server, descriptors)
-        self.relay = threading.Thread(target=relay.run, daemon=True)
-        self.relay.start()
+        self.relay = Relay(from_server, to_worker, from_worker, to_server, dict(enumerate(descriptors)))
+        self.thread = threading.Thread(target=self.relay.run, daemon=True)
+        self.thread.start()
 
     def start(self) -> None:
         """Read at both ends; the server learns of the slots."""
@@ -134,8 +135,8 @@ class Channel:
 
     def close(self) -> None:
         os.close(self.server.sends)
-        self.relay.join(10)
-        assert not self.relay.is_alive()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
         os.close(self.worker.sends)
         os.close(self._to_server)
         for worker_end in self._slot_sockets:
@@ -208,7 +209,7 @@ def test_a_cancel_of_a_prediction_that_ends_meanwhile_is_dropped(channel: Channe
 def test_the_intervals_between_repetitions_grow() -> None:
     descriptors = [*os.pipe(), *os.pipe()]
     from_server, _, worker_receives, to_worker = descriptors
-    relay = Relay(from_server, to_worker, from_server, to_worker)
+    relay = Relay(from_server, to_worker, from_server, to_worker, {})
     cancel = cancel_relay._frame({"type": "cancel", "slot": "a"})
     relay._down(cancel)
     begun = relay._cancels["a"].due - HOLD_SECONDS
@@ -284,6 +285,69 @@ def test_a_server_that_gives_no_receipt_keeps_no_slot_busy(channel: Channel, mon
     channel.worker.send(type="idle", slot="a")
     assert channel.server.wait_for(2) == [{"type": "idle", "slot": "a"}] * 2
     channel.slots["a"].go_on.set()
+
+
+def test_what_a_server_reads_late_is_no_output_of_the_next_prediction(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cancel_relay, "MAX_RECEIPT_SECONDS", 0.1)
+    channel.slots["a"].go_on.clear()
+    channel.worker.send(type="idle", slot="a")
+    channel.server.wait_for(1)
+    channel.slots["a"].go_on.set()
+    deadline = time.monotonic() + 10
+    while not channel.slots["a"].contents and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert channel.slots["a"].contents == [b""]
+
+
+def test_where_too_many_files_are_open_a_receipt_is_asked_for_later(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts, pipe = itertools.count(), os.pipe
+
+    def pipe_at_the_third_attempt() -> tuple[int, int]:
+        if next(attempts) < 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return pipe()
+
+    monkeypatch.setattr(os, "pipe", pipe_at_the_third_attempt)
+    channel.worker.send(type="idle", slot="a")
+    assert channel.server.wait_for(1) == [{"type": "idle", "slot": "a"}]
+    assert channel.slots["a"].contents == [b"null"]
+
+
+def test_a_receipt_is_never_asked_for_over_another_slots_socket(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though that of slot x, which comes before it, is unknown."""
+    monkeypatch.setattr(channel.relay, "_slot_sockets", {1: channel._slot_sockets[0].fileno()})
+    channel.worker.send(type="ready", slots=["x", "a"])
+    channel.worker.send(type="idle", slot="x")
+    assert channel.server.wait_for(2)[1] == {"type": "idle", "slot": "x"}
+    assert channel.slots["a"].contents == []
+    channel.worker.send(type="idle", slot="a")
+    assert channel.server.wait_for(3)[2] == {"type": "idle", "slot": "a"}
+    assert channel.slots["a"].contents == [b"null"]
+
+
+def test_slots_sockets_are_found_by_the_names_of_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        expected = {}
+        for index in (0, 11, 2):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(f"\0coglet-{os.getpid()}-{index}")
+            listener.listen()
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(listener.getsockname())
+            expected[index] = connection.fileno()
+        assert cancel_relay._slot_sockets() == expected
+
+    def no_proc(path: str) -> list[str]:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    monkeypatch.setattr(os, "listdir", no_proc)
+    assert cancel_relay._slot_sockets() == {}
 
 
 def test_a_second_cancel_of_a_prediction_that_has_ended_is_dropped(

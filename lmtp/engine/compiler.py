@@ -63,8 +63,8 @@ LIVE_BYTES = 2**30
 """Memory for compiled constraints that streams use."""
 
 MAX_LARGE = 4
-"""Predictions at once whose lexers share `PREDICTION_STATES`. Those of the others share `MAX_STATES`, so all lexers
-of 64 predictions together take 6 GB at most."""
+"""How many predictions at once get `PREDICTION_STATES` each. Others get `MAX_STATES` each, so all lexers of 64
+predictions together take 6 GB at most."""
 
 
 class Later(RequestError):

@@ -209,10 +209,8 @@ def explain(error: str) -> str:
         part, around = pattern[start : start + len(carets)], pattern[max(start - 40, 0) : start + len(carets) + 40]
         return _cut(f"{reason}: {part!r} in {around!r}")
     if found := _STATES.search(error):
-        return (
-            f"its lexer has too many states; {found[1]} are the most, and more where a prediction has fewer constraints"
-            " or fewer predictions run"
-        )
+        more = ", and more where a prediction has fewer constraints or fewer predictions run"
+        return f"its lexer has too many states; {found[1]} are the most{more if int(found[1]) < MAX_STATES else ''}"
     if found := _KEYWORDS.search(error):
         return one_line(f"unsupported keywords: {found[1]}")
     if found := _PLACE.match(error):

@@ -34,8 +34,8 @@ from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import SourceInputs, StepInputs
 from lmtp.weights.manifest import Manifest
 
-FORMAT = 5
-"""Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns."""
+FORMAT = 6
+"""Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns, and with attention.cpp."""
 
 EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # matrix kernels are chosen for these 32 tokens
 EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 11, 48, 96
@@ -49,7 +49,20 @@ INDUCTOR = {
     # longer to prepare than to run.
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
+    "aot_inductor.compile_wrapper_opt_level": "O2",  # attention.cpp is part of the wrapper
+    "aot_inductor.precompile_headers": False,  # one build would use them once
 }
+
+ATTENTION = Path(__file__).with_name("attention.cpp")
+torch.library.define("lmtp::attend", "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
+
+
+@torch.library.register_fake("lmtp::attend")
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What attention.cpp computes: ``[rows, q, heads, dim]``, as the output projection reads it."""
+    rows, heads, q, _ = query.shape
+    return query.new_empty(rows, q, heads, value.shape[3])
+
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
 """What compiled code calls for an operation without a C interface. Only PyTorch's own loader provides it."""
@@ -161,10 +174,13 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
         package = Path(directory, "step.pt2")
-        with torch.no_grad(), _grouped_attention():
+        attention = {torch.ops.lmtp.attend.default: [ATTENTION.read_text(encoding="utf-8")]}
+        with torch.no_grad(), _own_attention():
             program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(package), inductor_configs=dict(INDUCTOR)
+                program,
+                package_path=str(package),
+                inductor_configs=INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": attention},
             )
         library = Path(directory, path.name)
         with zipfile.ZipFile(package) as archive:
@@ -215,36 +231,28 @@ def _source_shapes(of_targets: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _grouped_attention() -> Iterator[None]:
-    """Keep grouped queries together while attention is traced: the queries of one key head become one head's.
-
-    Transformers and PyTorch repeat keys and values for every query head instead. At 32 rows that costs more than all
-    the rest of attention.
-    """
+def _own_attention() -> Iterator[None]:
+    """Trace attention as an operation of our own, for which attention.cpp is the code."""
     attend = functional.scaled_dot_product_attention
 
-    def grouped(
+    def own(
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
         enable_gqa: bool = False,
-        **more: Any,
     ) -> Tensor:
-        if not enable_gqa or attn_mask is None:
-            return attend(query, key, value, attn_mask, enable_gqa=enable_gqa, **more)
-        q, key_heads = query.shape[2], key.shape[1]
-        group = query.shape[1] // key_heads
-        packed = query.unflatten(1, (key_heads, group)).transpose(2, 3).flatten(2, 3)
-        if attn_mask.shape[1] == 1:  # shared by all heads
-            mask = attn_mask[:, :, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
-        else:
-            mask = attn_mask.unflatten(1, (key_heads, group)).transpose(2, 3).flatten(2, 3)
-        output = attend(packed, key, value, mask, **more)
-        return output.unflatten(2, (q, group)).transpose(2, 3).flatten(1, 2)
+        if attn_mask is None or attn_mask.dtype != query.dtype:
+            return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        output: Tensor = torch.ops.lmtp.attend(query, key, value, attn_mask, scale)
+        return output.transpose(1, 2)
 
     with (
         unittest.mock.patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", return_value=True),
-        unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", grouped),
+        unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", own),
     ):
         yield

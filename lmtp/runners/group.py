@@ -1,4 +1,5 @@
-"""The processes that compute one model together, connected by torch.distributed on the loopback interface.
+"""The processes that compute one model together, connected by torch.distributed on the loopback interface and by Unix
+sockets (links.py).
 
 The first process is the server's own. It starts the others, tells them what to do, and ends all of them when one dies
 or hangs. They end with it: the system kills them with the thread that started them (prctl(2), PR_SET_PDEATHSIG).

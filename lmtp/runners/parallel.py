@@ -2,8 +2,8 @@
 
 Each process has some heads of every attention layer and a slice of every matrix. The first process is the server's. Its
 runner schedules, keeps prefixes and samples as over one model. What it does to its keys and values, and each step's
-inputs, it tells the others, which do the same to theirs; the plan adds up what the layers compute. So the logits are
-whole everywhere, and only the first process uses them.
+inputs, it tells the others, which do the same to theirs; the plan adds up what the layers compute. Only the first
+process uses the logits.
 
 `python -m lmtp.runners.parallel` is one of the other processes.
 """

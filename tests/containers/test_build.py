@@ -457,6 +457,16 @@ def test_the_script_says_what_is_wrong_and_reads_the_file_it_is_given(shop: Work
     )
 
 
+def test_the_script_names_what_it_cannot_read(shop: Workshop) -> None:
+    edit(shop, PLAIN)
+    shop.work.touch()  # where its directory should be
+    command = [sys.executable, str(ROOT / "script/models"), "list", "--file", str(shop.file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"script/models: {shop.store}/")
+    assert ended.stderr.endswith(": Not a directory.\n")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_in_the_place_of_a_directory_is_replaced(tmp_path: Path, there: bool) -> None:
     if there:

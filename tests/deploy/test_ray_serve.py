@@ -114,8 +114,9 @@ async def queries(api: StandIn, weights: Path, cache: Path) -> None:
 
         await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
     # LMQL's client leaves as soon as it has the last line, before the prediction's metrics.
-    while any(prediction.status not in TERMINAL for prediction in api.predictions.values()):
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(60):
+        while any(prediction.status not in TERMINAL for prediction in api.predictions.values()):
+            await asyncio.sleep(0.02)
 
 
 @slow

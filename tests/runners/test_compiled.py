@@ -1,18 +1,21 @@
 """The compiled step answers as the model's own code does."""
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine.engine import Engine
@@ -86,6 +89,95 @@ def test_its_answers_are_those_of_the_models_own_code(engines: tuple[Engine, Eng
             assert [token.logprob for token in fast.tokens(stream)] == pytest.approx(
                 [token.logprob for token in slow.tokens(stream)], abs=1e-4
             )
+
+
+HIDDEN = torch.finfo(torch.bfloat16).min
+
+
+def causal(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    """The last query of each row sees another number of columns, or at least as many as there are queries."""
+    position = torch.randint(q - 1, columns, (rows, 1, 1, 1)) - torch.arange(q - 1, -1, -1)[:, None]
+    return torch.where(torch.arange(columns) <= position, 0, HIDDEN)
+
+
+def window(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    mask = causal(rows, heads, q, columns)
+    ends = (mask == 0).sum(3, keepdim=True)
+    return torch.where(torch.arange(columns) < ends - 7, HIDDEN, mask)
+
+
+def bias_of_each_head(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    """As T5 adds it to the mask; it can be large and still hides nothing."""
+    return causal(rows, heads, q, columns) + torch.randn(rows, heads, q, columns) * 100
+
+
+def large_but_not_hidden(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    return torch.full((rows, 1, q, columns), -1e30)
+
+
+def of_sources(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    return causal(rows, heads, 1, columns).expand(rows, 1, q, columns)
+
+
+def infinite(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    """The first query of each row sees nothing."""
+    mask = torch.where(torch.rand(rows, 1, q, columns) < 0.5, 0.0, -torch.inf)
+    mask[:, :, 0] = -torch.inf
+    return mask
+
+
+def hidden_from_all(rows: int, heads: int, q: int, columns: int) -> Tensor:
+    return torch.full((1, 1, 1, columns), HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "masks", [causal, window, bias_of_each_head, large_but_not_hidden, of_sources, infinite, hidden_from_all]
+)
+def test_attention_is_that_of_pytorch(library: Path, masks: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Groups, queries and head sizes of its own loops and of those that it leaves to PyTorch's."""
+    torch.manual_seed(0)
+    for group, q, dim, out_dim in [
+        *((group, 1, 16, 16) for group in range(1, 9)),
+        *((1, q, 64, 32) for q in range(2, 17)),
+        *((3, q, 128, 128) for q in (2, 5, 6)),
+        *((2, 4, dim, dim) for dim in (20, 24, 80, 256)),
+    ]:
+        columns = 48
+        shown = masks(3, 2 * group, q, columns).to(dtype)
+        query = torch.randn(3, q, 2 * group, dim).transpose(1, 2).to(dtype)
+        key, value = (torch.randn(4, 2, columns + 1, size).to(dtype)[:3, :, :columns] for size in (dim, out_dim))
+        expected = functional.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), shown.double(), scale=0.3, enable_gqa=True
+        )
+        output = attention(library, query, key, value, shown, scale=0.3)
+        assert output.is_contiguous()
+        torch.testing.assert_close(
+            output.transpose(1, 2).double(), expected, atol=1e-4 if dtype == torch.float32 else 3e-2, rtol=0
+        )
+
+
+def test_attention_does_not_read_columns_that_a_row_does_not_show(library: Path) -> None:
+    mask = torch.full((2, 1, 2, 32), HIDDEN)
+    mask[0, :, :, 5:9] = mask[1, :, 0, :3] = mask[1, :, 1, :4] = 0
+    query, key, value = (torch.randn(2, heads, length, 32) for heads, length in ((6, 2), (2, 32), (2, 32)))
+    expected = attention(library, query, key, value, mask, scale=1)
+    for row, hidden in ((0, slice(0, 5)), (0, slice(9, 32)), (1, slice(4, 32))):
+        key[row, :, hidden] = value[row, :, hidden] = torch.nan
+    assert attention(library, query, key, value, mask, scale=1).equal(expected)
+
+
+def attention(library: Path, *tensors: Tensor, scale: float) -> Tensor:
+    """attention.cpp, as the compiled step calls it."""
+    handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    output = ctypes.c_void_p()
+    pointers = [ctypes.c_void_p(compiled._pointer_in(handle, None)) for handle in handles]
+    assert not ctypes.CDLL(str(library)).aoti_torch_cpu_attend(*pointers, ctypes.c_double(scale), ctypes.byref(output))
+    _, (result,) = (
+        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(each)
+        for each in (handles, [compiled._capsule_of(output, None, None)])
+    )
+    return result
 
 
 def test_a_server_uses_the_step_that_script_build_made_unless_it_is_told_not_to(

@@ -675,6 +675,9 @@ class TestSchema:
 
         monkeypatch.setattr(Path, "write_text", write_a_part)
         schema.write(signature, tmp_path)  # nothing has changed, so nothing has to be written
+        (tmp_path / ".cog/openapi_schema.json").write_bytes(b"\xff")  # as a crash can leave it
+        with pytest.raises(schema.SchemaError, match="No space left"):
+            schema.write(signature, tmp_path)
         (tmp_path / ".cog/openapi_schema.json").write_bytes(b"older")
         with pytest.raises(schema.SchemaError, match=r"openapi_schema.json, which cannot be written: No space left"):
             schema.write(signature, tmp_path)

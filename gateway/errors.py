@@ -39,5 +39,7 @@ def told(error: Exception) -> ApiError:
         return ApiError(error.status, f"{error.text}.")
     if isinstance(error, RequestPayloadError):
         return ApiError(400, "The body is not what its headers say.")
+    if isinstance(error, RecursionError):  # read, but too deep to be passed on
+        return ApiError(400, "The request is nested too deeply.")
     log.error("An error that was not foreseen", exc_info=error)
     return ApiError(500, UNEXPECTED)

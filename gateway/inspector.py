@@ -4,7 +4,7 @@ The body is ``{"input": {…}}``, as for Cog's ``/predictions``. The answer is J
 ``distribution`` over choices, ``metrics``, or ``error``.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -30,7 +30,7 @@ class _Document(msgspec.Struct):
         finish_reason: str
         tokens: list[Reply]
 
-    choices: list[Choice]
+    choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
     distribution: list[Json] = []
     prompt_logprobs: list[Reply] = []
 
@@ -59,7 +59,7 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
                 text = "".join([chunk async for chunk in running.chunks])
                 await response.write(_of_document(model, _read(text)))
             else:
-                async for some in tokens(running):
+                async for some in tokens(running, ("prompt", 0)):
                     await response.write(b"".join([_line(_token(model, token)) for token in some]))
         metrics = {name: running.metrics[name] for name in _METRICS if name in running.metrics}
         await response.write(_line({"metrics": metrics}))
@@ -75,7 +75,7 @@ async def inspect(request: web.Request, target: Target, models: Models) -> web.S
 def _read(text: str) -> _Document:
     try:
         return msgspec.json.decode(text, type=_Document)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise TargetError(502, f"The target's output is not the predictor's: {error}.") from error
 
 

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from gateway.errors import told
 from gateway.model import Model
 from gateway.openai_requests import Request
 from gateway.replies import Reply
-from gateway.target import Running, failed
+from gateway.target import Running, TargetError, failed
 
 Json = dict[str, Any]
 Parts = AsyncGenerator[list[Json], None]
@@ -31,10 +31,15 @@ class Usage:
     cached: int = 0
 
     def count(self, running: Running, n: int = 1) -> None:
-        """Take the metrics of a prediction that has ended. ``n``: how often it counted the prompt."""
-        self.prompt = running.metrics.get("input_token_count", 0) // n
-        self.completion = running.metrics.get("output_token_count", 0)
-        self.cached = min(running.metrics.get("reused_token_count", 0), self.prompt)
+        """Take the metrics of a prediction that has ended. ``n``: how often it counted the prompt. Raises TargetError
+        for metrics that are no numbers."""
+        try:
+            metrics = msgspec.convert(running.metrics, _Metrics)
+        except msgspec.ValidationError as error:
+            raise TargetError(502, f"The target's metrics are not the predictor's: {error}.") from error
+        self.prompt = int(metrics.input_token_count) // n
+        self.completion = int(metrics.output_token_count)
+        self.cached = min(int(metrics.reused_token_count), self.prompt)
 
     def document(self) -> Json:
         """As responses hold it."""
@@ -44,6 +49,14 @@ class Usage:
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+
+
+class _Metrics(msgspec.Struct):
+    """What is counted, of a prediction's metrics. Some JSON libraries write whole numbers as 4.0."""
+
+    input_token_count: float = 0
+    output_token_count: float = 0
+    reused_token_count: float = 0
 
 
 @dataclass
@@ -64,8 +77,8 @@ def head(asked: Request, kind: str, prefix: str) -> Json:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
 
 
-async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
-    """The tokens as they come. Raises TargetError if a stream failed."""
+async def tokens(running: Running, streams: Collection[int | str]) -> AsyncIterator[list[Reply]]:
+    """The tokens as they come. Raises TargetError if a stream failed, or is none of those asked for, ``streams``."""
     async for lines in replies.lines(running.chunks):
         parsed = replies.parse(lines)
         for i, token in enumerate(parsed):
@@ -73,12 +86,16 @@ async def tokens(running: Running) -> AsyncIterator[list[Reply]]:
                 if i:
                     yield parsed[:i]
                 raise failed(token.error)
+            if token.stream_id not in streams:
+                raise TargetError(
+                    502, f"The target sent a token of stream {token.stream_id!a:.99}: nobody asked for it."
+                )
         yield parsed
 
 
 async def gather(running: Running, choices: list[Choice]) -> None:
     """Add the tokens of a prediction to the choices. Stream ids are their indexes."""
-    async for some in tokens(running):
+    async for some in tokens(running, range(len(choices))):
         for token in some:
             choice = choices[int(token.stream_id or 0)]
             choice.tokens.append(token)

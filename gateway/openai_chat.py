@@ -36,7 +36,7 @@ class _Chatting:
         role = {"role": "assistant", "content": "", "refusal": None}
         first = [_delta(i, role, None, None) for i in range(self._asked.n)]
         async with self._target.predict(self._inputs) as running:
-            async for tokens in answers.tokens(running):
+            async for tokens in answers.tokens(running, range(self._asked.n)):
                 yield first + [
                     _delta(int(t.stream_id or 0), {"content": t.text}, self._logprobs([t]), t.finish_reason)
                     for t in tokens

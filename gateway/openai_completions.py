@@ -91,7 +91,7 @@ class _Completing:
                 operations.append(["SCORE", score | {"cache_salt": self._asked.cache_salt}])
         if operations:
             async with self._target.predict(_batch(operations)) as running:
-                async for tokens in answers.tokens(running):
+                async for tokens in answers.tokens(running, range(len(prompts))):
                     for token in tokens:
                         self.echoes[int(token.stream_id or 0)].append(token)
         for echo in self.echoes:
@@ -115,7 +115,7 @@ class _Completing:
         }
         scored: list[Reply] = []
         async with self._target.predict(inputs) as running:
-            async for tokens in answers.tokens(running):
+            async for tokens in answers.tokens(running, ("prompt", 0)):
                 scored += [token for token in tokens if token.stream_id == "prompt"]
         return scored
 
@@ -140,7 +140,7 @@ class _Completing:
             yield [self._choice(i, echo, reason) for i, echo in enumerate(self._echoed(prompts))]
         if operations:
             async with self._target.predict(_batch(operations)) as running:
-                async for tokens in answers.tokens(running):
+                async for tokens in answers.tokens(running, range(len(operations))):
                     yield [self._choice(int(t.stream_id or 0), [t], t.finish_reason) for t in tokens]
             self._count(running)
 

@@ -41,5 +41,5 @@ def parse(whole: Iterable[str]) -> list[Reply]:
     """The replies that lines hold. Raises TargetError if they are none."""
     try:
         return [_decoder.decode(line.partition(" ")[2]) for line in whole]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise TargetError(502, f"The target's output is not LMTP: {error}.") from error

@@ -1,7 +1,7 @@
 """The gateway's HTTP server: routes, who may ask, limits, and errors that every protocol's clients understand."""
 
+import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import socket
@@ -25,8 +25,14 @@ from gateway.target import Target
 MAX_BODY = 2**24
 """Bytes of a request's body."""
 
+MAX_BODY_SECONDS = 60.0
+"""How long a request's body may take to arrive. Meanwhile it holds one of the places for requests."""
+
 MAX_REQUESTS = 512
 """Requests at once; as many WebSockets may be open beside them, since most of these are idle."""
+
+MAX_IDLE_SECONDS = 75.0
+"""How long a connection may wait for its next request. Proxies, which must be the first to close, take up to 60."""
 
 MAX_UNREAD_SECONDS = 60.0
 """How long a client may take nothing of what was sent to it. Then its connection closes, which ends its predictions."""
@@ -55,7 +61,7 @@ class Gateway:
         it listens on loopback, so requests for another host's name are attacks (DNS rebinding)."""
         self._target = target
         self._models = Models(target, name)
-        self._api_key = api_key.encode()
+        self._api_key = api_key.encode(errors="surrogateescape")
         self._local = local
         self._open = Counter[str]()
         """Requests and WebSockets."""
@@ -75,6 +81,17 @@ class Gateway:
         application.on_cleanup.append(lambda _: self._target.close())
         return application
 
+    def runner(self) -> web.AppRunner:
+        """The application, ready to be set up."""
+        # A client that leaves cancels its handler, and with it what runs on the target.
+        return web.AppRunner(
+            self.application(),
+            handler_cancellation=True,
+            shutdown_timeout=2,
+            access_log=None,
+            keepalive_timeout=MAX_IDLE_SECONDS,
+        )
+
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Check the request, answer it, and put errors into words. A WebSocket is LMTP, whatever its path."""
@@ -85,6 +102,7 @@ class Gateway:
             _close_if_unread(request)
             if kind == "WebSockets":
                 return await lmtp_websocket.serve(request, self._target)
+            await _receive(request)
             return await handler(request)
         except ConnectionError:
             raise  # the client has left
@@ -117,6 +135,15 @@ class Gateway:
         raise ApiError(404, f"There is no {request.method} {request.path[:200]} here.", code="unknown_url")
 
 
+async def _receive(request: web.Request) -> None:
+    """Read the body, which the request keeps for its handler."""
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            await request.read()
+    except TimeoutError:
+        raise ApiError(408, f"The body took more than {MAX_BODY_SECONDS:g} seconds to arrive.") from None
+
+
 def _close_if_unread(request: web.Request) -> None:
     """Let the kernel watch over the connection: it costs nothing for each token. Only Linux does."""
     connection = request.get_extra_info("socket")
@@ -145,13 +172,13 @@ def _hostname(address: str) -> str:
 
 def _key(request: web.Request) -> bytes:
     """The key of a request: a bearer token, or the password of basic authentication, which WebSocket clients and
-    browsers take from a URL or ask for."""
+    browsers take from a URL or ask for. aiohttp escapes bytes that are no UTF-8 as surrogates."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return given.strip().encode()
+        return given.strip().encode(errors="surrogateescape")
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(given, validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:
             pass
     return b""

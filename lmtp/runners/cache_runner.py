@@ -60,7 +60,7 @@ class ModelCache:
     tokens: list[int] = field(default_factory=list)
     salt: object = Stream.SHARED
     scales: set[tuple[bool, ...]] = field(default_factory=set)
-    """What `CacheRunner._scale` was as the tokens were computed."""
+    """What `CacheRunner._scale` was as the tokens were computed; empty for a model without LongRoPE."""
 
 
 class CacheRunner:
@@ -189,8 +189,9 @@ class CacheRunner:
         with only_wanted(model, torch.arange(min(wanted, last - 1) - last, 0)):
             output = model(**inputs, return_dict=True)
         cache.arguments = model._update_model_kwargs_for_generation(output, cache.arguments)
-        kept = set() if inputs["input_ids"].shape[1] == last else cache.scales
-        cache.scales = kept | {self._scale(last)}
+        if self._bounds:
+            kept = set() if inputs["input_ids"].shape[1] == last else cache.scales
+            cache.scales = kept | {self._scale(last)}
         return output.logits[0]
 
     def _new_cache(self, ids: Tensor) -> dict[str, Any]:

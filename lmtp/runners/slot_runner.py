@@ -60,8 +60,8 @@ class SlotCache(Cache):
         self._keys, self._values = inputs.keys, inputs.values
         self._rows, self._length = inputs.writes.shape
         self._columns = columns
-        rows = torch.arange(self._rows, device=inputs.writes.device)
-        self._places = rows[:, None, None], inputs.writes[:, None, :]
+        self._writes = inputs.writes
+        self._places: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
     @override
     def update(
@@ -71,10 +71,15 @@ class SlotCache(Cache):
         return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
 
     def _write(self, memory: Tensor, states: Tensor) -> Tensor:
-        rows, columns = self._places
-        heads = torch.arange(states.shape[1], device=states.device)[None, :, None]
-        memory.index_put_((rows.to(states.device), heads, columns.to(states.device)), states)
+        memory.index_put_(self._places_of(states.shape[1], states.device), states)
         return memory.narrow(0, 0, self._rows).narrow(2, 0, self._columns)
+
+    def _places_of(self, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a layer with so many heads writes: rows, heads, columns. Mostly all layers have as many."""
+        if (heads, device) not in self._places:
+            row, head = (torch.arange(size, device=device) for size in (self._rows, heads))
+            self._places[heads, device] = row[:, None, None], head[None, :, None], self._writes[:, None].to(device)
+        return self._places[heads, device]
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -23,7 +23,7 @@ from lmtp.weights.manifest import (
     read_manifest,
     write_manifest,
 )
-from lmtp.weights.plan import plan_of
+from lmtp.weights.plan import plan_of, quantizes
 from lmtp.weights.staging import (
     FILES,
     Origin,
@@ -236,7 +236,7 @@ def _check(
                 " SOURCE, without a name, which is merged."
             )
     else:  # only its own code can tell
-        quantized = bool(model_args.get("load_in") or model_args.get("quantization_config"))
+        quantized = quantizes(model_args)
     for folder, adapter in folders.items() if quantized else ():
         adapters.check_quantized(beside / folder / adapters.CONFIG, adapter.source)
 
@@ -325,9 +325,8 @@ def _repair(target: Path, manifest: Manifest, broken: list[str]) -> None:
     origin = origin_of(manifest)
     folders = _folders(manifest.adapter, manifest.adapters)
     if manifest.source == "demo" and not all(map(belongs_to_an_adapter, broken)):
-        collect = partial(
-            _with_adapters, folders, _convert_demo, lambda *_: None
-        )  # One conversion makes all its files.
+        # One conversion makes all its files.
+        collect = partial(_with_adapters, folders, _convert_demo, lambda *_: None)
         install(origin, manifest.model_args, target, collect, again=True)
         return
     if Path(manifest.source) == target:

@@ -37,6 +37,11 @@ class Plan:
         return bool(stored or self.load_in or "quantization_config" in self.keywords)
 
 
+def quantizes(model_args: Mapping[str, Any]) -> bool:
+    """Whether the arguments alone make `Plan.quantized` true."""
+    return bool(model_args.get("load_in") or "quantization_config" in model_args)
+
+
 def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> Plan:
     """Decide from the directory's config.json. No other file of the model has to be there.
 

@@ -193,8 +193,8 @@ def require_space(directory: Path, size: int) -> None:
 def seal(
     directory: Path, expected: Mapping[str, str | None], origin: Origin, model_args: Mapping[str, Any]
 ) -> Manifest:
-    """Hash the named files. Raises WeightsError, and removes the file, if a checksum is not the expected one, or if
-    the header of a safetensors file does not describe what it holds."""
+    """Hash the named files. Raises WeightsError as `verify`, and if the header of a safetensors file does not describe
+    what it holds."""
     files = verify(directory, expected)
     for name in files:
         if name.endswith(".safetensors"):

@@ -342,7 +342,12 @@ class TestWhatCannotBeBuilt:
         assert [path.name for path in shop.work.iterdir()] == [".store"]
 
     @pytest.mark.parametrize(
-        ("config", "extra"), [({}, "quantization = '4bit'\n"), ({"quantization_config": {"load_in_4bit": True}}, "")]
+        ("config", "extra"),
+        [
+            ({}, "quantization = '4bit'\n"),
+            ({"quantization_config": {"load_in_4bit": True}}, ""),
+            ({"auto_map": {}}, "quantization = '4bit'\nconfig.trust_remote_code = true\n"),
+        ],
     )
     def test_is_refused_before_its_weights_are_fetched_where_an_adapter_is_not_added_to_quantized_ones(
         self, build: Build, shop: Workshop, repositories: Hub, config: dict[str, object], extra: str

@@ -36,6 +36,7 @@ class Fake:
     """Whether MODEL_INFO can list what tokens spell."""
     failure: str = ""
     """Why each prediction fails."""
+    metrics: dict[str, Any] = field(default_factory=lambda: {"input_token_count": 6, "output_token_count": 2})
     endless: bool = False
     """Whether a prediction goes on until the caller leaves."""
     inputs: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Fake:
             self.cancelled.set()
             raise
         ended = {"status": "failed", "error": self.failure} if self.failure else {"status": "succeeded"}
-        await send("completed", {**ended, "metrics": {"input_token_count": 6, "output_token_count": 2}})
+        await send("completed", {**ended, "metrics": self.metrics})
         return response
 
 

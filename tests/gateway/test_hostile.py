@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from gateway import server, server_sent_events
@@ -85,6 +86,70 @@ async def test_a_target_that_answers_nonsense_is_a_bad_gateway(answer: bytes, wo
         assert words in await refused(client)
 
 
+PATHS: dict[str, dict[str, Any]] = {
+    "/v1/completions": COMPLETION,
+    "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
+}
+
+
+async def messages(client: Client, path: str, asked: dict[str, Any]) -> list[str]:
+    """The message of the error that a request gets, and that its stream ends with."""
+    async with client.post(path, json=asked) as response:
+        whole = await response.json()
+        assert response.status == 502
+    async with client.post(path, json={**asked, "stream": True}) as response:
+        *_, last = (await response.text()).strip().split("\n\n")
+    return [error["error"]["message"] for error in (whole, json.loads(last.removeprefix("data: ")))]
+
+
+class TestAnswers:
+    """Answers of a container that are LMTP, but none to what it was asked."""
+
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("stream", [1, -1, "0", "prompt"])
+    async def test_of_streams_that_nobody_asked_for_are_a_bad_gateway(
+        self, path: str, stream: int | str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with served(Fake([token(0, stream=stream, finish="stop")])) as client:
+            found = await messages(client, path, PATHS[path])
+        assert found == [f"The target sent a token of stream {stream!r}: nobody asked for it."] * 2
+        assert "not foreseen" not in caplog.text
+
+    async def test_of_prompts_that_nobody_asked_for_are_a_bad_gateway(self) -> None:
+        async with served(Fake([token(0, stream=1)])) as client:
+            found = await messages(client, "/v1/completions", {**COMPLETION, "prompt": [1], "echo": True})
+        assert "sent a token of stream 1" in found[0]
+
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("count", ["6", None, [6], {}])
+    async def test_with_counts_that_are_no_numbers_are_a_bad_gateway(
+        self, path: str, count: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        fake = Fake([token(0, finish="stop")], metrics={"input_token_count": count})
+        async with served(fake) as client:
+            found = await messages(client, path, PATHS[path])
+        assert all("metrics are not the predictor's: Expected `float`" in message for message in found)
+        assert "not foreseen" not in caplog.text
+
+    async def test_with_counts_written_as_fractions_are_read(self) -> None:
+        fake = Fake([token(0, finish="stop")], metrics={"input_token_count": 6.0, "output_token_count": 2})
+        async with served(fake) as client, client.post("/v1/completions", json=COMPLETION) as response:
+            assert '"prompt_tokens":6,"completion_tokens":2' in await response.text()
+
+    @pytest.mark.parametrize("answer", ['{"choices": []}', '{"choices": ' + '[{"a":' * 3000])
+    async def test_to_the_page_that_hold_no_choice_are_its_error(
+        self, answer: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        asked = {"input": {"choices": '["a"]'}}
+        async with served(Fake([answer])) as client, client.post("/inspect", json=asked) as response:
+            assert "not the predictor's" in (await response.json(content_type=None))["error"]
+        assert "not foreseen" not in caplog.text
+
+    async def test_nested_without_end_are_no_lmtp(self) -> None:
+        async with served(Fake(["MSG " + '{"model_info":' * 3000 + "\n"])) as client:
+            assert "not LMTP" in await refused(client)
+
+
 async def test_a_redirect_is_not_followed() -> None:
     async with answering(EVENTS) as (elsewhere, requests):
         answer = f"HTTP/1.1 307 Go\r\nContent-Length: 0\r\nLocation: {elsewhere}\r\n\r\n".encode()
@@ -111,6 +176,33 @@ async def test_a_target_that_goes_on_after_its_prediction_is_left() -> None:
         async with asyncio.timeout(5), target.predict({}) as running:
             assert [chunk async for chunk in running.chunks] == ["a"]
         await target.close()
+
+
+async def test_a_body_that_trickles_in_gives_its_place_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_BODY_SECONDS", 0.1)
+    monkeypatch.setattr(server, "MAX_REQUESTS", 1)
+    async with served(Fake([token(0, finish="stop")])) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        assert b"The body took more than 0.1 seconds" in await reader.readuntil(b"}}")
+        async with client.post("/v1/completions", json=COMPLETION) as response:  # though the first is still connected
+            assert response.status == 200
+        writer.close()
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
+async def test_a_connection_without_a_request_is_closed(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_IDLE_SECONDS", 0.05)
+    runner = Gateway(Container("http://127.0.0.1:1")).runner()
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    reader, writer = await asyncio.open_connection(*runner.addresses[0])
+    writer.write(begun)
+    async with asyncio.timeout(20):
+        assert await reader.read() == b""
+    writer.close()
+    await runner.cleanup()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux watches over connections")
@@ -168,4 +260,29 @@ class TestRequests:
         assert head.startswith(f"HTTP/1.1 {status} ")
         assert "X-Evil" not in head
         assert answer["error"]["message"]
+        assert "not foreseen" not in caplog.text
+
+    @pytest.mark.parametrize("key", [b"Bearer \xff", b"Basic \xff", "Basic \u2603".encode(), b"Basic !", b"Bearer"])
+    async def test_with_keys_that_are_no_text_are_refused_like_wrong_ones(
+        self, key: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with served(Fake(), api_key="secret") as client:
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: "
+            writer.write(head + key + b"\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+            writer.close()
+        assert "not foreseen" not in caplog.text
+
+    async def test_nested_too_deeply_are_refused_wherever_that_is_noticed(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with served(Fake([token(0, finish="stop")])) as client:
+            for depth in range(900, 1000, 10):
+                schema = '{"not":' * depth + "true" + "}" * depth
+                form = f'{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}'
+                body = f'{{"model": "tiny", "messages": [{{"role": "user"}}], "response_format": {form}}}'
+                async with client.post("/v1/chat/completions", data=body) as response:
+                    assert response.status in (200, 400)
+            assert response.status == 400
         assert "not foreseen" not in caplog.text

@@ -45,3 +45,21 @@ def test_a_continued_text_equals_generate_where_the_rotary_embedding_changes_wit
     continued = answers(engine, Generate(stream_id=0, prompt=more, max_tokens=8))
     assert continued.ids() == own_greedy(model, more, 8)
     assert (continued.counters.reused_tokens > 0) == reused
+
+
+def test_a_model_that_prepares_embeddings_of_its_own_is_served() -> None:
+    model: Any = build("mamba")
+    prepare, embed = model.prepare_inputs_for_generation, model.get_input_embeddings()
+
+    def embedded(*arguments: Any, **named: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare(*arguments, **named)
+        return inputs | {"inputs_embeds": embed(inputs.pop("input_ids"))}
+
+    (prompt,) = random_prompts(20)
+    expected = own_greedy(model, prompt, 6)
+    model.prepare_inputs_for_generation = embedded
+    engine = start(model)
+    try:
+        assert answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=6)).ids() == expected
+    finally:
+        engine.stop()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmtp.runners.slot_runner import SlotCache
 from lmtp.runners.slots import Layer, Memory, Slots, check_budget, common_prefix
-from lmtp.runners.step import Stream
+from lmtp.runners.step import StepInputs, Stream
 from lmtp.settings import SettingsError
 
 CONTEXT = 1024
@@ -85,6 +86,39 @@ def test_streams_that_change_places_move_no_more_than_they_hold(long_first: bool
     slots.admit(again)
     assert again.reused == len(again.tokens) - 1
     check(memory, again)
+
+
+class Launched(TorchDispatchMode):
+    """Notes the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_finds_the_places_that_it_writes_to_once_for_all_layers_of_as_many_heads() -> None:
+    heads = (1, 2, 1, 2, 2)
+    memory = Memory([Layer(each, 2, 4, CPU) for each in heads], torch.float32)
+    memory.resize(4, 32)
+    writes = torch.tensor([[3, 4], [7, 32]])
+    inputs = StepInputs(writes, writes, writes, writes, [], memory.keys, memory.values)
+    cache = SlotCache(inputs, 16)
+    with Launched() as launched:
+        for layer, each in enumerate(heads):
+            keys, values = torch.randn(2, each, 2, 2), torch.randn(2, each, 2, 4)
+            read = cache.update(keys, values, layer)
+            for states, seen, whole in zip(
+                (keys, values), read, (memory.keys[layer], memory.values[layer]), strict=True
+            ):
+                assert seen.shape == (2, each, 16, states.shape[3])
+                assert torch.equal(whole[0, :, 3:5], states[0])
+                assert torch.equal(whole[1, :, [7, 32]], states[1])
+                assert torch.count_nonzero(whole) == states.numel()
+    assert launched.names.count("aten.arange.default") == 2 * len(set(heads))
 
 
 def test_a_prefix_is_copied_from_a_running_stream_which_keeps_its_own() -> None:

@@ -30,12 +30,8 @@ MAX_PASSED = 128
 prediction if there are as many predictions as Cog lets run."""
 
 QUIET = 512
-"""Steps after which a prediction without others has the server to itself: where its prompts are no more than a chunk,
-they are then computed in larger steps, which cost less."""
-
-QUIET_PROMPTS = 16
-"""Such a step may have this many times the work of others: the first newcomer waits for it. With the demo model in
-float32 on two cores 2,048 tokens took 4.62 s, in chunks of 1,024 tokens 4.70 s, in chunks of 256 tokens 5.17 s."""
+"""Steps after which a prediction without others has the server to itself: a step may then compute a whole chunk of its
+prompts, since larger chunks cost less."""
 
 LEAST_CHUNK = 64
 """Tokens of a prefill step that are tried at least, however little memory there is."""
@@ -213,12 +209,10 @@ class Scheduler:
         """Tokens of a prefill step."""
         limits = self._runner.step_limits
         if decoding:
-            return min(limits.busy_chunk, limits.work) or limits.chunk
+            return limits.busy_chunk or limits.chunk
         whole = sum((s.goal - s.reused) * StepLimits.cost(s.reused, together=True) for s in active)
-        if whole <= limits.chunk and self._steps - self._shared >= QUIET:
-            return min(limits.chunk, QUIET_PROMPTS * limits.work)
-        ends_all = whole <= min(limits.chunk, LAST_PROMPTS * limits.work)
-        return limits.chunk if ends_all else min(limits.chunk, limits.work)
+        most = limits.chunk if self._steps - self._shared >= QUIET else min(limits.chunk, LAST_PROMPTS * limits.work)
+        return limits.chunk if whole <= most else min(limits.chunk, limits.work)
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""
@@ -233,6 +227,8 @@ class Scheduler:
         """As many of the streams as fill the budget without padding most of it; at least the first."""
         limits = self._runner.step_limits
         bounded = budget < limits.chunk  # others may wait for it
+        if bounded:
+            budget = min(budget, limits.work)
         rows = [streams[0]]
         tokens = streams[0].pending
         for stream in streams[1:]:
@@ -244,7 +240,7 @@ class Scheduler:
             tokens += stream.pending
         if bounded:
             columns = max(row.computed for row in rows)
-            budget = min(budget, int(max(budget, limits.work) / StepLimits.cost(columns, together=True)))
+            budget = min(budget, int(limits.work / StepLimits.cost(columns, together=True)))
         if limits.whole:
             return self._step(rows, max(row.pending for row in rows))
         return self._step(rows, max(budget // len(rows), 1))

@@ -241,10 +241,8 @@ class Replicate(Target):
         sent = 0
         with self._explained():
             if stream := made.get("urls", {}).get("stream"):
-                headers = {
-                    "Accept": "text/event-stream",
-                    "Cache-Control": "no-store",
-                }  # the address is secret: no token
+                # The address is secret, so it needs no token.
+                headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
                 async with self.session.get(stream, headers=headers, allow_redirects=False) as response:
                     response.raise_for_status()
                     events = Events()

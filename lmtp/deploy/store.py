@@ -12,7 +12,7 @@ from lmtp.weights import adapters, demo, hub, quantization
 from lmtp.weights.adapters import AdapterFound
 from lmtp.weights.kinds import Kind
 from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
-from lmtp.weights.plan import plan_of, quantizes
+from lmtp.weights.plan import plan_without_code, quantizes
 from lmtp.weights.staging import Origin, exclusive, install
 
 WITH_CODE, ADAPTER = "+code", "+adapter"
@@ -121,16 +121,13 @@ def _fetch_model(model: Model, parts: Parts) -> None:
 def _check(model: Model, parts: Parts, directory: Path) -> None:
     """Raise WeightsError if the model whose config.json is in the directory could not be served with its arguments and
     its adapters, which are in the store."""
-    if not (model.model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes()):
-        command = f"script/models build {model.name}` with `config.trust_remote_code = true` in `models.toml"
-        plan = plan_of(directory, model.model_args, model.source.repository, command)
-        quantized = plan.quantized
-        if model.adapters and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
-            raise WeightsError(
-                f"{model.name} is a model of the kind {plan.kind}, which serves no named adapters: give one, as"
-                ' adapters = "org/name", which is merged.'
-            )
-    else:  # only its own code can tell
-        quantized = quantizes(model.model_args)
-    for part in parts.all[1:] if quantized else ():
-        adapters.check_quantized(part.entry / adapters.CONFIG, part.source.repository)
+    with_code = f"script/models build {model.name}` with `config.trust_remote_code = true` in `models.toml"
+    plan = plan_without_code(directory, model.model_args, model.source.repository, with_code)
+    if plan and model.adapters and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
+        raise WeightsError(
+            f"{model.name} is a model of the kind {plan.kind}, which serves no named adapters: give one, as adapters ="
+            ' "org/name", which is merged.'
+        )
+    if plan.quantized if plan else quantizes(model.model_args):
+        for part in parts.all[1:]:
+            adapters.check_quantized(part.entry / adapters.CONFIG, part.source.repository)

@@ -23,7 +23,7 @@ from lmtp.weights.manifest import (
     read_manifest,
     write_manifest,
 )
-from lmtp.weights.plan import plan_of, quantizes
+from lmtp.weights.plan import plan_without_code, quantizes
 from lmtp.weights.staging import (
     FILES,
     Origin,
@@ -226,19 +226,18 @@ def _check(
 ) -> None:
     """Raise WeightsError if the model whose config.json is in the directory could not be loaded, or not with the
     adapters in their folders `beside` it. Runs no code of it."""
-    if not (model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes()):
-        options = ("--revision", revision) if revision else ()
-        plan = plan_of(directory, model_args, source, download_command(target, source, *options, "--trust-remote-code"))
-        quantized = plan.quantized
-        if folders and adapters.FOLDER not in folders and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
-            raise WeightsError(
-                f"{source} is a model of the kind {plan.kind}, which serves no named adapters: give one --adapter"
-                " SOURCE, without a name, which is merged."
-            )
-    else:  # only its own code can tell
-        quantized = quantizes(model_args)
-    for folder, adapter in folders.items() if quantized else ():
-        adapters.check_quantized(beside / folder / adapters.CONFIG, adapter.source)
+    options = ("--revision", revision) if revision else ()
+    with_code = download_command(target, source, *options, "--trust-remote-code")
+    plan = plan_without_code(directory, model_args, source, with_code)
+    named = folders and adapters.FOLDER not in folders
+    if plan and named and plan.kind not in (Kind.CAUSAL, Kind.MULTIMODAL):
+        raise WeightsError(
+            f"{source} is a model of the kind {plan.kind}, which serves no named adapters: give one --adapter SOURCE,"
+            " without a name, which is merged."
+        )
+    if plan.quantized if plan else quantizes(model_args):
+        for folder, adapter in folders.items():
+            adapters.check_quantized(beside / folder / adapters.CONFIG, adapter.source)
 
 
 def _convert_demo(check: Callable[[Path], object], directory: Path) -> Mapping[str, None]:

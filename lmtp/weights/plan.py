@@ -42,6 +42,13 @@ def quantizes(model_args: Mapping[str, Any]) -> bool:
     return bool(model_args.get("load_in") or "quantization_config" in model_args)
 
 
+def plan_without_code(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> Plan | None:
+    """`plan_of`, without running code of the model; None if the arguments trust its code and only that can tell."""
+    if model_args["trust_remote_code"] and b'"auto_map"' in (directory / "config.json").read_bytes():
+        return None
+    return plan_of(directory, model_args, source, with_code)
+
+
 def plan_of(directory: Path, model_args: Mapping[str, Any], source: str, with_code: str) -> Plan:
     """Decide from the directory's config.json. No other file of the model has to be there.
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks import prompts
+from benchmarks import gpu_report, prompts
 from benchmarks.plan import ROOT, say
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Failure, Generate, Score
@@ -80,7 +80,8 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
         return 0
     place = torch.device(device or "cuda")
     found: dict[str, Any] = {"machine": describe(place), "torch": torch.__version__}
-    path = directory / f"gpu-{re.sub(r'[^a-z0-9]+', '-', found['machine'].lower()).strip('-')}.json"
+    card = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
+    path = directory / f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
     directory.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, part in _parts(place, sizes, quick):
@@ -93,6 +94,7 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
             failed = 1
         say(f"{name}: {json.dumps(found[name])} ({time.monotonic() - started:.0f} s)")
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(gpu_report.page(found), encoding="utf-8")
     print(f"written: {path}")
     return failed
 

@@ -53,8 +53,8 @@ UNRUNNABLE = ("doge",)
 
 
 ALIGNED = 8
-"""A process's part of an expert's width is a multiple of this: torch multiplies matrices of several experts at once only
-where their rows begin at multiples of 16 bytes, 8 numbers of 16 bits."""
+"""A process's part of an expert's width is a multiple of this: torch multiplies by the matrices of several experts at
+once only where their rows begin at multiples of 16 bytes, 8 numbers of 16 bits."""
 
 
 class Told(enum.IntEnum):

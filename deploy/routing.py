@@ -13,8 +13,9 @@ BLOCK = 16
 """Items, characters or tokens, of a block: shorter texts go anywhere."""
 MAX_BLOCKS = 1 << 19
 """Blocks that the router remembers; the least recently used go first. They take about 100 MB."""
-MIN_SHARE = 0.5
-"""Of a text, to go where it is held: texts that share less, such as a few words, need not be together."""
+LONG = 64
+"""Items that are worth reuse in any text. Fewer count if they are half of it: texts that begin with the same few words
+need not be together."""
 MAX_LOAD = 1.25
 """A replica's load, in multiples of the mean, from which calls go elsewhere."""
 FREE_LOAD = 16
@@ -50,8 +51,9 @@ class PrefixRouter:
         allowed = max(self._free_load, math.ceil(self._max_load * (sum(loads.values()) + 1) / len(loads)))
         free = {replica: load for replica, load in loads.items() if load < allowed}
         held = dict.fromkeys(free, 0)
+        enough = min(LONG, len(text) / 2)
         for count, block in enumerate(blocks, 1):
-            if count * self._block >= MIN_SHARE * len(text):
+            if count * self._block >= enough:
                 for replica in self._holders.get(block, set()) & free.keys():
                     held[replica] = count
         chosen = max(free, key=lambda replica: (held[replica], -free[replica]))

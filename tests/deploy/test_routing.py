@@ -77,12 +77,14 @@ def test_the_least_recently_used_blocks_are_forgotten_first() -> None:
     assert router.choose(text("o"), {**IDLE, old: 1}) != old
 
 
-def test_a_text_of_which_no_replica_holds_half_goes_to_the_least_loaded() -> None:
+def test_a_text_that_shares_only_a_few_words_goes_to_the_least_loaded() -> None:
     router = PrefixRouter(block=4)
     first = router.choose(text("p", "q"), IDLE)
     busy = {**IDLE, first: 1}
     assert router.choose(text("p", "q", "r", "s"), busy) == first
     assert router.choose(text("p", "x", "y", "z"), busy) != first
+    long = router.choose(text(*"abcdefghijklmnop"), busy)
+    assert router.choose(text(*"abcdefghijklmnop") + "a long answer to it " * 20, {**busy, long: 2}) == long
 
 
 # How Ray's request router uses it.

@@ -19,8 +19,8 @@ need not be together."""
 MAX_LOAD = 1.25
 """A replica's load, in multiples of the mean, from which calls go elsewhere."""
 FREE_LOAD = 16
-"""A replica with fewer calls is never overloaded: its steps take hardly longer than with one. In the simulation (8
-clients a replica) 16 computes a fifth to a third less than 4, and queries take as long."""
+"""A replica with fewer calls is never overloaded: its steps take hardly longer than with one. In the simulation, with 8
+clients a replica, 16 computes up to a third less than 4, and queries take as long."""
 
 
 class PrefixRouter:

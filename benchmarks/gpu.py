@@ -1,9 +1,10 @@
 """What a GPU does: `script/benchmark --gpu`. Each part is written once it is done, so that a cut run still reports.
 
-The models are Llama's code with random weights, made on the spot. Nothing here has run on a GPU yet.
+The models are Llama's code with random weights, made on the spot.
 """
 
 import asyncio
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -30,7 +31,7 @@ from benchmarks import gpu_report, prompts
 from benchmarks.plan import ROOT, say
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Failure, Generate, Score
-from lmtp.runners.flash import Pass, Rows, flash
+from lmtp.runners.flash import Pass, Rows
 from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.step import Step, Stream
@@ -50,6 +51,8 @@ PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuou
 WHOLE = ("tests", "loading", "grammar", "attention")
 """Parts of the model in weights/, or of none."""
 NO_GPU = "not measured: there is no GPU"
+MANIFEST = ROOT / "weights" / "manifest.json"
+NO_MODEL = "not measured: there is no model in weights/"
 NO_VLLM = "not measured: vLLM is not installed"
 VLLM = """
 import json, sys, time
@@ -80,6 +83,8 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
         return 0
     place = torch.device(device or "cuda")
     found: dict[str, Any] = {"machine": describe(place), "torch": torch.__version__}
+    if place.type == "cuda":
+        found["GB/s of a copy"] = _bandwidth(place, 2**30) / 1e9
     card = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
     path = directory / f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
     directory.mkdir(parents=True, exist_ok=True)
@@ -123,22 +128,26 @@ def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: boo
 
 def _tests() -> str:
     """The last line of the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", *TESTS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes would be in each other's way
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # for the small models on the CPU
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout[-200:])
     return run.stdout.strip().splitlines()[-1]
 
 
-def _loading(place: torch.device) -> dict[str, float]:
+def _loading(place: torch.device) -> dict[str, float] | str:
     """Seconds and GB a second for the model in weights/."""
+    if not MANIFEST.exists():
+        return NO_MODEL
     loaded = load(ROOT / "weights", device=str(place))
     return {"seconds": round(loaded.seconds, 2), "GB/s": round(loaded.rate, 2)}
 
 
-def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: int = 128) -> dict[str, float]:
+def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: int = 128) -> dict[str, float] | str:
     """Tokens a second of eight rows of the model in weights/: alone, and under a grammar that forces no token."""
+    if not (directory / MANIFEST.name).exists():
+        return NO_MODEL
     loaded = load(directory, device=str(place))
     engine = Engine(lambda: LoadedModel(loaded.model, loaded.tokenizer, open_runner(loaded.model)))
     found = {}
@@ -161,34 +170,38 @@ def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: in
 def _attention(place: torch.device) -> dict[str, dict[str, float]]:
     """Microseconds of one layer's attention of a decode step over 4,000 columns, in a graph, and what reading them
     takes at least: for heads in groups of four and without groups, and with a window of 512."""
-    size, columns, repeats, found = 128, 4000, 8, {}
+    size, columns, found = 128, 4000, {}
     for rows, key_heads, window in ((1, 8, 0), (64, 8, 0), (1, 32, 0), (4, 32, 0), (1, 8, 512), (64, 8, 512)):
-        keys, values = (torch.randn(rows * columns, key_heads, size, device=place).bfloat16() for _ in range(2))
-        query = torch.randn(rows, 32, size, device=place).bfloat16()
-        starts, lengths = (torch.arange(rows + 1, device=place).int() * columns, torch.full((rows,), columns))
-        packed = Rows(torch.arange(rows + 1, device=place).int(), starts, lengths.int().to(place), 1, 4096)
-        step = functools.partial(_layers, repeats, packed, window, query, keys, values)
+        read = 4 * rows * min(columns, window or columns) * key_heads * size
+        layers = max(2, 2**28 // read)  # what they read all together fits into no cache
+        shape = (2, layers, rows * columns, key_heads, size)
+        keys, values = torch.randn(shape, device=place, dtype=torch.bfloat16)
+        query = torch.randn(rows, 32, size, device=place, dtype=torch.bfloat16)
+        numbers = torch.arange(rows + 1, device=place, dtype=torch.int32)
+        packed = Rows(numbers, numbers * columns, torch.full_like(numbers[1:], columns), 1, 4096)
+        step = functools.partial(_layers, packed, window, query, keys, values)
         step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         graph.replay()
-        torch.cuda.synchronize()
+        _wait(place)
         started = time.perf_counter()
-        for _ in range(20):
+        for _ in range(5):
             graph.replay()
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - started) / 20 / repeats
-        floor = 4 * rows * min(columns, window or columns) * key_heads * size / _bandwidth(place, 2**30)
-        name = f"{rows}x{columns} {key_heads} key heads" + (f" window {window}" if window else "")
+        _wait(place)
+        seconds = (time.perf_counter() - started) / 5 / layers
+        floor = read / _bandwidth(place, 2**30)
+        name = f"{rows}x{columns}, {key_heads} key heads" + (f", window {window}" if window else "")
         found[name] = {"us": seconds * 1e6, "floor us": floor * 1e6, "of the floor": floor / seconds}
+        del keys, values, graph, step
     return found
 
 
-def _layers(layers: int, rows: Rows, window: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
+def _layers(rows: Rows, window: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
     one = Pass(rows, {}, ())
-    for _ in range(layers):
-        flash(query, keys, values, *one.rows_within(window), 128**-0.5)
+    for key, value in zip(keys, values, strict=True):
+        one.flash(query, key, value, window, 128**-0.5)
 
 
 def _bandwidth(place: torch.device, size: int) -> float:
@@ -223,7 +236,7 @@ def _vllm(size: tuple[int, ...], place: torch.device) -> float | str:
         return NO_VLLM
     with tempfile.TemporaryDirectory() as directory:
         _random_model(size, torch.device("cpu")).save_pretrained(directory)
-        asked = [[token % size[5] for token in prompts.tokens(128, "gpu", "serve", i)] for i in range(64)]
+        asked = [[token % size[5] for token in prompts.tokens(128, "gpu", "serve", 64, i)] for i in range(64)]
         run = subprocess.run(
             [sys.executable, "-c", VLLM], input=json.dumps([directory, asked]), capture_output=True, text=True
         )
@@ -276,34 +289,33 @@ class Model:
         """Median milliseconds of a step of the model alone, and what reading what it reads takes at least."""
         runner, steps = self._runner, 4 if self._quick else 32
         columns = min(columns, 32) if self._quick else columns
-        streams = self._admitted(runner, rows, columns, steps)
         seconds = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            runner.prepare(Step(streams, [1] * rows))()
-            _wait(self._place)
-            seconds.append(time.perf_counter() - started)
-            for stream in streams:
-                stream.computed += 1
-                stream.tokens.append(7)
-        for stream in streams:
-            runner.release(stream, keep=False)
+        with self._admitted(rows, columns, steps) as streams:
+            for _ in range(steps):
+                started = time.perf_counter()
+                runner.prepare(Step(streams, [1] * rows))()
+                _wait(self._place)
+                seconds.append(time.perf_counter() - started)
+                for stream in streams:
+                    stream.computed += 1
+                    stream.tokens.append(7)
         config: Any = self._model.config
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._itemsize
-        read = sum(p.numel() for p in self._model.parameters()) * self._itemsize + rows * columns * per_token
-        floor = read / _bandwidth(self._place, 2**20 if self._quick else 2**30)
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        parameters: dict[int, Tensor] = {id(p): p for p in self._model.parameters()}
+        if not config.tie_word_embeddings:
+            del parameters[id(self._model.get_input_embeddings().weight)]  # only the rows of the step's tokens are read
+        numbers = sum(p.numel() for p in parameters.values()) + rows * columns * per_token
+        floor = numbers * self._model.dtype.itemsize / self._bandwidth
         return {"ms": median(seconds) * 1e3, "floor ms": floor * 1e3, "of the floor": floor / median(seconds)}
 
     @torch.inference_mode()
     def prefill(self) -> float:
         """Tokens a second of one long prompt."""
-        runner, columns = self._runner, 64 if self._quick else 8000
+        columns = 64 if self._quick else 8000
         started = time.perf_counter()
-        streams = self._admitted(runner, 1, columns, 1)
-        _wait(self._place)
-        seconds = time.perf_counter() - started
-        runner.release(streams[0], keep=False)
-        return columns / seconds
+        with self._admitted(1, columns, 1):
+            _wait(self._place)
+            return columns / (time.perf_counter() - started)
 
     def score(self) -> float:
         """Seconds for 16 scores of five tokens after one prompt."""
@@ -311,10 +323,10 @@ class Model:
         scores = [Score(stream_id=i, prompt=prompt, scored=self._prompts(1, 5, i)[0]) for i in range(16)]
         return _answer(self._engine, scores)[1]
 
-    def serve(self, rows: int) -> float:
-        """Tokens a second of the engine, greedy."""
+    def serve(self, rows: int, salt: str = "serve") -> float:
+        """Tokens a second of the engine, greedy, for prompts of its own."""
         length = 8 if self._quick else 128
-        batch = self._prompts(rows, 32 if self._quick else 128, "serve", rows)
+        batch = self._prompts(rows, 32 if self._quick else 128, salt, rows)
         tokens, seconds = _answer(
             self._engine,
             [Generate(stream_id=i, prompt=prompt, max_tokens=length) for i, prompt in enumerate(batch)],
@@ -325,7 +337,7 @@ class Model:
     def generate(self, rows: int) -> float:
         """Tokens a second of Transformers' generate."""
         length = 8 if self._quick else 128
-        ids = torch.tensor(self._prompts(rows, 32 if self._quick else 128, "serve"), device=self._place)
+        ids = torch.tensor(self._prompts(rows, 32 if self._quick else 128, "serve", rows), device=self._place)
         generate: Any = self._model.generate
         arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
         generate(ids, max_new_tokens=2, **arguments)
@@ -336,19 +348,24 @@ class Model:
         return rows * length / (time.perf_counter() - started)
 
     def continuous_batching(self) -> float | str:
-        """Tokens a second of Transformers' continuous batching, 64 rows, once it is warm, with the runner's memory."""
+        """Tokens a second of Transformers' continuous batching, 64 rows, once it is warm, with the runner's memory.
+
+        It has PyTorch's own attention: its faster ones are packages or come from the hub.
+        """
         if self._place.type != "cuda":
             return NO_GPU
         self._free()
         model: Any = self._model
         config = model.generation_config
         config.max_new_tokens, config.do_sample = 128, False
-        for salt in ("warm", "serve"):
-            batch = self._prompts(64, 128, salt)
-            started = time.perf_counter()
-            answers = model.generate_batch(inputs=batch, generation_config=config, persistent_manager=True)
-            seconds = time.perf_counter() - started
-        model.destroy_cached_continuous_batching_manager()
+        try:
+            for salt in ("warm", "serve"):
+                batch = self._prompts(64, 128, salt, 64)
+                started = time.perf_counter()
+                answers = model.generate_batch(inputs=batch, generation_config=config, persistent_manager=True)
+                seconds = time.perf_counter() - started
+        finally:
+            model.destroy_cached_continuous_batching_manager()
         return sum(len(each.generated_tokens) for each in answers.values()) / seconds
 
     def syncs(self) -> dict[str, int] | str:
@@ -359,7 +376,7 @@ class Model:
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                self.serve(8)
+                self.serve(8, "syncs")
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return dict(Counter(f"{Path(each.filename).name}:{each.lineno}" for each in told))
@@ -372,25 +389,31 @@ class Model:
         _answer(engine, [Generate(stream_id=0, prompt=[7], max_tokens=2)])  # libraries initialize themselves
         return engine
 
-    @property
-    def _itemsize(self) -> int:
-        return self._model.dtype.itemsize
+    @functools.cached_property
+    def _bandwidth(self) -> float:
+        return _bandwidth(self._place, 2**20 if self._quick else 2**30)
 
     def _prompts(self, rows: int, length: int, *salt: object) -> list[list[int]]:
         return [[token % self._vocabulary for token in prompts.tokens(length, "gpu", *salt, i)] for i in range(rows)]
 
-    def _admitted(self, runner: Runner, rows: int, columns: int, more: int) -> list[Stream]:
+    @contextlib.contextmanager
+    def _admitted(self, rows: int, columns: int, more: int) -> Iterator[list[Stream]]:
         """Streams that have computed so many tokens each, with one more to compute."""
+        runner = self._runner
         streams = [Stream(tokens, columns + more + 1) for tokens in self._prompts(rows, columns, "decode", columns)]
-        for stream in streams:
-            if not runner.admit(stream):
-                raise RuntimeError(f"there is no memory for {rows} rows of {columns} columns")
-            while stream.pending:
-                count = min(stream.pending, runner.step_limits.chunk)
-                runner.prepare(Step([stream], [count]))()
-                stream.computed += count
-            stream.tokens.append(7)
-        return streams
+        try:
+            for stream in streams:
+                if not runner.admit(stream):
+                    raise RuntimeError(f"there is no memory for {rows} rows of {columns} columns")
+                while stream.pending:
+                    count = min(stream.pending, runner.step_limits.chunk)
+                    runner.prepare(Step([stream], [count]))()
+                    stream.computed += count
+                stream.tokens.append(7)
+            yield streams
+        finally:
+            for stream in list(runner.active):
+                runner.release(stream, keep=False)
 
 
 def _random_model(size: tuple[int, ...], place: torch.device) -> PreTrainedModel:

@@ -8,7 +8,8 @@ def page(found: Mapping[str, Any]) -> str:
     """Markdown for the results of benchmarks/gpu.py, by the names of its parts; a part that is missing is left out."""
     parts = [
         f"# {found['machine']}\n\ntorch {found['torch']}. Random models of Llama's code, bfloat16, unless a line says"
-        " otherwise. The floor is the time to read the weights, keys and values once, at the rate of a copy.",
+        " otherwise. The floor is the time to read what a step reads (weights, but of the table of embeddings; keys and"
+        " values) at the rate of a copy, which reads and writes.",
         _table(
             "A decode step of the model",
             ("model", "rows x columns", "ms", "floor ms", "of the floor"),
@@ -33,7 +34,7 @@ def page(found: Mapping[str, Any]) -> str:
         _table(
             "Other parts",
             ("part", "result"),
-            [(name, _words(each)) for name, each in found.items() if _is_other(name)],
+            [(name, _words(each)) for name, each in found.items() if _is_other(name) or _has_failed(each)],
         ),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -66,7 +67,11 @@ def _served(found: Mapping[str, Any], model: str, rows: str, ours: float) -> tup
 
 
 def _is_other(name: str) -> bool:
-    return name.split()[0] in ("tests", "loading", "grammar", "setup", "prefill", "score", "syncs")
+    return name.split()[0] in ("GB/s", "tests", "loading", "grammar", "setup", "prefill", "score", "syncs")
+
+
+def _has_failed(result: Any) -> bool:
+    return isinstance(result, str) and result.startswith("failed")
 
 
 def _words(result: Any) -> str:

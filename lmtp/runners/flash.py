@@ -32,8 +32,8 @@ CAPABILITY = (8, 0)
 """What FlashAttention takes: head sizes, dtypes and the least compute capability."""
 
 FEW_ROWS, LONG = 4, 1024
-"""Up to how many single queries of more columns pay for groups of two equal heads, where a model has no groups. On an
-H100, with 32 heads, 4,000 columns take 36 µs instead of 122 with one row, 105 instead of 133 with four."""
+"""In a step of up to FEW_ROWS single queries, of rows that may be longer than LONG, query heads without groups are
+taken twice: see `_divides_only_groups`. With more rows that is slower."""
 
 HARMLESS = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "deterministic", "cache_position"}
 """Arguments of attention functions that change nothing for a decoder that infers."""
@@ -69,12 +69,18 @@ class Pass:
     """Each layer's keys in the pool."""
     calls: int = 0
     places: set[int] = field(init=False)
-    _within: dict[int, Rows] = field(default_factory=dict)
+    _within: dict[int, Rows] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = {keys.data_ptr() for keys in self.pool}
 
-    def rows_within(self, window: int) -> tuple[Rows, int]:
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+        """`flash` of the pass's rows, by the way that the kernel is fast at."""
+        rows, window = self._rows_within(window)
+        attention = _flash_in_pairs if _divides_only_groups(query, key, rows, window) else flash
+        return attention(query, key, value, rows, window, scale)
+
+    def _rows_within(self, window: int) -> tuple[Rows, int]:
         """The rows for the layers of a window, and the window that is left to the kernel.
 
         A window that hides nothing is none. A single query's window only moves the beginning of its row. With a window
@@ -192,7 +198,7 @@ def attend(
         raise UnsupportedModel("its attention does not say which tokens a layer sees")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    output, logsumexp = flash(q, k, v, *one.rows_within(window), scale)
+    output, logsumexp = one.flash(q, k, v, window, scale)
     if s_aux is not None:
         output = output * torch.sigmoid(logsumexp.t() - s_aux)[..., None].to(output.dtype)
     return output[None], None
@@ -209,16 +215,6 @@ def flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int, sc
     """
     # A single query sees all columns. Without causal and window the kernel groups the heads that share keys.
     single = rows.max_queries == 1
-    if (
-        single
-        and not window
-        and len(rows.lengths) <= FEW_ROWS
-        and rows.max_length > LONG
-        and query.shape[1] == key.shape[1]
-    ):
-        # Only for groups does the kernel divide a long row among the processors of a GPU.
-        output, logsumexp = flash(query.repeat_interleave(2, 1), key, value, rows, window, scale)
-        return output[:, ::2], logsumexp[::2]
     operation = torch.ops.aten._flash_attention_forward if query.device.type == "cuda" else reference
     output, logsumexp, *_ = operation(
         query,
@@ -237,6 +233,20 @@ def flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int, sc
         seqused_k=rows.lengths,
     )
     return output, logsumexp
+
+
+def _divides_only_groups(query: Tensor, key: Tensor, rows: Rows, window: int) -> bool:
+    """Whether the kernel leaves most of a GPU idle, since it divides long rows only of queries in groups."""
+    single = rows.max_queries == 1 and not window and query.shape[1] == key.shape[1]
+    return single and len(rows.lengths) <= FEW_ROWS and rows.max_length > LONG
+
+
+def _flash_in_pairs(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`flash`, with each query head twice, which makes a group of it."""
+    output, logsumexp = flash(query.repeat_interleave(2, 1), key, value, rows, window, scale)
+    return output[:, ::2], logsumexp[::2]
 
 
 def reference(

@@ -29,10 +29,9 @@ BUCKETS = (*range(1, 9), *(size * (4 + i) // 4 for size in (8, 16, 32, 64, 128) 
 """How many tokens the graphs take, up to 256. They are so close that less than a fifth of a step is filler, and none in
 a step of up to eight tokens."""
 
-LENGTHS = (1024, 4096, 16384)
-"""Up to which length of streams there are graphs of up to FEW tokens, beside those for the longest."""
-
+LENGTHS = (256, 1024, 4096, 16384)
 FEW = 8
+"""Graphs of up to FEW tokens are for streams of up to one of LENGTHS, and for the longest."""
 
 
 @dataclass
@@ -50,17 +49,16 @@ class Graphs:
     """The recorded steps of a model over a pool."""
 
     def __init__(self, step: PackedStep, pool: Pool, longest: int) -> None:
-        """Record a graph for each of BUCKETS. What fails is left out for good. Raises UnsupportedModel where all
-        fail. ``longest``: the most tokens a stream can hold."""
+        """Record a graph for each number of tokens, and for each length if they are few. What fails is left out for
+        good. Raises UnsupportedModel where all fail. ``longest``: the most tokens a stream can hold."""
         self._step, self._pool = step, pool
         self._graphs: dict[Shape, Graph] = {}
         self._side = torch.cuda.Stream(step.device)
         # Shared: only one graph runs at a time, and its output is read before the next.
         self._memory: Any = torch.cuda.graph_pool_handle()
         failed: dict[Shape, str] = {}
-        for shape in sorted(
-            _shapes(longest), reverse=True
-        ):  # the small ones then fit into the memory of the large ones
+        # The small ones then fit into the memory of the large ones.
+        for shape in sorted(_shapes(longest), reverse=True):
             try:
                 self._graphs[shape] = self._record(shape)
             except Exception as error:  # whatever the model's code raises

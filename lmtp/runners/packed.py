@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from lmtp.runners.extents import MAX_STREAMS, Extents, Pool
 from lmtp.runners.flash import Attention, Rows
+from lmtp.runners.fused import Fused
 from lmtp.runners.model import UnsupportedModel, accepts_positions, only_wanted
-from lmtp.runners.norms import FusedNorms
 from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep, has_experts
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -114,14 +114,14 @@ class PackedStep:
         self.layers = layers
         self.device = layers[0].device
         self._attention = Attention(self.model, list(slot_step.rules), layers)
-        self._norms = FusedNorms(self.model)
+        self._fused = Fused(self.model)
 
     @torch.inference_mode()
     def __call__(self, inputs: PackedInputs, pool: Pool) -> Tensor:
         """The logits ``[wanted, vocabulary]``."""
         with (
             self._attention.over(inputs.rows, pool.keys),
-            self._norms.in_place(),
+            self._fused.in_use(),
             only_wanted(self.model, inputs.wanted),
         ):
             output = self.model(

@@ -56,7 +56,8 @@ def test_the_page_of_a_gpu_leaves_out_what_was_not_measured() -> None:
     }
     assert gpu_report.page(found) == (
         "# cuda:0 (a card)\n\ntorch 2.13.0. Random models of Llama's code, bfloat16, unless a line says otherwise. The"
-        " floor is the time to read the weights, keys and values once, at the rate of a copy.\n\n"
+        " floor is the time to read what a step reads (weights, but of the table of embeddings; keys and values) at the rate"
+        " of a copy, which reads and writes.\n\n"
         "## A decode step of the model\n\n"
         "| model | rows x columns | ms | floor ms | of the floor |\n| --- | --- | --- | --- | --- |\n"
         "| 8B | 1x128 | 8 | 6 | 0.75 |\n\n"
@@ -65,5 +66,5 @@ def test_the_page_of_a_gpu_leaves_out_what_was_not_measured() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |\n"
         "| 8B | 64 | 6,000 | 2,000 | 3 | 4,000 | not measured: vLLM is not installed |\n\n"
         "## Other parts\n\n| part | result |\n| --- | --- |\n| tests | 3 passed |\n"
-        "| syncs 8B | streams.py:108: 128 |\n"
+        "| decode 8B 64x4000 | failed: RuntimeError: there is no memory |\n| syncs 8B | streams.py:108: 128 |\n"
     )

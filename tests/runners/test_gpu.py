@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.prediction import Prediction
 from lmtp.protocol import Encode, Generate, Operation, Score
-from lmtp.runners import graphs
+from lmtp.runners import flash, graphs
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.encoder_decoder import EncoderDecoderRunner
 from lmtp.runners.model import limits_of
@@ -40,7 +40,9 @@ PACKED: dict[str, dict[str, Any]] = {
     "llama of large heads": {"head_dim": 128},
     "llama without groups": {"num_key_value_heads": 4, "head_dim": 64},
     "mistral": {},
+    "mistral without groups": {"num_key_value_heads": 4, "sliding_window": 80},
     "gpt_oss": {},
+    "gpt_oss without groups": {"num_key_value_heads": 4, "sliding_window": 80},
     "gpt2": {},
     "gpt_neox": {},
     "qwen3_moe": {},
@@ -51,8 +53,14 @@ FLIPPED = {"gpt_oss": 0.02}
 """The share of tokens after which rounding may have decided which expert of a mixture is asked."""
 
 
+LENGTHS, LONG = (16, 64), 32
+
+
 @pytest.fixture(autouse=True)
-def _memory() -> Iterator[None]:
+def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What depends on lengths does so in short texts, and memory is free again after a test."""
+    monkeypatch.setattr(graphs, "LENGTHS", LENGTHS)
+    monkeypatch.setattr(flash, "LONG", LONG)
     yield
     gc.collect()
     torch.cuda.empty_cache()
@@ -97,7 +105,9 @@ def test_packed_steps_are_as_exact_as_the_models_own_pass(name: str) -> None:
         runner = engine.runner
         assert isinstance(runner, PackedRunner), runner.reason
         assert runner.recorded is not None, runner.reason
-        assert {shape.tokens for shape in runner.recorded.shapes} == {*graphs.BUCKETS}
+        recorded = {(shape.tokens, shape.max_length) for shape in runner.recorded.shapes}
+        few = [(tokens, length) for tokens in range(1, graphs.FEW + 1) for length in LENGTHS]
+        assert recorded == {*few, *((tokens, 512) for tokens in graphs.BUCKETS)}
         scores = [Score(stream_id=i, prompt=text[:1], scored=text[1:]) for i, text in enumerate(texts())]
         running = [Generate(stream_id=-i, prompt=[5, 6, i], max_tokens=40, min_tokens=40) for i in range(1, 6)]
         for _ in range(2):
@@ -224,8 +234,8 @@ def test_nothing_in_a_step_waits_for_the_gpu_but_the_copy_that_brings_its_number
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             got = answers(engine, *some)
-            torch.cuda.set_sync_debug_mode("default")
     finally:
+        torch.cuda.set_sync_debug_mode("default")
         engine.stop()
     waits = Counter(Path(each.filename).name for each in told if "called a synchronizing" in str(each.message))
     assert waits.keys() == {"streams.py"}  # torch's, by which _fetch waits
@@ -292,7 +302,7 @@ def test_after_an_assertion_in_a_kernel_the_engine_says_so_and_answers_everyone(
     assert "CUDA error: device-side assert triggered" in run.stdout
 
 
-def test_few_streams_draft_on_a_gpu_and_get_the_tokens_that_they_get_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_streams_draft_on_a_gpu_and_get_the_tokens_that_they_get_without() -> None:
     model = packed_model("llama")
     repeated = random_prompts(6)[0] * 4
     some = [

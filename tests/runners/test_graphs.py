@@ -43,6 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """The stand-in, whose FlashAttention takes float32 too, so that tokens can be compared."""
     monkeypatch.setattr(flash, "DTYPES", (torch.float32,))
     monkeypatch.setattr(graphs, "BUCKETS", SIZES)
+    monkeypatch.setattr(graphs, "LENGTHS", ())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small operations are faster without helping threads
     yield pretend_cuda.install(monkeypatch)
@@ -603,6 +604,33 @@ class Stale(graphs.Graphs):
         graph.recorded.replay()
         graph.packed.copy_(packed)
         return graph.logits[:wanted]
+
+
+class OneStale(graphs.Graphs):
+    """Keeps what one recording's first replay computed."""
+
+    stale: tuple[int, int]
+    first: torch.Tensor | None = None
+
+    def run(self, shape: Any, packed: torch.Tensor, wanted: int) -> torch.Tensor:
+        graph = self._graphs[shape]
+        if (shape.tokens, shape.max_length) != self.stale:
+            return super().run(shape, packed, wanted)
+        if self.first is None:
+            self.first = super().run(shape, packed, graph.logits.shape[0]).clone()
+        return self.first[:wanted]
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("length", [64, 512])
+def test_the_self_check_finds_any_recording_that_computes_the_same_each_time(
+    tokens: int, length: int, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "LENGTHS", (64,))
+    monkeypatch.setattr(graphs, "FEW", 16)
+    monkeypatch.setattr(OneStale, "stale", (tokens, length), raising=False)
+    monkeypatch.setattr("lmtp.runners.runner.Graphs", OneStale)
+    assert "positions differ" in open_on(device, one_layer()).reason
 
 
 @pytest.mark.parametrize(

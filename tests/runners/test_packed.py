@@ -14,7 +14,7 @@ from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Operation, Score, Token
 from lmtp.runners import flash as flash_module
 from lmtp.runners.extents import Extent
-from lmtp.runners.flash import Pass, Rows, flash
+from lmtp.runners.flash import Pass, Rows
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.runner import open_runner
@@ -252,8 +252,7 @@ def attention(
         scores = (torch.einsum("qhd,chd->hqc", q, k) * 0.5).masked_fill(hidden, -torch.inf)
         outputs.append(torch.einsum("hqc,chd->qhd", scores.softmax(-1), v))
         sums.append(scores.logsumexp(-1))
-    rows_and_window = Pass(packed_rows, {}, ()).rows_within(window)
-    return *flash(query, key, value, *rows_and_window, 0.5), outputs, sums
+    return *Pass(packed_rows, {}, ()).flash(query, key, value, window, 0.5), outputs, sums
 
 
 @pytest.mark.parametrize("window", [0, 1, 4])

@@ -216,7 +216,8 @@ def test_padding_inside_a_target_has_the_position_that_a_whole_text_gives_it() -
             )
             for i, each in enumerate(several):
                 with torch.inference_mode():
-                    output = model.generate(
+                    generate: Any = model.generate  # typed as a tensor
+                    output = generate(
                         torch.tensor([source]),
                         decoder_input_ids=torch.tensor([start_of(model) + each]),
                         max_new_tokens=8,

@@ -4,6 +4,7 @@ The models are Llama's code with random weights, made on the spot. Nothing here 
 """
 
 import asyncio
+import functools
 import gc
 import importlib.util
 import json
@@ -16,7 +17,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,22 +97,22 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
 def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: bool) -> Iterator[tuple[str, Part]]:
     if not quick:
         yield "tests", _tests
-        yield "loading", partial(_loading, place)
-        yield "grammar", partial(_grammar, place)
+        yield "loading", functools.partial(_loading, place)
+        yield "grammar", functools.partial(_grammar, place)
     for name, size in sizes.items():
         model = Model(size, place, quick)
         yield f"setup {name}", model.setup
         for rows, columns in DECODED[: 2 if quick else None]:
-            yield f"decode {name} {rows}x{columns}", partial(model.decode, rows, columns)
+            yield f"decode {name} {rows}x{columns}", functools.partial(model.decode, rows, columns)
         yield f"prefill {name}", model.prefill
         yield f"score {name}", model.score
         for rows in (1, 8, 64)[: 2 if quick else None]:
-            yield f"engine {name} {rows}", partial(model.serve, rows)
-            yield f"generate {name} {rows}", partial(model.generate, rows)
+            yield f"engine {name} {rows}", functools.partial(model.serve, rows)
+            yield f"generate {name} {rows}", functools.partial(model.generate, rows)
         yield f"continuous batching {name}", model.continuous_batching
         yield f"syncs {name}", model.syncs
         model.close()
-        yield f"vLLM {name}", partial(_vllm, size, place)
+        yield f"vLLM {name}", functools.partial(_vllm, size, place)
 
 
 def _tests() -> str:
@@ -182,30 +182,28 @@ class Model:
         self._size, self._place, self._quick = size, place, quick
         self._vocabulary = size[5]
         self._model: PreTrainedModel
-        self._engine: Engine
+        self._runner: Runner
 
     def setup(self) -> dict[str, Any]:
         """Make the model and open its runner."""
         self._model = _random_model(self._size, self._place)
         started = time.perf_counter()
-        tokenizer: Any = None
-        self._engine = Engine(lambda: LoadedModel(self._model, tokenizer, open_runner(self._model)))
-        runner = self._engine.runner
+        runner = self._runner = open_runner(self._model)
         return {"runner": runner.description, "reason": runner.reason, "seconds": time.perf_counter() - started}
 
     def close(self) -> None:
         """Free the memory."""
-        if hasattr(self, "_engine"):
+        if "_engine" in self.__dict__:
             self._engine.stop()
-            del self._engine, self._model
-            gc.collect()
-        if self._place.type == "cuda":
+        self.__dict__.clear()
+        gc.collect()
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def decode(self, rows: int, columns: int) -> dict[str, float]:
         """Median milliseconds of a step of the model alone, and what reading what it reads takes at least."""
-        runner, steps = self._engine.runner, 4 if self._quick else 32
+        runner, steps = self._runner, 4 if self._quick else 32
         columns = min(columns, 32) if self._quick else columns
         streams = self._admitted(runner, rows, columns, steps)
         seconds = []
@@ -228,7 +226,7 @@ class Model:
     @torch.inference_mode()
     def prefill(self) -> float:
         """Tokens a second of one long prompt."""
-        runner, columns = self._engine.runner, 64 if self._quick else 8000
+        runner, columns = self._runner, 64 if self._quick else 8000
         started = time.perf_counter()
         streams = self._admitted(runner, 1, columns, 1)
         self._wait()
@@ -289,6 +287,12 @@ class Model:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return dict(Counter(f"{Path(each.filename).name}:{each.lineno}" for each in told))
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        """Begun once the runner has been measured by itself: its thread would look after the streams."""
+        tokenizer: Any = None
+        return Engine(lambda: LoadedModel(self._model, tokenizer, self._runner))
 
     @property
     def _itemsize(self) -> int:

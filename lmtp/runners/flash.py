@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -46,6 +47,12 @@ class Rows(NamedTuple):
     max_queries: int
     max_length: int
 
+    def within(self, window: int) -> "Rows":
+        """The rows of one query each, that begin with the first token that a window shows to it."""
+        hidden = (self.lengths - window).clamp(min=0)
+        first = self.first + functional.pad(hidden, (0, 1))
+        return self._replace(first=first, lengths=self.lengths - hidden, max_length=min(self.max_length, window))
+
 
 @dataclass
 class Pass:
@@ -58,9 +65,24 @@ class Pass:
     """Each layer's keys in the pool."""
     calls: int = 0
     places: set[int] = field(init=False)
+    _within: dict[int, Rows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = {keys.data_ptr() for keys in self.pool}
+
+    def rows_within(self, window: int) -> tuple[Rows, int]:
+        """The rows for the layers of a window, and the window that is left to the kernel.
+
+        A window that hides nothing is none. A single query's window only moves the beginning of its row. With a window
+        the kernel reads keys and values once for each query head instead of once for each group.
+        """
+        if not window or self.rows.max_length <= window:
+            return self.rows, 0
+        if self.rows.max_queries > 1:
+            return self.rows, window
+        if window not in self._within:
+            self._within[window] = self.rows.within(window)
+        return self._within[window], 0
 
 
 _PASS: ContextVar[Pass] = ContextVar("_PASS")
@@ -166,7 +188,7 @@ def attend(
         raise UnsupportedModel("its attention does not say which tokens a layer sees")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    output, logsumexp = flash(q, k, v, one.rows, scale, window)
+    output, logsumexp = flash(q, k, v, *one.rows_within(window), scale)
     if s_aux is not None:
         output = output * torch.sigmoid(logsumexp.t() - s_aux)[..., None].to(output.dtype)
     return output[None], None
@@ -175,7 +197,7 @@ def attend(
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows, window: int, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries ``[tokens, heads, dim]`` over a pool ``[pool, kv_heads, dim]``.
 
     Returns ``[tokens, heads, dim]`` and the natural log-sum-exp of the scores, float32 ``[heads, tokens]``.

@@ -4,10 +4,15 @@ On a GPU a small step is mostly kernel launches. A CUDA graph records them once 
 (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Each graph takes a number of tokens, of any streams and
 in any mixture: a token is a row of its own that sees the tokens before it. A step takes the smallest graph that is
 large enough and fills it up at the pool's spare place. All graphs are recorded at setup, none while serving.
+
+FlashAttention divides long rows among the processors of a GPU where rows and heads alone do not fill it
+(https://pytorch.org/blog/flash-decoding/). It decides that by the greatest length, which a graph fixes. So graphs of
+few tokens are recorded for several lengths.
 """
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +29,10 @@ BUCKETS = (*range(1, 9), *(size * (4 + i) // 4 for size in (8, 16, 32, 64, 128) 
 """How many tokens the graphs take, up to 256. They are so close that less than a fifth of a step is filler, and none in
 a step of up to eight tokens."""
 
-WARM_UPS = 2
-"""Libraries initialize themselves in the first runs, which cannot be recorded."""
+LENGTHS = (1024, 4096, 16384)
+"""Up to which length of streams there are graphs of up to FEW tokens, beside those for the longest."""
+
+FEW = 8
 
 
 @dataclass
@@ -45,46 +52,40 @@ class Graphs:
     def __init__(self, step: PackedStep, pool: Pool, longest: int) -> None:
         """Record a graph for each of BUCKETS. What fails is left out for good. Raises UnsupportedModel where all
         fail. ``longest``: the most tokens a stream can hold."""
-        self._step, self._pool, self._longest = step, pool, longest
-        self._graphs: dict[int, Graph] = {}
+        self._step, self._pool = step, pool
+        self._graphs: dict[Shape, Graph] = {}
         self._side = torch.cuda.Stream(step.device)
         # Shared: only one graph runs at a time, and its output is read before the next.
         self._memory: Any = torch.cuda.graph_pool_handle()
-        failed: dict[int, str] = {}
-        for tokens in sorted(BUCKETS, reverse=True):  # the small ones then fit into the memory of the large ones
+        failed: dict[Shape, str] = {}
+        for shape in sorted(
+            _shapes(longest), reverse=True
+        ):  # the small ones then fit into the memory of the large ones
             try:
-                self._graphs[tokens] = self._record(tokens)
+                self._graphs[shape] = self._record(shape)
             except Exception as error:  # whatever the model's code raises
-                failed[tokens] = in_words(error).splitlines()[0]
+                failed[shape] = in_words(error).splitlines()[0]
         if not self._graphs:
             raise UnsupportedModel(f"no step can be recorded: {failed[min(failed)]}")
-        for tokens, reason in failed.items():
-            log.warning("no CUDA graph for %d tokens: %s", tokens, reason)
-        self.description = f"{len(self._graphs)} CUDA graphs of up to {max(self._graphs)} tokens"
+        for shape, reason in failed.items():
+            log.warning("no CUDA graph for %d tokens of up to %d: %s", shape.tokens, shape.max_length, reason)
+        self.shapes: Sequence[Shape] = sorted(self._graphs)
+        self.description = f"{len(self.shapes)} CUDA graphs of up to {self.shapes[-1].tokens} tokens"
 
-    @property
-    def sizes(self) -> list[int]:
+    def shape(self, tokens: int, length: int) -> Shape | None:
         """See packed.Recorded."""
-        return sorted(self._graphs)
-
-    def shape(self, tokens: int) -> Shape | None:
-        """See packed.Recorded."""
-        size = next((size for size in self.sizes if size >= tokens), None)
-        return self._shape(size) if size else None
+        return next((shape for shape in self.shapes if shape.tokens >= tokens and shape.max_length >= length), None)
 
     def run(self, shape: Shape, packed: Tensor, wanted: int) -> Tensor:
         """See packed.Recorded."""
-        graph = self._graphs[shape.tokens]
+        graph = self._graphs[shape]
         graph.packed.copy_(packed)
         graph.recorded.replay()
         return graph.logits[:wanted]
 
-    def _shape(self, tokens: int) -> Shape:
-        return Shape(tokens, tokens, tokens, max_queries=1, max_length=self._longest)
-
     @torch.inference_mode()
-    def _record(self, tokens: int) -> Graph:
-        shape, device = self._shape(tokens), self._step.device
+    def _record(self, shape: Shape) -> Graph:
+        tokens, device = shape.tokens, self._step.device
         packed = torch.zeros(shape.size, dtype=torch.long, device=device)
         inputs = shape.split(packed)
         # Every token is the first of a stream at the spare place.
@@ -95,8 +96,7 @@ class Graphs:
         before = torch.cuda.current_stream(device)
         self._side.wait_stream(before)
         with torch.cuda.stream(self._side):
-            for _ in range(WARM_UPS):
-                self._step(inputs, self._pool)
+            self._step(inputs, self._pool)  # libraries initialize themselves, which cannot be recorded
         before.wait_stream(self._side)
         recorded = torch.cuda.CUDAGraph()
         try:
@@ -115,3 +115,13 @@ class Graphs:
             torch._C._cuda_endAllocateToPool(device.index or 0, self._memory)
         torch.cuda.synchronize(device)
         self._memory = torch.cuda.graph_pool_handle()
+
+
+def _shapes(longest: int) -> list[Shape]:
+    """What is recorded. ``longest``: the most tokens a stream can hold."""
+    shorter = [length for length in LENGTHS if length < longest]
+    return [
+        Shape(tokens, tokens, tokens, max_queries=1, max_length=length)
+        for tokens in BUCKETS
+        for length in (*(shorter if tokens <= FEW else ()), longest)
+    ]

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lmtp.runners.extents import MAX_STREAMS, Extents, Pool
 from lmtp.runners.flash import Attention, Rows
 from lmtp.runners.model import UnsupportedModel, accepts_positions, only_wanted
+from lmtp.runners.norms import FusedNorms
 from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep, has_experts
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, StepLimits, Stream
@@ -64,16 +65,15 @@ class Shape(NamedTuple):
 
 
 class Recorded(Protocol):
-    """Recorded steps, each for a number of tokens of any streams. A token is a row of its own."""
+    """Recorded steps, each for a number of tokens of any streams up to a length. A token is a row of its own."""
 
     description: str
+    shapes: Sequence[Shape]
+    """The inputs of each of them."""
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        """How many tokens each of them takes."""
-
-    def shape(self, tokens: int) -> Shape | None:
-        """The inputs of the smallest recorded step with so many tokens; None where there is none."""
+    def shape(self, tokens: int, length: int) -> Shape | None:
+        """The inputs of the smallest recorded step with room for so many tokens of streams of up to this length; None
+        where there is none."""
 
     def run(self, shape: Shape, packed: Tensor, wanted: int) -> Tensor:
         """The logits at the first ``wanted`` wanted positions; valid until the next call."""
@@ -114,11 +114,16 @@ class PackedStep:
         self.layers = layers
         self.device = layers[0].device
         self._attention = Attention(self.model, list(slot_step.rules), layers)
+        self._norms = FusedNorms(self.model)
 
     @torch.inference_mode()
     def __call__(self, inputs: PackedInputs, pool: Pool) -> Tensor:
         """The logits ``[wanted, vocabulary]``."""
-        with self._attention.over(inputs.rows, pool.keys), only_wanted(self.model, inputs.wanted):
+        with (
+            self._attention.over(inputs.rows, pool.keys),
+            self._norms.in_place(),
+            only_wanted(self.model, inputs.wanted),
+        ):
             output = self.model(
                 input_ids=inputs.ids,
                 position_ids=inputs.positions,
@@ -158,16 +163,21 @@ class PackedRunner(Extents):
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
         tokens = sum(step.counts)
-        shape = self.recorded.shape(tokens) if self.recorded else None
-        if self.recorded and shape:
-            packed, wanted = self._packed(step, shape)
-            self.padded_tokens += shape.tokens - tokens
-            return functools.partial(self.recorded.run, shape, packed, wanted)
         pairs = list(zip(step.streams, step.counts, strict=True))
-        wanted = sum(stream.wanted(count) for stream, count in pairs)
         longest = max(stream.computed + count for stream, count in pairs)
+        if self.recorded and (shape := self.recorded.shape(tokens, longest)):
+            return self.prepare_recorded(step, shape)
+        wanted = sum(stream.wanted(count) for stream, count in pairs)
         shape = Shape(tokens, wanted, len(pairs), max(step.counts), longest)
         return functools.partial(self.step, shape.split(self._packed(step, shape)[0]), self.pool)
+
+    @torch.inference_mode()
+    def prepare_recorded(self, step: Step[Stream], shape: Shape) -> Callable[[], Tensor]:
+        """The same for the recorded step of a shape that has room for the step."""
+        assert self.recorded
+        packed, wanted = self._packed(step, shape)
+        self.padded_tokens += shape.tokens - sum(step.counts)
+        return functools.partial(self.recorded.run, shape, packed, wanted)
 
     def _packed(self, step: Step[Stream], shape: Shape) -> tuple[Tensor, int]:
         """A step's inputs as one tensor on the device, and at how many positions logits are wanted. A shape with as

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lmtp.runners.adapters import Adapters
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.model import UnsupportedModel, accepts_positions, input_device, token_types, why_refused
-from lmtp.runners.packed import PackedRunner
+from lmtp.runners.packed import PackedRunner, Shape
 from lmtp.runners.slot_runner import FastStep, SlotRunner, SlotStep
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, Stream
@@ -139,24 +139,26 @@ def check_packed(runner: PackedRunner, reference: Reference) -> None:
     """
     _check_texts(runner, reference, (1, -1))
     recorded = runner.recorded
-    for tokens in recorded.sizes if recorded else ():
-        texts = _random_texts(runner.step.model, *[ROW + 1] * (tokens // ROW), *[tokens % ROW + 1][: tokens % ROW])
+    for shape in recorded.shapes if recorded else ():
+        rows, rest = divmod(shape.tokens, ROW)
+        texts = _random_texts(runner.step.model, *[ROW + 1] * rows, *[rest + 1][:rest])
         by_graph, plainly = [], []
         for order in (1, -1):
-            runner.recorded = recorded
-            by_graph += [_logits_of(runner, texts[::order])]
+            by_graph += [_logits_of(runner, texts[::order], shape)]
             runner.recorded = None
             plainly += [_logits_of(runner, texts[::order])]
-        runner.recorded = recorded
+            runner.recorded = recorded
         compare(Reference([], plainly, reference.precision), by_graph)
 
 
-def _logits_of(runner: PackedRunner, texts: Sequence[list[int]]) -> Tensor:
-    """The logits at every position of the texts, computed in one step, as far as there is room."""
+def _logits_of(runner: PackedRunner, texts: Sequence[list[int]], shape: Shape | None = None) -> Tensor:
+    """The logits at every position of the texts, computed in one step, as far as there is room. ``shape``: that of the
+    recorded step to take."""
     streams = [text for tokens in texts if runner.admit(text := Text(tokens))]
+    step = Step(streams, [text.pending for text in streams])
     try:
-        # Copied, since the next step may reuse the tensor.
-        return runner.prepare(Step(streams, [text.pending for text in streams]))().float().clone()
+        run = runner.prepare_recorded(step, shape) if shape else runner.prepare(step)
+        return run().float().clone()  # since the next step may reuse the tensor
     finally:
         for text in streams:
             runner.release(text, keep=False)

@@ -1,4 +1,4 @@
-"""The CUDA paths on a stand-in for a GPU, compared with the same model on the CPU; and on a GPU where there is one."""
+"""The CUDA paths on a stand-in for a GPU, compared with the same model on the CPU. test_gpu.py needs a GPU."""
 
 import itertools
 import logging
@@ -25,9 +25,8 @@ from lmtp.runners import flash, graphs
 from lmtp.runners.cache_runner import CacheRunner
 from lmtp.runners.encoder_decoder import EncoderDecoderRunner
 from lmtp.runners.model import limits_of
-from lmtp.runners.packed import PackedRunner
+from lmtp.runners.packed import PackedRunner, Shape
 from lmtp.runners.runner import open_runner
-from lmtp.runners.selfcheck import Reference, check_packed
 from lmtp.runners.slot_runner import SlotRunner
 from lmtp.settings import Bounds
 from tests import encoders, pretend_cuda
@@ -433,7 +432,7 @@ class Watch:
             self.steps += 1
             self.streams = max(self.streams, len(some.streams))
             self.owned = max(self.owned, runner.owned / sum(stream.max_length for stream in runner.active))
-            if tokens <= max(runner.recorded.sizes):
+            if tokens <= max(shape.tokens for shape in runner.recorded.shapes):
                 size = compute.args[0].tokens
                 assert size == min(size for size in BUCKETS if size >= tokens)
                 self.recorded += size
@@ -533,18 +532,46 @@ def test_one_recording_that_fails_is_left_out_and_named_in_the_log(
 ) -> None:
     record = graphs.Graphs._record
 
-    def fail(self: graphs.Graphs, tokens: int) -> graphs.Graph:
-        if tokens == 4:
+    def fail(self: graphs.Graphs, shape: Shape) -> graphs.Graph:
+        if shape.tokens == 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return record(self, tokens)
+        return record(self, shape)
 
     monkeypatch.setattr(graphs.Graphs, "_record", fail)
     with caplog.at_level(logging.WARNING):
         runner = open_on(device, one_layer())
-    assert runner.recorded.sizes == [1, 16]
-    assert caplog.messages == ["no CUDA graph for 4 tokens: OutOfMemoryError: CUDA out of memory."]
-    assert runner.recorded.shape(3).tokens == 16
-    assert runner.recorded.shape(17) is None
+    assert [shape.tokens for shape in runner.recorded.shapes] == [1, 16]
+    assert caplog.messages == ["no CUDA graph for 4 tokens of up to 512: OutOfMemoryError: CUDA out of memory."]
+    assert runner.recorded.shape(3, 9).tokens == 16
+    assert runner.recorded.shape(17, 9) is None
+
+
+def test_few_tokens_are_recorded_for_several_lengths_and_a_step_takes_the_shortest_that_fits(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention divides long rows among processors by the greatest length, which a recording fixes."""
+    monkeypatch.setattr(graphs, "LENGTHS", (16, 64, 4096))
+    monkeypatch.setattr(graphs, "FEW", 4)
+    cpu, gpu = start(one_layer()), start_on(one_layer(), kv_budget=2**19)
+    runner: Any = gpu.runner
+    found = [(shape.tokens, shape.max_length) for shape in runner.recorded.shapes]
+    assert found == [(1, 16), (1, 64), (1, 512), (4, 16), (4, 64), (4, 512), (16, 512)]
+    assert len(device.recorded) == len(found)
+    prepare, taken = runner.prepare_recorded, []
+
+    def noted(step: Any, shape: Shape) -> Any:
+        taken.append(max(stream.computed + count for stream, count in zip(step.streams, step.counts, strict=True)))
+        assert shape.max_length == min(most for size, most in found if size == shape.tokens and most >= taken[-1])
+        return prepare(step, shape)
+
+    runner.prepare_recorded = noted
+    try:
+        long = Generate(stream_id=0, prompt=[5, 6], max_tokens=80, min_tokens=80)
+        assert answers(gpu, long).ids() == answers(cpu, long).ids()
+    finally:
+        cpu.stop()
+        gpu.stop()
+    assert taken == list(range(2, 82))
 
 
 def test_the_self_check_replays_every_recording_on_different_tokens(device: Device) -> None:
@@ -561,10 +588,10 @@ def test_the_sizes_that_are_recorded_leave_less_than_a_fifth_of_a_step_to_filler
 class Freeing(graphs.Graphs):
     """Does not keep what its graphs read."""
 
-    def _record(self, tokens: int) -> graphs.Graph:
-        graph = super()._record(tokens)
+    def _record(self, shape: Shape) -> graphs.Graph:
+        graph = super()._record(shape)
         graph.packed = graph.packed.clone()
-        graph.inputs = self._shape(tokens).split(graph.packed)
+        graph.inputs = shape.split(graph.packed)
         return graph
 
 
@@ -572,7 +599,7 @@ class Stale(graphs.Graphs):
     """Replays on the tokens of the step before."""
 
     def run(self, shape: Any, packed: torch.Tensor, wanted: int) -> torch.Tensor:
-        graph = self._graphs[shape.tokens]
+        graph = self._graphs[shape]
         graph.recorded.replay()
         graph.packed.copy_(packed)
         return graph.logits[:wanted]
@@ -795,20 +822,3 @@ def test_the_pool_takes_what_is_free_but_a_reserve(device: Device) -> None:
     runner = open_on(device, build("llama"), kv_budget=None, graphs=False)
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, numbers, bytes
     assert runner.pool.tokens == int(pretend_cuda.MEMORY * 0.9) // per_token
-
-
-@pytest.fixture
-def real() -> PreTrainedModel:
-    """A model in bfloat16 on the GPU."""
-    model: Any = build("llama", head_dim=64)
-    moved: PreTrainedModel = model.to("cuda", torch.bfloat16)
-    return moved
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_flash_attention_and_graphs_pass_the_self_check_on_a_gpu(real: PreTrainedModel) -> None:
-    runner = open_runner(real)
-    assert isinstance(runner, PackedRunner), runner.reason
-    assert runner.recorded is not None, runner.reason
-    assert runner.recorded.sizes == list(graphs.BUCKETS)
-    check_packed(runner, Reference.of(real))

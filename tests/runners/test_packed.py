@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Operation, Score, Token
 from lmtp.runners.extents import Extent
-from lmtp.runners.flash import Rows, flash
+from lmtp.runners.flash import Pass, Rows, flash
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.packed import PackedRunner
 from lmtp.runners.runner import open_runner
@@ -249,7 +249,8 @@ def attention(window: int, rows: list[tuple[int, int, int]]) -> tuple[Tensor, Te
         scores = (torch.einsum("qhd,chd->hqc", q, k) * 0.5).masked_fill(hidden, -torch.inf)
         outputs.append(torch.einsum("hqc,chd->qhd", scores.softmax(-1), v))
         sums.append(scores.logsumexp(-1))
-    return *flash(query, key, value, packed_rows, 0.5, window), outputs, sums
+    rows_and_window = Pass(packed_rows, {}, ()).rows_within(window)
+    return *flash(query, key, value, *rows_and_window, 0.5), outputs, sums
 
 
 @pytest.mark.parametrize("window", [0, 1, 4])

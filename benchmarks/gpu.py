@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,18 +23,20 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks import prompts
+from benchmarks import gpu_report, prompts
 from benchmarks.plan import ROOT, say
 from lmtp.engine.engine import Engine, LoadedModel
 from lmtp.protocol import Failure, Generate, Score
+from lmtp.runners.flash import Pass, Rows, flash
 from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.step import Step, Stream
 from lmtp.weights.load import describe, load
 
-TESTS = ("tests/runners/test_graphs.py", "tests/runners/test_packed.py")
+TESTS = ("tests/runners/test_gpu.py",)
 SIZES = {
     "135M": (576, 30, 9, 3, 1536, 49152),
     "1B": (2048, 16, 32, 8, 8192, 128256),
@@ -44,7 +47,7 @@ TINY = {"tiny": (64, 2, 4, 2, 128, 512)}
 DECODED = ((1, 128), (8, 128), (64, 128), (1, 4000), (64, 4000))
 """Rows and columns."""
 PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuous batching", "syncs", "vLLM")
-WHOLE = ("tests", "loading", "grammar")
+WHOLE = ("tests", "loading", "grammar", "attention")
 """Parts of the model in weights/, or of none."""
 NO_GPU = "not measured: there is no GPU"
 NO_VLLM = "not measured: vLLM is not installed"
@@ -77,7 +80,8 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
         return 0
     place = torch.device(device or "cuda")
     found: dict[str, Any] = {"machine": describe(place), "torch": torch.__version__}
-    path = directory / f"gpu-{re.sub(r'[^a-z0-9]+', '-', found['machine'].lower()).strip('-')}.json"
+    card = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
+    path = directory / f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
     directory.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name, part in _parts(place, sizes, quick):
@@ -90,6 +94,7 @@ def main(directory: Path, quick: bool = False, device: str | None = None) -> int
             failed = 1
         say(f"{name}: {json.dumps(found[name])} ({time.monotonic() - started:.0f} s)")
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(gpu_report.page(found), encoding="utf-8")
     print(f"written: {path}")
     return failed
 
@@ -99,6 +104,7 @@ def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: boo
         yield "tests", _tests
         yield "loading", functools.partial(_loading, place)
         yield "grammar", functools.partial(_grammar, place)
+        yield "attention", functools.partial(_attention, place)
     for name, size in sizes.items():
         model = Model(size, place, quick)
         yield f"setup {name}", model.setup
@@ -109,15 +115,17 @@ def _parts(place: torch.device, sizes: Mapping[str, tuple[int, ...]], quick: boo
         for rows in (1, 8, 64)[: 2 if quick else None]:
             yield f"engine {name} {rows}", functools.partial(model.serve, rows)
             yield f"generate {name} {rows}", functools.partial(model.generate, rows)
-        yield f"continuous batching {name}", model.continuous_batching
         yield f"syncs {name}", model.syncs
+        yield f"continuous batching {name}", model.continuous_batching
         model.close()
         yield f"vLLM {name}", functools.partial(_vllm, size, place)
 
 
 def _tests() -> str:
-    """The last line of the tests that need a GPU and those of the code that it runs."""
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, capture_output=True, text=True)
+    """The last line of the tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", *TESTS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the processes would be in each other's way
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout[-200:])
     return run.stdout.strip().splitlines()[-1]
@@ -147,6 +155,64 @@ def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: in
     finally:
         engine.stop()
     return found
+
+
+@torch.inference_mode()
+def _attention(place: torch.device) -> dict[str, dict[str, float]]:
+    """Microseconds of one layer's attention of a decode step over 4,000 columns, in a graph, and what reading them
+    takes at least: for heads in groups of four and without groups, and with a window of 512."""
+    size, columns, repeats, found = 128, 4000, 8, {}
+    for rows, key_heads, window in ((1, 8, 0), (64, 8, 0), (1, 32, 0), (4, 32, 0), (1, 8, 512), (64, 8, 512)):
+        keys, values = (torch.randn(rows * columns, key_heads, size, device=place).bfloat16() for _ in range(2))
+        query = torch.randn(rows, 32, size, device=place).bfloat16()
+        starts, lengths = (torch.arange(rows + 1, device=place).int() * columns, torch.full((rows,), columns))
+        packed = Rows(torch.arange(rows + 1, device=place).int(), starts, lengths.int().to(place), 1, 4096)
+        step = functools.partial(_layers, repeats, packed, window, query, keys, values)
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / 20 / repeats
+        floor = 4 * rows * min(columns, window or columns) * key_heads * size / _bandwidth(place, 2**30)
+        name = f"{rows}x{columns} {key_heads} key heads" + (f" window {window}" if window else "")
+        found[name] = {"us": seconds * 1e6, "floor us": floor * 1e6, "of the floor": floor / seconds}
+    return found
+
+
+def _layers(layers: int, rows: Rows, window: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
+    one = Pass(rows, {}, ())
+    for _ in range(layers):
+        flash(query, keys, values, *one.rows_within(window), 128**-0.5)
+
+
+def _bandwidth(place: torch.device, size: int) -> float:
+    """Bytes a second that a copy of so many bytes reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=place)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    _wait(place)
+    started = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source)
+    _wait(place)
+    return 16 * size / (time.perf_counter() - started)
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _wait(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _vllm(size: tuple[int, ...], place: torch.device) -> float | str:
@@ -193,12 +259,17 @@ class Model:
 
     def close(self) -> None:
         """Free the memory."""
+        self._free()
+        self.__dict__.pop("_model", None)
+        _collect()
+
+    def _free(self) -> None:
+        """End the engine, and free the runner's memory."""
         if "_engine" in self.__dict__:
             self._engine.stop()
-        self.__dict__.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        for name in ("_engine", "_runner"):
+            self.__dict__.pop(name, None)
+        _collect()
 
     @torch.inference_mode()
     def decode(self, rows: int, columns: int) -> dict[str, float]:
@@ -210,7 +281,7 @@ class Model:
         for _ in range(steps):
             started = time.perf_counter()
             runner.prepare(Step(streams, [1] * rows))()
-            self._wait()
+            _wait(self._place)
             seconds.append(time.perf_counter() - started)
             for stream in streams:
                 stream.computed += 1
@@ -220,7 +291,7 @@ class Model:
         config: Any = self._model.config
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._itemsize
         read = sum(p.numel() for p in self._model.parameters()) * self._itemsize + rows * columns * per_token
-        floor = read / self._bandwidth()
+        floor = read / _bandwidth(self._place, 2**20 if self._quick else 2**30)
         return {"ms": median(seconds) * 1e3, "floor ms": floor * 1e3, "of the floor": floor / median(seconds)}
 
     @torch.inference_mode()
@@ -229,7 +300,7 @@ class Model:
         runner, columns = self._runner, 64 if self._quick else 8000
         started = time.perf_counter()
         streams = self._admitted(runner, 1, columns, 1)
-        self._wait()
+        _wait(self._place)
         seconds = time.perf_counter() - started
         runner.release(streams[0], keep=False)
         return columns / seconds
@@ -243,7 +314,7 @@ class Model:
     def serve(self, rows: int) -> float:
         """Tokens a second of the engine, greedy."""
         length = 8 if self._quick else 128
-        batch = self._prompts(rows, 32 if self._quick else 128, "serve")
+        batch = self._prompts(rows, 32 if self._quick else 128, "serve", rows)
         tokens, seconds = _answer(
             self._engine,
             [Generate(stream_id=i, prompt=prompt, max_tokens=length) for i, prompt in enumerate(batch)],
@@ -258,22 +329,27 @@ class Model:
         generate: Any = self._model.generate
         arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
         generate(ids, max_new_tokens=2, **arguments)
-        self._wait()
+        _wait(self._place)
         started = time.perf_counter()
         generate(ids, max_new_tokens=length, min_new_tokens=length, **arguments)
-        self._wait()
+        _wait(self._place)
         return rows * length / (time.perf_counter() - started)
 
     def continuous_batching(self) -> float | str:
-        """Tokens a second of Transformers' continuous batching, 64 rows."""
+        """Tokens a second of Transformers' continuous batching, 64 rows, once it is warm, with the runner's memory."""
         if self._place.type != "cuda":
             return NO_GPU
-        batch, model = self._prompts(64, 128, "serve"), self._model
-        config: Any = model.generation_config
+        self._free()
+        model: Any = self._model
+        config = model.generation_config
         config.max_new_tokens, config.do_sample = 128, False
-        started = time.perf_counter()
-        answers: Any = model.generate_batch(inputs=batch, generation_config=config)  # type: ignore[operator]
-        return sum(len(each.generated_tokens) for each in answers.values()) / (time.perf_counter() - started)
+        for salt in ("warm", "serve"):
+            batch = self._prompts(64, 128, salt)
+            started = time.perf_counter()
+            answers = model.generate_batch(inputs=batch, generation_config=config, persistent_manager=True)
+            seconds = time.perf_counter() - started
+        model.destroy_cached_continuous_batching_manager()
+        return sum(len(each.generated_tokens) for each in answers.values()) / seconds
 
     def syncs(self) -> dict[str, int] | str:
         """What waits for the device in a greedy step of eight rows, by CUDA's own account."""
@@ -292,27 +368,13 @@ class Model:
     def _engine(self) -> Engine:
         """Begun once the runner has been measured by itself: its thread would look after the streams."""
         tokenizer: Any = None
-        return Engine(lambda: LoadedModel(self._model, tokenizer, self._runner))
+        engine = Engine(lambda: LoadedModel(self._model, tokenizer, self._runner))
+        _answer(engine, [Generate(stream_id=0, prompt=[7], max_tokens=2)])  # libraries initialize themselves
+        return engine
 
     @property
     def _itemsize(self) -> int:
         return self._model.dtype.itemsize
-
-    def _wait(self) -> None:
-        if self._place.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _bandwidth(self) -> float:
-        """Bytes a second that a copy reads and writes."""
-        source = torch.empty(2**20 if self._quick else 2**30, dtype=torch.uint8, device=self._place)
-        target = torch.empty_like(source)
-        target.copy_(source)
-        self._wait()
-        started = time.perf_counter()
-        for _ in range(8):
-            target.copy_(source)
-        self._wait()
-        return 16 * source.numel() / (time.perf_counter() - started)
 
     def _prompts(self, rows: int, length: int, *salt: object) -> list[list[int]]:
         return [[token % self._vocabulary for token in prompts.tokens(length, "gpu", *salt, i)] for i in range(rows)]

@@ -299,7 +299,7 @@ class Engine:
             # The loop handles the errors of a step. Here not even the memory can be tidied up: after a GPU fault every
             # call fails. So all open and future streams fail.
             log.exception("the engine has stopped")
-            self.problem = f"the engine has stopped and must be restarted: {type(error).__name__}: {error}"
+            self.problem = f"the engine has stopped and must be restarted: {type(error).__name__}: {_first_line(error)}"
             running, self._running = self._running, {}
             for prediction, streams in running.items():
                 prediction.outbox += [_failure(stream.operation, self.problem) for stream in streams]
@@ -621,7 +621,7 @@ def _took_longer(seconds: float) -> str:
     return f"took longer than MAX_SECONDS ({seconds:g} s)."
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """The message without the stack that native code adds to it."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -5,7 +5,8 @@ import itertools
 import random
 import subprocess
 import sys
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 OTHERS = ["llama", "gemma2", "mpt", "llama4", "gpt_oss", "qwen3_moe", "mamba", "phi3_longrope", "bloom"]
 STEPS = 300
+FLIPPED = {"gpt_oss": 0.02}
+"""The share of tokens after which rounding may have decided which expert of a mixture is asked."""
 
 
 @pytest.fixture(autouse=True)
@@ -108,12 +111,12 @@ def test_packed_steps_are_as_exact_as_the_models_own_pass(name: str) -> None:
         engine.stop()
 
 
-def unlikely(exact: PreTrainedModel, operation: Generate, ids: Sequence[int]) -> float:
-    """How much less likely than the best one the chosen tokens of a greedy answer are, the worst, as a part of the
-    spread of the logits."""
+def unlikely(exact: PreTrainedModel, operation: Generate, ids: Sequence[int]) -> int:
+    """How many tokens of a greedy answer are not nearly the best ones: less likely by more than a fifth of the spread of
+    the logits."""
     logits = own_logits(exact, [*operation.prompt, *ids])[len(operation.prompt) - 1 : -1]
     chosen = logits.gather(-1, torch.tensor(list(ids))[:, None])[:, 0]
-    return float(((logits.amax(-1) - chosen) / logits.std(-1)).max())
+    return int(((logits.amax(-1) - chosen) / logits.std(-1) > 0.2).sum())
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
@@ -124,7 +127,7 @@ def test_whatever_64_streams_ask_for_they_get_by_graphs_in_a_pool_that_is_too_sm
     runner: Any = engine.runner
     generator, ids = random.Random(0), itertools.count()
     begun: deque[tuple[list[Operation], Prediction]] = deque()
-    worst = 0.0
+    greedy = wrong = 0
     try:
         assert runner.recorded is not None, runner.reason
         while engine.counters.steps < STEPS or begun:
@@ -143,10 +146,12 @@ def test_whatever_64_streams_ask_for_they_get_by_graphs_in_a_pool_that_is_too_sm
                     and not operation.logit_bias
                     and not operation.min_tokens
                 ):
-                    worst = max(worst, unlikely(exact, operation, tokens))
+                    greedy += len(tokens)
+                    wrong += unlikely(exact, operation, tokens)
     finally:
         engine.stop()
-    assert worst < 0.2
+    assert greedy > 300
+    assert wrong <= FLIPPED.get(name, 0) * greedy
     assert engine.counters.reused_tokens > 0
 
 
@@ -214,11 +219,17 @@ def test_nothing_in_a_step_waits_for_the_gpu_but_the_copy_that_brings_its_number
     some += [Score(stream_id=101, prompt=prompt, scored=[9, 8, 7], top_logprobs=3)]
     try:
         answers(engine, *some)  # libraries initialize themselves
-        torch.cuda.set_sync_debug_mode("error")
-        got = answers(engine, *some)
+        steps = engine.counters.steps
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            got = answers(engine, *some)
+            torch.cuda.set_sync_debug_mode("default")
     finally:
-        torch.cuda.set_sync_debug_mode("default")
         engine.stop()
+    waits = Counter(Path(each.filename).name for each in told if "called a synchronizing" in str(each.message))
+    assert waits.keys() == {"streams.py"}  # torch's, by which _fetch waits
+    assert waits["streams.py"] <= engine.counters.steps - steps
     for operation in some:
         assert got.ids(operation.stream_id)
 
@@ -248,6 +259,7 @@ def test_a_step_that_finds_no_memory_is_retried_smaller_and_no_stream_fails(capl
 
 
 ASSERTION = """
+import os
 import torch
 from lmtp.protocol import Generate
 from tests.runners.test_gpu import packed_model, start_on_gpu
@@ -266,8 +278,10 @@ first = answers(engine, Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=4)).e
 engine.runner.prepare = prepare
 second = answers(engine, Generate(stream_id=0, prompt=[5, 6, 7], max_tokens=4)).error()
 assert first == second == engine.problem, (first, second, engine.problem)
-print(first)
+assert len(first.splitlines()) == 1, first
+print(first, flush=True)
 engine.stop()
+os._exit(0)  # what frees memory of the GPU at exit ends the process by a signal
 """
 
 

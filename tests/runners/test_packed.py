@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Operation, Score, Token
+from lmtp.runners import flash as flash_module
 from lmtp.runners.extents import Extent
 from lmtp.runners.flash import Pass, Rows, flash
 from lmtp.runners.model import UnsupportedModel
@@ -227,12 +228,14 @@ def test_a_cpu_is_served_by_slots(llama: PreTrainedModel) -> None:
 POOL, HEADS, KV_HEADS, DIM = 40, 4, 2, 8
 
 
-def attention(window: int, rows: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def attention(
+    window: int, rows: list[tuple[int, int, int]], heads: int = HEADS
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Attention of rows of (place of the stream, tokens it holds, queries): output, log-sum-exp, and both from plain
     operations, row by row."""
     generator = torch.Generator().manual_seed(0)
     counts = [queries for *_, queries in rows]
-    query = torch.randn(sum(counts), HEADS, DIM, generator=generator)
+    query = torch.randn(sum(counts), heads, DIM, generator=generator)
     key, value = torch.randn(2, POOL, KV_HEADS, DIM, generator=generator)
     packed_rows = Rows(
         torch.tensor([0, *counts]).cumsum(0).int(),
@@ -243,7 +246,7 @@ def attention(window: int, rows: list[tuple[int, int, int]]) -> tuple[Tensor, Te
     )
     outputs, sums = [], []
     for (first, held, queries), q in zip(rows, query.split(counts), strict=True):
-        k, v = (each[first : first + held].repeat_interleave(HEADS // KV_HEADS, 1) for each in (key, value))
+        k, v = (each[first : first + held].repeat_interleave(heads // KV_HEADS, 1) for each in (key, value))
         place, column = torch.arange(held - queries, held)[:, None], torch.arange(held)
         hidden = (column > place) | ((column <= place - window) if window else False)
         scores = (torch.einsum("qhd,chd->hqc", q, k) * 0.5).masked_fill(hidden, -torch.inf)
@@ -267,6 +270,27 @@ def test_each_row_attends_to_its_own_stream_up_to_itself(window: int, rows: list
     output, logsumexp, outputs, sums = attention(window, rows)
     torch.testing.assert_close(output, torch.cat(outputs))
     torch.testing.assert_close(logsumexp, torch.cat(sums, 1))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_few_long_rows_of_a_model_without_groups_attend_as_groups_of_equal_heads(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the kernel divides them among the processors of a GPU."""
+    heads: list[int] = []
+    reference = flash_module.reference
+
+    def noted(query: Tensor, *arguments: Any, **named: Any) -> Any:
+        heads.append(query.shape[1])
+        return reference(query, *arguments, **named)
+
+    monkeypatch.setattr(flash_module, "LONG", 3)
+    monkeypatch.setattr(flash_module, "reference", noted)
+    for rows in ([(20, 9, 1), (0, 20, 1)], [(i, 9, 1) for i in range(flash_module.FEW_ROWS + 1)], [(0, 3, 1)]):
+        output, logsumexp, outputs, sums = attention(window, rows, KV_HEADS)
+        torch.testing.assert_close(output, torch.cat(outputs))
+        torch.testing.assert_close(logsumexp, torch.cat(sums, 1))
+    assert heads == [2 * KV_HEADS, KV_HEADS, KV_HEADS]
 
 
 @pytest.mark.parametrize("window", [0, 4])

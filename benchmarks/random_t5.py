@@ -24,6 +24,8 @@ def weights(plan: Plan) -> Path:
         directory.mkdir(parents=True)
         torch.manual_seed(0)
         model: Any = AutoModelForSeq2SeqLM.from_config(T5Config(**_sizes(plan)))
+        # As Flan-T5's: the configuration ties it to the embeddings, unless the files hold one.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
         model.to(torch.bfloat16).save_pretrained(directory)
         tokenizer().save_pretrained(directory)
         download(str(directory), None, directory, False, {})

@@ -14,7 +14,8 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ MAX_CALLS = 64
 BUSY_SECONDS = 10.0
 """How long a replica is asked again that answers 409 although it has a place: of two simultaneous requests, Cog 0.23
 refuses one."""
+PROBE_SECONDS = 5.0
+"""How long a replica may take to say how many calls it has. Ray's own 0.1 s pass on a busy machine, and the call would
+go where nothing of its text is held."""
 MAX_IDS = 10_000
 """Predictions whose replica is remembered, for cancels."""
 
@@ -50,40 +54,67 @@ log = logging.getLogger("ray.serve")
 
 
 class ByPrefix(RequestRouter):
-    """Ray's request router, by prefix. Cancels go where their prediction runs."""
+    """Ray's request router, by prefix. Cancels go where their prediction runs.
+
+    It counts the calls of each replica itself: Ray forgets its own counts after 10 s without a new call.
+    """
+
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = PROBE_SECONDS
 
     def initialize_state(self, **_: Any) -> None:
         """Ray's constructor calls this."""
         self._router = PrefixRouter()
         self._ids: dict[str, ReplicaID] = {}
+        self._calls: dict[str, tuple[PendingRequest, str]] = {}
+        """Those that run or are being sent, and their replicas, by Ray's id of the call."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The replicas to try, the best first."""
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        if not replicas:
-            return []
-        wanted = pending_request.kwargs if pending_request else {}
+        if not replicas or not pending_request:
+            return [list(replicas.values())]
+        wanted, call = pending_request.kwargs, pending_request.metadata.internal_request_id
         home = self._ids.get(wanted.get("prediction", ""))
         if home is not None and home.unique_id in replicas:
             return [[replicas[home.unique_id]]]
-        loads = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
-        first = self._router.choose(wanted.get("text", ""), loads)
-        others = sorted((name for name in replicas if name != first), key=lambda name: loads[name])
-        return [[replicas[name]] for name in [first, *others]]
+        self._calls.pop(call, None)  # it is asked again for a call that its first choice did not take
+        loads = self._loads(replicas)
+        order = sorted(replicas, key=lambda name: loads[name])
+        # A full replica does not take the call, so it must not be remembered to hold its text.
+        if room := {name: load for name, load in loads.items() if load < replicas[name].max_ongoing_requests}:
+            first = self._router.choose(wanted.get("text", ""), room)
+            self._calls[call] = pending_request, first
+            order.sort(key=lambda name: name != first)
+        return [[replicas[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Remember where a named prediction runs."""
-        if name := pending_request.kwargs.get("prediction"):
-            self._ids[name] = replica_id
+        """Remember which replica took the call, and where a named prediction runs."""
+        call, name = pending_request.metadata.internal_request_id, replica_id.unique_id
+        if self._calls.get(call, (None, ""))[1] != name:
+            self._router.remember(pending_request.kwargs.get("text", ""), name)
+        self._calls[call] = pending_request, name
+        if prediction := pending_request.kwargs.get("prediction"):
+            self._ids[prediction] = replica_id
             while len(self._ids) > MAX_IDS:
                 del self._ids[next(iter(self._ids))]
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count the call no more."""
+        if self._calls.get(internal_request_id, (None, ""))[1] == replica_id.unique_id:
+            del self._calls[internal_request_id]
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Forget what it held."""
         super().on_replica_actor_died(replica_id)
         self._router.forget(replica_id.unique_id)
+
+    def _loads(self, replicas: Iterable[str]) -> dict[str, int]:
+        """How many calls each replica has. A call whose client left before it was sent is not among them."""
+        self._calls = {call: sent for call, sent in self._calls.items() if not sent[0].future.cancelled()}
+        counts = Counter(name for _, name in self._calls.values())
+        return {name: counts[name] for name in replicas}
 
 
 class Container:

@@ -11,7 +11,7 @@ process uses the logits.
 import enum
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ LOADED_WRONGLY = ("hrm_text", "youtu")
 """Types of models that Transformers loads otherwise in several processes than in one: hrm_text's fused matrices are
 split after they are shared, and youtu's padding token keeps its vector. A list, since the self-check sees nothing of
 this: it compares with the group's own pass, and no process has the whole model. Nightly tests find such types."""
+
+UNRUNNABLE = ("doge",)
+"""Types of models whose code does not run in the parts that Transformers' plan makes: doge's mask has all heads."""
+
+
+ALIGNED = 8
+"""A process's part of an expert's width is a multiple of this: torch multiplies by the matrices of several experts at
+once only where their rows begin at multiples of 16 bytes, 8 numbers of 16 bits."""
 
 
 class Told(enum.IntEnum):
@@ -212,32 +220,68 @@ def refusal_of(directory: Path, processes: int) -> str:
         return f"{manifest.source} has an adapter, which several processes do not compute: {instead}."
     if plan.quantization or plan.load_in:
         return f"{manifest.source} is quantized, which several processes do not compute: {instead}."
-    sharded: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     if config.model_type in LOADED_WRONGLY:
         return f"Transformers loads {config.model_type} otherwise in several processes than in one: {instead}."
-    if not sharded:
+    if not getattr(config, "base_model_tp_plan", None):
         return f"Transformers has no plan to share {config.model_type} among processes: {instead}."
-    heads = _heads(config)
-    common = math.gcd(*heads.values())
-    if not any("att" in name and style.startswith("colwise") for name, style in sharded.items()) or not (
-        common % processes
-    ):
+    if config.model_type in UNRUNNABLE:
+        return f"Transformers' plan to share {config.model_type} among processes does not run: {instead}."
+    try:
+        model = weights.without_weights(plan, manifest)
+        SlotStep(model)
+    except Exception as error:  # whatever the model's code raises
+        return str(_not_served(manifest.source, error))
+    for one, other in model.all_tied_weights_keys.items():
+        if _shares_rows(model, one) != _shares_rows(model, other):
+            return (
+                f"Transformers' plan for {config.model_type} shares one of {one} and {other}, which are one: {instead}."
+            )
+    parts = _heads(config, model.tp_plan) | _experts(model)
+    common = math.gcd(*parts.values())
+    if not common % processes:
         return ""
+    uneven = " and ".join(name for name, count in parts.items() if count % processes)
     counts = [str(n) for n in range(2, common + 1) if common % n == 0]
-    found = " and ".join(f"{count} {name.removeprefix('num_').replace('_', ' ')}" for name, count in heads.items())
     instead = f"set PARALLEL to {' or '.join([*counts, 'off'])}"
-    return f"{manifest.source} has {found}, which {processes} processes cannot share equally: {instead}."
+    return f"{manifest.source} has {uneven}, which {processes} processes cannot share equally: {instead}."
 
 
-def _heads(config: PreTrainedConfig) -> dict[str, int]:
+def _heads(config: PreTrainedConfig, plan: Mapping[str, str]) -> dict[str, int]:
     """The numbers of heads that have to be divided, by their names."""
-    found = {}
-    for name in dir(config):
-        if HEADS.search(name):
-            value = getattr(config, name)
-            if isinstance(value, int | list) and value:
-                found[name] = value if isinstance(value, int) else math.gcd(*value)
+    if not any("att" in name and style == "colwise" for name, style in plan.items()):
+        return {}
+    found: dict[str, int] = {}
+    for layer in getattr(config, "per_layer_config", None) or [config]:
+        for name in filter(HEADS.search, dir(layer)):
+            value = getattr(layer, name)
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, int) and count:
+                    found[f"{count} {name.removeprefix('num_').replace('_', ' ')}"] = count
     return found
+
+
+def _experts(model: PreTrainedModel) -> dict[str, int]:
+    """How many parts of ALIGNED rows or columns the experts of a model have, by their width."""
+    found = {}
+    for name, weight in model.named_parameters():
+        style = _style_of(model, name)
+        if weight.dim() == 3 and style.endswith(("colwise", "rowwise")):
+            width = weight.shape[1 if style.endswith("colwise") else 2] // (2 if style.startswith("packed") else 1)
+            parts = 1 if width % ALIGNED else width // ALIGNED
+            found[f"experts of width {width} (shared in multiples of {ALIGNED})"] = parts
+    return found
+
+
+def _style_of(model: PreTrainedModel, name: str) -> str:
+    """The style by which the model's plan shares a parameter; empty if every process has the whole of it."""
+    name = re.sub(r"\.\d+(?=\.)", ".*", name)
+    plan: dict[str, str] = model.tp_plan
+    return plan.get(name) or plan.get(name.rpartition(".")[0], "")
+
+
+def _shares_rows(model: PreTrainedModel, name: str) -> bool:
+    style = _style_of(model, name)
+    return style.startswith("colwise") or style == "embedding_rowwise"
 
 
 class Colwise(ColwiseParallel):

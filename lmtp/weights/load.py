@@ -5,6 +5,7 @@ Importing this module imports neither torch nor transformers; calling `load` doe
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import time
@@ -125,6 +126,18 @@ def read_plan(directory: Path, manifest: Manifest) -> Plan:
     """How the directory's model is loaded. Raises as plan_of."""
     with_code = fetch_command(directory, manifest, "--trust-remote-code")
     return plan_of(directory, manifest.model_args, manifest.source, with_code)
+
+
+def without_weights(plan: Plan, manifest: Manifest) -> PreTrainedModel:
+    """The model's code with tensors that have shapes only. It takes no memory and cannot compute."""
+    import torch
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+    with torch.device("meta"), meta_device_safe_creation_ops(), no_init_weights():
+        model: PreTrainedModel = auto_class(plan.kind).from_config(
+            copy.deepcopy(plan.config), trust_remote_code=manifest.trust_remote_code
+        )
+    return model
 
 
 def fits(directory: Path, dtype: str) -> bool:

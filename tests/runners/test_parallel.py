@@ -57,6 +57,8 @@ MODELS: dict[str, Config] = {
 }
 SIX_HEADS = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
 NINE_HEADS: Config = ("LlamaConfig", {**BASE, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3})
+DOGE: Config = ("DogeConfig", {**BASE, "head_dim": 8})
+TIED: Config = ("GPTNeoXConfig", {**ARCHITECTURES["gpt_neox"][1], "tie_word_embeddings": True})
 
 
 @dataclass
@@ -169,6 +171,15 @@ def test_a_model_that_slots_do_not_serve_is_refused_and_the_group_goes_on(
     with pytest.raises(UnsupportedModel, match=found):
         serve(two, saved(CACHE_MODELS["phi3_longrope"]))
     two.check()
+
+
+def test_heads_that_the_plan_leaves_whole_need_not_divide(two: Leader, saved: Callable[[Config], Path]) -> None:
+    heads = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    directory = saved(("Phi3Config", {**BASE, **heads, "vocab_size": 129, "intermediate_size": 65}))
+    assert parallel.processes_for(2, directory, "auto") == 2
+    opened = serve(two, directory)
+    equals_one_process(opened)
+    opened.engine.stop()
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +359,36 @@ def test_numbers_of_heads_that_do_not_divide_are_refused_with_those_that_do(nine
     assert parallel.processes_for(1, nine, "auto") == parallel.processes_for(None, nine, "auto") == 1
 
 
+def test_experts_that_do_not_divide_are_refused_with_the_numbers_of_processes_that_do(
+    saved: Callable[[Config], Path],
+) -> None:
+    kind, arguments = MODELS["mixtral"]
+    heads = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}
+    directory = saved((kind, {**arguments, **heads, "intermediate_size": 24}))
+    found = r"has experts of width 24 \(shared in multiples of 8\), which 2 processes cannot share equally"
+    with pytest.raises(WeightsError, match=f"{found}: set PARALLEL to 3 or off"):
+        parallel.processes_for(2, directory, "auto")
+    with pytest.raises(WeightsError, match=r"has experts of width 24 .*, which 6 processes cannot share equally"):
+        parallel.processes_for(6, directory, "auto")
+    assert parallel.processes_for(3, directory, "auto") == 3
+
+
+def test_heads_that_differ_between_layers_all_have_to_divide(saved: Callable[[Config], Path]) -> None:
+    directory = saved(("LagunaConfig", config_of("laguna").to_dict()))
+    assert parallel.processes_for(2, directory, "auto") == 2
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["num_attention_heads_per_layer"] = [4, *[6] * (len(config["layer_types"]) - 1)]
+    path.write_text(json.dumps(config))
+    (directory / "manifest.json").unlink()
+    seal(directory)
+    assert parallel.processes_for(2, directory, "auto") == 2
+    with pytest.raises(
+        WeightsError, match=r"has 4 .* which 3 processes cannot share equally: set PARALLEL to 2 or off"
+    ):
+        parallel.processes_for(3, directory, "auto")
+
+
 def test_auto_takes_as_many_gpus_as_can_share_a_model_that_one_has_no_room_for(
     nine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,8 +407,11 @@ def test_auto_takes_as_many_gpus_as_can_share_a_model_that_one_has_no_room_for(
         (("BertConfig", {**BASE, "num_key_value_heads": None}), {}, "is no decoder"),
         (("T5Config", {**T5, "vocab_size": 128}), {}, "is no decoder, and only decoders run in several processes"),
         (MODELS["llama"], {"load_in": "int8"}, "is quantized, which several processes do not compute"),
+        (CACHE_MODELS["phi3_longrope"], {}, "do not serve org/old: its rotary embedding changes .* Set PARALLEL=off"),
+        (DOGE, {}, "Transformers' plan to share doge among processes does not run: set PARALLEL=off"),
+        (TIED, {}, "plan for gpt_neox shares one of lm_head.weight and gpt_neox.embed_in.weight, which are one: set "),
     ],
-    ids=["without a plan", "encoder", "encoder-decoder", "quantized"],
+    ids=["without a plan", "encoder", "encoder-decoder", "quantized", "not by slots", "does not run", "tied"],
 )
 def test_what_several_processes_do_not_serve_is_refused_before_they_start(
     saved: Callable[[Config], Path], config: Config, model_args: dict[str, Any], message: str
@@ -399,11 +443,11 @@ def test_types_whose_weights_are_loaded_wrongly_are_refused(saved: Callable[[Con
 
 
 @pytest.mark.skipif("NIGHTLY" not in os.environ, reason="takes minutes: NIGHTLY=1")
-def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(
+def test_every_type_with_a_plan_is_refused_before_it_is_loaded_or_equal_to_one_process(
     two: Leader, tmp_path: Path, tokenizer_files: Path
 ) -> None:
     two.close()
-    group, exact, wrong = Leader(2, parallel.__name__), [], []
+    group, exact, wrong, late = Leader(2, parallel.__name__), [], [], []
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[model_type].base_model_tp_plan:
             continue
@@ -419,7 +463,8 @@ def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(
         try:
             loaded = parallel.load(group, directory, "float32")
             runner = parallel.open_parallel(group, loaded.model, 2**26)
-        except UnsupportedModel:
+        except UnsupportedModel as error:
+            late.append(f"{model_type}: {error}")
             if group.problem:
                 group.close()
                 group = Leader(2, parallel.__name__)
@@ -431,7 +476,7 @@ def test_every_type_with_a_plan_is_refused_or_equal_to_one_process(
         except UnsupportedModel:
             wrong.append(model_type)
     group.close()
-    assert wrong == []
+    assert wrong == late == []
     assert len(exact) > 70
 
 

@@ -22,6 +22,7 @@ from benchmarks import (
     claims,
     constraints,
     decode,
+    encoder_decoder,
     gateway,
     lmql_queries,
     overhead,
@@ -36,7 +37,7 @@ from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 RESULTS = ROOT / "benchmarks" / "results"
 LOAD_SECONDS = 0.5
 """How long the load of other processes is watched before a suite."""
-PEERS = (lmql_queries, reuse, decode, constraints, arrivals, prefill, overhead, gateway, startup)
+PEERS = (lmql_queries, reuse, decode, encoder_decoder, constraints, arrivals, prefill, overhead, gateway, startup)
 
 
 def main() -> int:

@@ -48,7 +48,7 @@ class Plan:
         families = [f"{name}-" for name in self.only if name not in self.names]
         return not self.only or any(row in self.only or row.startswith(tuple(families)) for row in rows)
 
-    def size(self, full: int, quick: int) -> int:
+    def size(self, full: T, quick: T) -> T:
         """The full size, or the tiny one in a quick run."""
         return quick if self.quick else full
 

@@ -12,10 +12,10 @@ FIRST, LAST = 1000, 40000
 """A range of ordinary tokens: no special tokens and few single bytes."""
 
 
-def tokens(count: int, *key: object) -> list[int]:
-    """`count` token ids, determined by `key`."""
+def tokens(count: int, *key: object, last: int = LAST) -> list[int]:
+    """`count` token ids below `last`, determined by `key`."""
     draw = random.Random(repr(key))
-    return [draw.randrange(FIRST, LAST) for _ in range(count)]
+    return [draw.randrange(FIRST, last) for _ in range(count)]
 
 
 def half_mask(*key: object) -> str:

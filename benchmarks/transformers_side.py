@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LogitsProcessor, LogitsProcessorList
 
 from lmtp import protocol
 from lmtp.engine.masks import bias_of
@@ -28,9 +28,9 @@ class Transformers:
     """The model in Transformers. No token ends a sequence."""
 
     def __init__(self, weights: str, dtype: str) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            weights, dtype=getattr(torch, dtype), local_files_only=True
-        ).eval()
+        reads = AutoConfig.from_pretrained(weights, local_files_only=True).is_encoder_decoder
+        auto: Any = AutoModelForSeq2SeqLM if reads else AutoModelForCausalLM
+        self._model: Any = auto.from_pretrained(weights, dtype=getattr(torch, dtype), local_files_only=True).eval()
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = 0
 
@@ -43,7 +43,8 @@ class Transformers:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
             )
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": output[:, ids.shape[1] :].numel()}
+        begun = 1 if self._model.config.is_encoder_decoder else ids.shape[1]
+        return {"seconds": seconds, "tokens": output[:, begun:].numel()}
 
     def one_at_a_time(self, operations: list[Any]) -> dict[str, float]:
         """Run GENERATE operations one after the other. Returns seconds and new tokens."""

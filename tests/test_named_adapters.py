@@ -95,6 +95,19 @@ def test_every_stream_of_a_mixed_batch_is_answered_as_by_its_adapter_alone(serve
     assert len({tuple(served.own(name, PROMPTS[1], 12)) for name in ("", *NAMES)}) == 4  # they differ
 
 
+def test_many_streams_of_several_adapters_take_the_steps_of_a_few(served: Served) -> None:
+    chosen = [*NAMES, ""] * 8
+    prompts = random_prompts(*range(4, 36), seed=9)
+    operations = [
+        Generate(stream_id=i, prompt=prompt, adapter=chosen[i], max_tokens=6, cache_salt=str(i))
+        for i, prompt in enumerate(prompts)
+    ]
+    alone = [answers(served.engine, operation) for operation in operations]
+    together = answers(served.engine, *operations)
+    assert [together.ids(i) for i in range(32)] == [each.ids(i) for i, each in enumerate(alone)]
+    assert together.counters.steps * 3 <= sum(each.counters.steps for each in alone)
+
+
 def test_scores_are_the_adapters(served: Served) -> None:
     prompt, scored = PROMPTS[3][:10], PROMPTS[3][10:]
     got = answers(

@@ -16,7 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmtp.runners.adapters import Adapters
-from lmtp.runners.model import accepts_positions, input_device, only_wanted, rope_kinds, token_types
+from lmtp.runners.model import (
+    UnsupportedModel,
+    accepts_positions,
+    input_device,
+    only_wanted,
+    rope_kinds,
+    token_types,
+)
 from lmtp.runners.slots import common_prefix
 from lmtp.runners.step import Step, StepLimits, Stream
 from lmtp.weights.kinds import PREFIX_LM
@@ -77,6 +84,9 @@ class CacheRunner:
         mode: Mode = Mode.CACHES,
         adapters: Adapters | None = None,
     ) -> None:
+        """Raises UnsupportedModel for a mode in which the results would depend on how a text is cut."""
+        if mode is not Mode.NOTHING and getattr(model.config, "use_learned_position_embeddings", True) is False:
+            raise UnsupportedModel("with a cache its positions count padding, without one they do not")  # TrOCR
         self.description = mode.value
         self.reason = reason
         self.refusal = ""

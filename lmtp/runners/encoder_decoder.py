@@ -62,15 +62,29 @@ class EncoderDecoderStep(SlotStep):
             module for module in decoder.modules() if getattr(module, "has_relative_attention_bias", False)
         ]
         self._embedding = getattr(decoder, "embed_positions", None)
-        self._table = None if self._embedding is None else self._position_table(decoder, limits)
+        self._table: Tensor | None = None
+        self._uncounted: int | None = None
+        if self._embedding is not None:
+            self._read_positions(decoder, limits)
+
+    def _read_positions(self, decoder: nn.Module, limits: Limits) -> None:
+        """Read the table of positions ``[context, width]``. M2M100 and its relatives give padding no position: the
+        table then ends with what they add to it."""
+        padding = getattr(self.model.config, "pad_token_id", None)
+        other = 1 if padding == 0 else 0
+        self._table = self._added(decoder, [other] * limits.context)
+        if padding is not None and limits.context > 1:
+            behind = self._added(decoder, [padding, other])
+            if torch.equal(behind[1], self._table[0]):
+                self._uncounted = padding
+                self._table = torch.cat([self._table, behind[:1]])
 
     @torch.inference_mode()
-    def _position_table(self, decoder: nn.Module, limits: Limits) -> Tensor:
-        """What the decoder adds to its input at each position ``[context, width]``: it runs as far as that."""
+    def _added(self, decoder: nn.Module, tokens: list[int]) -> Tensor:
+        """What the decoder adds to the input ``[tokens, width]`` for its positions: it runs as far as that."""
         assert self._embedding is not None
         device = input_device(self.model)
-        padding = getattr(self.model.config, "pad_token_id", None)
-        ids = torch.full((1, limits.context), 1 if padding == 0 else 0, device=device)  # padding has no position
+        ids = torch.tensor([tokens], device=device)
         nothing = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=device)
 
         def seize(_: nn.Module, __: object, output: Tensor) -> None:
@@ -86,10 +100,24 @@ class EncoderDecoderStep(SlotStep):
                 use_cache=False,
             )
         except _Seized as seized:
-            return seized.output.reshape(limits.context, -1)
+            return seized.output.reshape(len(tokens), -1)
         finally:
             handle.remove()
         raise UnsupportedModel("its decoder does not use its embedding of positions")
+
+    def place(self, inputs: StepInputs, streams: Sequence[Stream]) -> StepInputs:
+        """The inputs with each token's place in the table of positions, where padding is not counted.
+
+        Transformers counts it after all once a text is cached, so that its results depend on how a text is cut: this
+        is what it computes of a whole text.
+        """
+        if self._table is None or self._uncounted is None:
+            return inputs
+        device = inputs.ids.device
+        padding = inputs.ids == self._uncounted
+        before = torch.tensor([stream.tokens[: stream.computed].count(self._uncounted) for stream in streams])
+        counted = inputs.positions - before.to(device)[:, None] - padding.cumsum(1)
+        return inputs._replace(positions=torch.where(padding, self._table.shape[0] - 1, counted.clamp(min=0)))
 
     def run(self, inputs: StepInputs, sources: SourceInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions of the targets."""
@@ -220,7 +248,8 @@ class EncoderDecoderRunner(SlotRunner):
     @override
     def prepare(self, step: Step[Stream]) -> Callable[[], Tensor]:
         """See Runner.prepare."""
-        return functools.partial(self._run, step.streams, self._inputs(step, masked=True))
+        inputs = self.step.place(self._inputs(step, masked=True), step.streams)
+        return functools.partial(self._run, step.streams, inputs)
 
     @torch.inference_mode()
     def _run(self, streams: Sequence[Stream], inputs: StepInputs) -> Tensor:

@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks import against, arrivals, decode, engines, lmql_queries, peers, prompts, report, reuse
+from benchmarks import (
+    against,
+    arrivals,
+    decode,
+    encoder_decoder,
+    engines,
+    lmql_queries,
+    peers,
+    prompts,
+    random_t5,
+    report,
+    reuse,
+    transformers_side,
+)
 from benchmarks.overhead import step_seconds, tokens_per_second
 from benchmarks.plan import Plan, matrix_units, native_dtype
 from benchmarks.report import Report, Row, Skipped
@@ -194,6 +207,50 @@ def test_rows_against_a_checkout_compare_both_engines_in_turns(monkeypatch: pyte
     assert (decoded.name, decoded.ratio, decoded.unit) == ("decode-8", 2, "tokens/s")
     assert isinstance(filled, Row)
     assert (filled.name, filled.ratio, filled.unit) == ("prefill", 2, "s")
+
+
+def test_an_encoder_decoder_decodes_the_same_sources_as_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
+    monkeypatch.setattr(random_t5, "weights", lambda plan: Path("/t5"))
+    asked: dict[str, list[Any]] = {"ours": [], "generate": []}
+
+    class Engine:
+        def call(self, method: str, **arguments: Any) -> Any:
+            if method == "describe":
+                return "slots, encoder and decoder"
+            if method == "generate":
+                asked["generate"].append(arguments["prompts"])
+                return {"tokens": 8 * arguments["max_tokens"], "seconds": 3.0}
+            operations = arguments["predictions"][0]["operations"]
+            asked["ours"].append([operation[1]["prompt"] for operation in operations])
+            return {"tokens": sum(each[1]["max_tokens"] for each in operations), "seconds": 1.5, "steps": [0] * 9}
+
+    made: list[Path] = []
+
+    def make(plan: Plan, _: object) -> Engine:
+        made.append(plan.weights)
+        return Engine()
+
+    monkeypatch.setattr(engines, "our_engine", make)
+    monkeypatch.setattr(engines, "transformers", make)
+    (measured,) = encoder_decoder.measure(Plan(Path("/demo"), runs=2))
+    assert (measured.name, measured.ratio) == ("encoder-decoder", 2)
+    assert measured.note == "slots, encoder and decoder; 64 tokens of each stream in 9 steps"
+    assert made == [Path("/t5")] * 2
+    assert asked["ours"] == asked["generate"]
+    assert {len(source) for sources in asked["ours"] for source in sources} == {64}
+
+
+def test_a_random_t5_is_made_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_t5, "CACHE", tmp_path)
+    plan = Plan(tmp_path, quick=True)
+    directory = random_t5.weights(plan)
+    (made,) = directory.glob("*.safetensors")
+    written = made.stat().st_mtime_ns
+    assert random_t5.weights(plan) == directory
+    assert made.stat().st_mtime_ns == written
+    source = [[9, 10, 11, 12]] * 2
+    assert transformers_side.Transformers(str(directory), "float32").generate(source, 3)["tokens"] == 6
 
 
 def test_a_side_answers_calls_and_reports_errors() -> None:

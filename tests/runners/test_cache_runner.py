@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrOCRConfig
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate
-from tests.tiny import answers, build, own_greedy, random_prompts, start
+from tests.tiny import END, VOCABULARY, answers, build, own_greedy, own_logits, random_prompts, randomize, start
 
 BOUND = 48
 LONGROPE: dict[str, Any] = {
@@ -45,6 +46,40 @@ def test_a_continued_text_equals_generate_where_the_rotary_embedding_changes_wit
     continued = answers(engine, Generate(stream_id=0, prompt=more, max_tokens=8))
     assert continued.ids() == own_greedy(model, more, 8)
     assert (continued.counters.reused_tokens > 0) == reused
+
+
+def test_a_model_whose_cache_counts_padding_that_a_whole_text_does_not_gets_none() -> None:
+    """TrOCR with sinusoidal positions, and token 0 as padding inside a prompt."""
+    config = TrOCRConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        pad_token_id=0,
+        eos_token_id=END,
+        use_learned_position_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = randomize(AutoModelForCausalLM.from_config(config))
+    engine = start(model)
+    begun, more = random_prompts(9, 8)
+    padded = [*begun[:4], 0, *begun[4:]]
+    try:
+        assert "with a cache its positions count padding" in engine.runner.reason
+        for prompt in (begun, padded, padded + more):
+            tokens = answers(engine, Generate(stream_id=0, prompt=prompt, max_tokens=6)).tokens()
+            ids = [token.token for token in tokens]
+            with torch.inference_mode():
+                generate: Any = model.generate  # typed as a tensor
+                given = {"attention_mask": torch.ones(1, len(prompt), dtype=torch.long), "use_cache": False}
+                output = generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, **given)
+            assert ids == output[0, len(prompt) :].tolist()
+            own = torch.log_softmax(own_logits(model, prompt + ids)[len(prompt) - 1 :], -1)
+            expected = [own[i, token].item() for i, token in enumerate(ids)]
+            assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-4)
+    finally:
+        engine.stop()
 
 
 def test_a_model_that_prepares_embeddings_of_its_own_is_served() -> None:

@@ -201,6 +201,38 @@ def test_generation_goes_on_from_a_target_so_far(t5: Pair) -> None:
     assert answer.counters.input_tokens == 11 + 6
 
 
+def test_padding_inside_a_target_has_the_position_that_a_whole_text_gives_it() -> None:
+    """M2M100 gives it none. With its cache Transformers counts it nevertheless, so its generate runs without one."""
+    model = build("m2m_100")
+    padding: int = model.config.pad_token_id
+    source, target, more = random_prompts(9, 6, 4, seed=6)
+    targets = [target, [*target[:2], padding, *target[2:]], [padding, padding, *target], [*target, padding]]
+    targets.append([*targets[1], *more])  # the second one is reused
+    engine = start(model)
+    try:
+        for several in (targets[:4], targets[4:]):
+            batch = answers(
+                engine, *(Generate(stream_id=i, prompt=source, target=t, max_tokens=8) for i, t in enumerate(several))
+            )
+            for i, each in enumerate(several):
+                with torch.inference_mode():
+                    generate: Any = model.generate  # typed as a tensor
+                    output = generate(
+                        torch.tensor([source]),
+                        decoder_input_ids=torch.tensor([start_of(model) + each]),
+                        max_new_tokens=8,
+                        do_sample=False,
+                        use_cache=False,
+                    )
+                assert batch.ids(i) == output[0, 1 + len(each) :].tolist()
+                logprobs = own_logprobs(model, source, each + batch.ids(i))[len(each) :]
+                expected = [logprobs[j, token].item() for j, token in enumerate(batch.ids(i))]
+                assert [token.logprob for token in batch.tokens(i)] == pytest.approx(expected, abs=1e-4)
+    finally:
+        engine.stop()
+    assert batch.counters.reused_tokens > len(source)
+
+
 def test_a_target_is_reused_under_its_own_source_only(t5: Pair) -> None:
     _, engine = t5
     one, other, target = random_prompts(11, 11, 20, seed=4)

@@ -1,0 +1,57 @@
+"""Greedy decoding of an encoder-decoder model, against Transformers' generate."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+from benchmarks import engines, prompts
+from benchmarks.decode import new_tokens
+from benchmarks.plan import Plan
+from benchmarks.report import Row, speedup
+from benchmarks.side import Caller, Side
+
+ROWS = ("encoder-decoder",)
+STREAMS = 8
+SOURCE = 64
+LAST = 32000
+"""The vocabulary is smaller than the demo model's."""
+
+
+def measure(plan: Plan) -> Iterator[Row]:
+    """The row encoder-decoder."""
+    from benchmarks import random_t5  # needs torch
+
+    own = replace(plan, weights=random_t5.weights(plan))
+    with ExitStack() as stack:
+        ours, theirs = engines.our_engine(own, stack), engines.transformers(own, stack)
+        results, their_results = plan.alternate(partial(greedy, plan, ours), partial(_generate, plan, theirs))
+        steps = median(len(result["steps"]) for result in results)
+        yield speedup(
+            "encoder-decoder",
+            f"greedy decoding, {STREAMS} at once, a random T5 of 250M, sources of {SOURCE} tokens,"
+            f" {new_tokens(plan)} new tokens",
+            "generate",
+            "tokens/s",
+            [engines.rates(results), engines.rates(their_results)],
+            at_least=1.5,
+            goal=2.0,
+            note=f"{ours.call('describe')}; {new_tokens(plan)} tokens of each stream in {steps:.0f} steps",
+        )
+
+
+def greedy(plan: Plan, engine: Caller, run: int) -> dict[str, Any]:
+    """A greedy run of this project's engine."""
+    operations = prompts.operations(_sources(run), max_tokens=new_tokens(plan))
+    return engines.run(engine, operations, STREAMS * new_tokens(plan))
+
+
+def _generate(plan: Plan, peer: Side, run: int) -> dict[str, Any]:
+    result = peer.call("generate", prompts=_sources(run), max_tokens=new_tokens(plan))
+    return engines.checked(result, STREAMS * new_tokens(plan))
+
+
+def _sources(run: int) -> list[list[int]]:
+    return [prompts.tokens(SOURCE, "source", run, stream, last=LAST) for stream in range(STREAMS)]

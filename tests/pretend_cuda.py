@@ -244,7 +244,7 @@ INSTEAD: dict[Any, Callable[..., Any]] = {
 }
 """What the CPU has no kernel for, at all or for the dtype."""
 
-ATOMIC = {aten.scaled_dot_product_attention.default}
+ATOMIC = {aten.scaled_dot_product_attention.default, aten.rms_norm.default}
 """Composite operations that are one kernel on CUDA."""
 
 

@@ -77,7 +77,7 @@ class Graphs:
     def run(self, shape: Shape, packed: Tensor, wanted: int) -> Tensor:
         """See packed.Recorded."""
         graph = self._graphs[shape]
-        graph.packed.copy_(packed)
+        graph.packed.copy_(packed, non_blocking=True)
         graph.recorded.replay()
         return graph.logits[:wanted]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -21,6 +22,8 @@ from lmtp.runners.model import UnsupportedModel, accepts_positions, only_wanted
 from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep, has_experts
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, StepLimits, Stream
+
+Numbers = npt.NDArray[Any]
 
 CHUNK = 8192
 BUSY_CHUNK = 1024
@@ -63,6 +66,18 @@ class Shape(NamedTuple):
             ids[None], positions[None], writes, wanted, Rows(queries, first, lengths, self.max_queries, self.max_length)
         )
 
+    def fields(self, numbers: Numbers) -> tuple[Numbers, ...]:
+        """The same as views of the tensor's numbers on the host: ids, positions, writes, wanted, then those of Rows."""
+        tokens, rows = self.tokens, self.rows
+        rest = 3 * tokens + self.wanted
+        small = numbers[rest:].view(np.int32)
+        return (
+            *(numbers[i * tokens : (i + 1) * tokens] for i in range(3)),
+            numbers[3 * tokens : rest],
+            *(small[i * (rows + 1) : (i + 1) * (rows + 1)] for i in range(2)),
+            small[2 * (rows + 1) : 3 * rows + 2],
+        )
+
 
 class Recorded(Protocol):
     """Recorded steps, each for a number of tokens of any streams up to a length. A token is a row of its own."""
@@ -76,7 +91,7 @@ class Recorded(Protocol):
         where there is none."""
 
     def run(self, shape: Shape, packed: Tensor, wanted: int) -> Tensor:
-        """The logits at the first ``wanted`` wanted positions; valid until the next call."""
+        """The logits at the first ``wanted`` wanted positions, of inputs on the host; valid until the next call."""
 
 
 class PoolCache(Cache):
@@ -169,7 +184,8 @@ class PackedRunner(Extents):
             return self.prepare_recorded(step, shape)
         wanted = sum(stream.wanted(count) for stream, count in pairs)
         shape = Shape(tokens, wanted, len(pairs), max(step.counts), longest)
-        return functools.partial(self.step, shape.split(self._packed(step, shape)[0]), self.pool)
+        packed = self._packed(step, shape)[0].to(self.step.device, non_blocking=True)
+        return functools.partial(self.step, shape.split(packed), self.pool)
 
     @torch.inference_mode()
     def prepare_recorded(self, step: Step[Stream], shape: Shape) -> Callable[[], Tensor]:
@@ -180,7 +196,7 @@ class PackedRunner(Extents):
         return functools.partial(self.recorded.run, shape, packed, wanted)
 
     def _packed(self, step: Step[Stream], shape: Shape) -> tuple[Tensor, int]:
-        """A step's inputs as one tensor on the device, and at how many positions logits are wanted. A shape with as
+        """A step's inputs as one tensor on the host, and at how many positions logits are wanted. A shape with as
         many rows as tokens gets a row for each token, and what a step lacks is filled up at the spare place."""
         counts = np.array(step.counts)
         computed = np.array([stream.computed for stream in step.streams])
@@ -188,9 +204,11 @@ class PackedRunner(Extents):
         wanted = np.array([stream.wanted(count) for stream, count in zip(step.streams, step.counts, strict=True)])
         ends = counts.cumsum()
         tokens, spare = int(ends[-1]), self.pool.spare
-        numbers = np.zeros(shape.size, dtype=np.int64)
-        host = shape.split(torch.from_numpy(numbers))
-        ids, positions, writes = (part.view(-1).numpy() for part in host[:3])
+        # Pinned, so that nobody waits for its copy. PyTorch keeps it until that is done.
+        packed = torch.empty(shape.size, dtype=torch.long, pin_memory=self.step.device.type == "cuda")
+        numbers: Numbers = packed.numpy()
+        numbers.fill(0)
+        ids, positions, writes, places, queries, first, lengths = shape.fields(numbers)
         np.concatenate(
             [stream.upcoming(count) for stream, count in zip(step.streams, step.counts, strict=True)], out=ids[:tokens]
         )
@@ -198,17 +216,12 @@ class PackedRunner(Extents):
         writes[:tokens] = positions[:tokens] + np.repeat(starts, counts)
         writes[tokens:] = spare
         offsets = np.arange(tokens)
-        places = offsets[offsets >= np.repeat(ends - wanted, counts)]
-        host.wanted.numpy()[: len(places)] = places
-        queries, first, lengths = (part.numpy() for part in host.rows[:3])
+        found = offsets[offsets >= np.repeat(ends - wanted, counts)]
+        places[: len(found)] = found
         if shape.rows == len(counts):
             queries[1:], first[:-1], lengths[:] = ends, starts, computed + counts
         else:
             queries[:] = np.arange(shape.rows + 1)
             first[:tokens], first[tokens:] = np.repeat(starts, counts), spare
             lengths[:tokens], lengths[tokens:] = positions[:tokens] + 1, 1
-        packed = torch.from_numpy(numbers)
-        if self.step.device.type == "cuda":
-            # From pinned memory, which PyTorch keeps until the copy is done, the host does not wait.
-            packed = packed.pin_memory().to(self.step.device, non_blocking=True)
-        return packed, len(places)
+        return packed, len(found)

@@ -602,7 +602,7 @@ class Stale(graphs.Graphs):
     def run(self, shape: Any, packed: torch.Tensor, wanted: int) -> torch.Tensor:
         graph = self._graphs[shape]
         graph.recorded.replay()
-        graph.packed.copy_(packed)
+        graph.packed.copy_(packed, non_blocking=True)
         return graph.logits[:wanted]
 
 

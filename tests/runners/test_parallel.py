@@ -40,6 +40,7 @@ from lmtp.runners.slot_runner import SlotRunner
 from lmtp.settings import ROOT, SettingsError
 from lmtp.weights.manifest import Adapter, WeightsError, read_manifest, write_manifest
 from tests.models import config_of
+from tests.runners import uneven
 from tests.runners.test_encoder_decoder import T5
 from tests.server import Server, serving
 from tests.tiny import ARCHITECTURES, BASE, CACHE_MODELS, answers, begin, collect, own_greedy, own_logits, randomize
@@ -56,7 +57,8 @@ MODELS: dict[str, Config] = {
     "mixtral": ("MixtralConfig", {**BASE, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 SIX_HEADS = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
-NINE_HEADS: Config = ("LlamaConfig", {**BASE, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3})
+NINE: dict[str, Any] = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}
+NINE_HEADS: Config = ("LlamaConfig", {**BASE, **NINE, "max_position_embeddings": 2**16})
 DOGE: Config = ("DogeConfig", {**BASE, "head_dim": 8})
 TIED: Config = ("GPTNeoXConfig", {**ARCHITECTURES["gpt_neox"][1], "tie_word_embeddings": True})
 
@@ -284,7 +286,7 @@ def nine(saved: Callable[[Config], Path]) -> Path:
 @pytest.fixture(scope="module")
 def three(two: Leader) -> Iterator[Leader]:
     two.close()
-    group = Leader(3, parallel.__name__)
+    group = Leader(3, uneven.__name__)
     yield group
     group.close()
 
@@ -308,6 +310,17 @@ def test_three_processes_equal_one_with_six_heads(
     opened = serve(three, saved((kind, {**arguments, **SIX_HEADS})))
     equals_one_process(opened)
     opened.engine.stop()
+
+
+def test_processes_with_different_memory_all_use_as_much_as_the_least_has(
+    three: Leader, nine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parallel.load(three, nine, "float32").model
+    bytes_per_token = model.config.num_hidden_layers * 2 * model.config.head_dim * 4  # of one head each
+    second, third = uneven.memory_of(1), uneven.memory_of(2)
+    for first, least in ((2 * second, third), (third // 2, third // 2)):
+        monkeypatch.setattr(parallel, "default_budget", lambda _, first=first: 3 * first)
+        assert parallel.open_parallel(three, model).longest == least // bytes_per_token
 
 
 def test_three_processes_share_nine_heads_and_one_that_is_killed_is_reported_and_leaves_nothing(

@@ -26,6 +26,7 @@ from benchmarks import (
     gateway,
     lmql_queries,
     overhead,
+    parallel,
     prefill,
     report,
     reuse,
@@ -37,7 +38,19 @@ from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 RESULTS = ROOT / "benchmarks" / "results"
 LOAD_SECONDS = 0.5
 """How long the load of other processes is watched before a suite."""
-PEERS = (lmql_queries, reuse, decode, encoder_decoder, constraints, arrivals, prefill, overhead, gateway, startup)
+PEERS = (
+    lmql_queries,
+    reuse,
+    decode,
+    encoder_decoder,
+    constraints,
+    arrivals,
+    prefill,
+    overhead,
+    parallel,
+    gateway,
+    startup,
+)
 
 
 def main() -> int:

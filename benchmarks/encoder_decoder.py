@@ -22,9 +22,9 @@ LAST = 32000
 
 def measure(plan: Plan) -> Iterator[Row]:
     """The row encoder-decoder."""
-    from benchmarks import random_t5  # needs torch
+    from benchmarks import random_models  # needs torch
 
-    own = replace(plan, weights=random_t5.weights(plan))
+    own = replace(plan, weights=random_models.t5(plan))
     with ExitStack() as stack:
         ours, theirs = engines.our_engine(own, stack), engines.transformers(own, stack)
         results, their_results = plan.alternate(partial(greedy, plan, ours), partial(_generate, plan, theirs))

@@ -14,20 +14,24 @@ from benchmarks import (
     encoder_decoder,
     engines,
     lmql_queries,
+    parallel,
     peers,
     prompts,
-    random_t5,
+    random_models,
     report,
     reuse,
     transformers_side,
 )
 from benchmarks.overhead import step_seconds, tokens_per_second
+from benchmarks.parallel_side import in_turns
 from benchmarks.plan import Plan, matrix_units, native_dtype
 from benchmarks.report import Report, Row, Skipped
 from benchmarks.servers import Turn
 from benchmarks.side import Side, SideError
 from lmtp.engine import masks
 from lmtp.protocol import Generate
+from lmtp.runners.runner import open_runner
+from tests.tiny import build
 
 MACHINE = {"CPU": "Some(R) Processor 9 @ 2GHz", "cores": "2", "RAM": "24 GiB", "dtype": "bfloat16"}
 
@@ -211,7 +215,7 @@ def test_rows_against_a_checkout_compare_both_engines_in_turns(monkeypatch: pyte
 
 def test_an_encoder_decoder_decodes_the_same_sources_as_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
-    monkeypatch.setattr(random_t5, "weights", lambda plan: Path("/t5"))
+    monkeypatch.setattr(random_models, "t5", lambda plan: Path("/t5"))
     asked: dict[str, list[Any]] = {"ours": [], "generate": []}
 
     class Engine:
@@ -242,15 +246,63 @@ def test_an_encoder_decoder_decodes_the_same_sources_as_generate(monkeypatch: py
 
 
 def test_a_random_t5_is_made_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_t5, "CACHE", tmp_path)
+    monkeypatch.setattr(random_models, "CACHE", tmp_path)
     plan = Plan(tmp_path, quick=True)
-    directory = random_t5.weights(plan)
+    directory = random_models.t5(plan)
     (made,) = directory.glob("*.safetensors")
     written = made.stat().st_mtime_ns
-    assert random_t5.weights(plan) == directory
+    assert random_models.t5(plan) == directory
     assert made.stat().st_mtime_ns == written
     source = [[9, 10, 11, 12]] * 2
     assert transformers_side.Transformers(str(directory), "float32").generate(source, 3)["tokens"] == 6
+
+
+def test_a_step_of_two_processes_is_compared_with_one_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
+    monkeypatch.setattr(random_models, "llama", lambda plan: Path("/llama"))
+    asked: list[list[list[int]]] = []
+
+    class Both(Side):
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __enter__(self) -> Side:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def make(self, **arguments: Any) -> None:
+            assert arguments == {"weights": "/llama", "processes": 2}
+
+        def call(self, method: str, **arguments: Any) -> Any:
+            asked.append(arguments["prompts"])
+            return [0.6, 0.8, 0.00012]
+
+    monkeypatch.setattr(parallel, "Side", Both)
+    one, eight = parallel.measure(Plan(Path("/demo"), runs=2))
+    assert (one.name, eight.name) == ("parallel-1", "parallel-8")
+    assert (one.kind, one.ours, one.peer) == ("cost", [0.6] * 2, [0.8] * 2)
+    assert "telling the inputs of one takes 0.12 ms" in one.note
+    assert [len(prompts) for prompts in asked] == [1] * 3 + [8] * 3
+    assert {len(prompt) for prompts in asked for prompt in prompts} == {20}
+
+
+def test_steps_of_two_runners_take_turns_each_with_logits_of_every_stream() -> None:
+    model = build("llama")
+    runners = [open_runner(model, 2**20) for _ in range(2)]
+    stepped: list[tuple[int, int, int]] = []
+    for number, runner in enumerate(runners):
+
+        def prepare(step: Any, number: int = number, own: Any = runner.prepare) -> Any:
+            logits = own(step)()
+            stepped.append((number, max(step.counts), len(logits)))
+            return lambda: logits
+
+        runner.prepare = prepare  # type: ignore[method-assign]
+    assert len(in_turns(runners, [[5, 6, 7], [8, 9, 10]], 3)) == 2
+    assert stepped == [(0, 3, 2), (1, 3, 2), *[(0, 1, 2), (1, 1, 2)] * 3]
+    assert [runner.active for runner in runners] == [[], []]
 
 
 def test_a_side_answers_calls_and_reports_errors() -> None:

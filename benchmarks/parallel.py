@@ -40,7 +40,7 @@ def _row(plan: Plan, streams: int, side: Side) -> Row:
     several, one, telling = map(list, zip(*turns, strict=True))
     return cost(
         f"parallel-{streams}",
-        f"a decoding step of {streams} streams in {PROCESSES} processes of one thread, a random model of the demo"
+        f"a decoding step, {streams} at once, in {PROCESSES} processes of one thread, a random model of the demo"
         " model's size, float32",
         "the same step in one process of one thread",
         "s",

@@ -131,9 +131,10 @@ def _tests() -> str:
     command = [sys.executable, "-m", "pytest", "-q", *TESTS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # for the small models on the CPU
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    last = (run.stdout.strip().splitlines() or [run.stderr[-200:]])[-1]
     if run.returncode:
-        raise RuntimeError(run.stdout[-200:])
-    return run.stdout.strip().splitlines()[-1]
+        raise RuntimeError(last)
+    return last
 
 
 def _loading(place: torch.device) -> dict[str, float] | str:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,24 @@ _PREDICTION = re.compile(r"^/predictions/([^/]+)(?:/cancel)?$")
 log = logging.getLogger("ray.serve")
 
 
+@dataclass
+class Call:
+    """A call that runs on a replica, or is being sent to it."""
+
+    replica: str
+    """Empty while it waits for one."""
+    sending: PendingRequest | None
+    """None once the replica has it."""
+    chosen: float = field(default_factory=time.monotonic)
+
+    @property
+    def lost(self) -> bool:
+        """Whether its client left before it was sent. Ray then never says that it has ended."""
+        if self.sending is None or not self.sending.future.done():
+            return False
+        return self.sending.future.cancelled() or time.monotonic() - self.chosen > PROBE_SECONDS
+
+
 class ByPrefix(RequestRouter):
     """Ray's request router, by prefix. Cancels go where their prediction runs.
 
@@ -65,8 +84,8 @@ class ByPrefix(RequestRouter):
         """Ray's constructor calls this."""
         self._router = PrefixRouter()
         self._ids: dict[str, ReplicaID] = {}
-        self._calls: dict[str, tuple[PendingRequest, str]] = {}
-        """Those that run or are being sent, and their replicas, by Ray's id of the call."""
+        self._calls: dict[str, Call] = {}
+        """By Ray's id of the call."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -76,34 +95,35 @@ class ByPrefix(RequestRouter):
         if not replicas or not pending_request:
             return [list(replicas.values())]
         wanted, call = pending_request.kwargs, pending_request.metadata.internal_request_id
+        self._calls.pop(call, None)  # it is asked again for a call that its first choice did not take
         home = self._ids.get(wanted.get("prediction", ""))
         if home is not None and home.unique_id in replicas:
-            return [[replicas[home.unique_id]]]
-        self._calls.pop(call, None)  # it is asked again for a call that its first choice did not take
-        loads = self._loads(replicas)
-        order = sorted(replicas, key=lambda name: loads[name])
-        # A full replica does not take the call, so it must not be remembered to hold its text.
-        if room := {name: load for name, load in loads.items() if load < replicas[name].max_ongoing_requests}:
-            first = self._router.choose(wanted.get("text", ""), room)
-            self._calls[call] = pending_request, first
-            order.sort(key=lambda name: name != first)
+            first, order = home.unique_id, [home.unique_id]
+        else:
+            loads, first = self._loads(replicas), ""
+            order = sorted(replicas, key=lambda name: loads[name])
+            # A full replica does not take the call, so it must not be remembered to hold its text.
+            if room := {name: load for name, load in loads.items() if load < replicas[name].max_ongoing_requests}:
+                first = self._router.choose(wanted.get("text", ""), room)
+                order.sort(key=lambda name: name != first)
+        self._calls[call] = Call(first, pending_request)
         return [[replicas[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Remember which replica took the call, and where a named prediction runs."""
-        call, name = pending_request.metadata.internal_request_id, replica_id.unique_id
-        if self._calls.get(call, (None, ""))[1] != name:
+        call, name = self._calls.get(pending_request.metadata.internal_request_id), replica_id.unique_id
+        if call is None or call.replica != name:
             self._router.remember(pending_request.kwargs.get("text", ""), name)
-        self._calls[call] = pending_request, name
+        if call is not None:  # else it has ended already
+            call.replica, call.sending = name, None
         if prediction := pending_request.kwargs.get("prediction"):
             self._ids[prediction] = replica_id
             while len(self._ids) > MAX_IDS:
                 del self._ids[next(iter(self._ids))]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Count the call no more."""
-        if self._calls.get(internal_request_id, (None, ""))[1] == replica_id.unique_id:
-            del self._calls[internal_request_id]
+        """Count the call no more. Ray can say so before it says that the replica has the call."""
+        self._calls.pop(internal_request_id, None)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Forget what it held."""
@@ -111,9 +131,9 @@ class ByPrefix(RequestRouter):
         self._router.forget(replica_id.unique_id)
 
     def _loads(self, replicas: Iterable[str]) -> dict[str, int]:
-        """How many calls each replica has. A call whose client left before it was sent is not among them."""
-        self._calls = {call: sent for call, sent in self._calls.items() if not sent[0].future.cancelled()}
-        counts = Counter(name for _, name in self._calls.values())
+        """How many calls each replica has."""
+        self._calls = {name: call for name, call in self._calls.items() if not call.lost}
+        counts = Counter(call.replica for call in self._calls.values())
         return {name: counts[name] for name in replicas}
 
 

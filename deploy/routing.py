@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 BLOCK = 16
-"""Items, characters or tokens, of a block: shorter texts go anywhere."""
+"""Items, characters or tokens, of a block: shorter texts go to the least loaded."""
 MAX_BLOCKS = 1 << 19
 """Blocks that the router remembers; the least recently used go first. They take about 100 MB."""
 LONG = 64

@@ -51,7 +51,6 @@ this: it compares with the group's own pass, and no process has the whole model.
 UNRUNNABLE = ("doge",)
 """Types of models whose code does not run in the parts that Transformers' plan makes: doge's mask has all heads."""
 
-
 ALIGNED = 8
 """A process's part of an expert's width is a multiple of this: torch multiplies by the matrices of several experts at
 once only where their rows begin at multiples of 16 bytes, 8 numbers of 16 bits."""

@@ -165,7 +165,9 @@ def test_a_call_that_another_replica_took_is_remembered_there() -> None:
     first, other, _ = routed.order(call)
     routed.take(call, other)
     routed.end(call, other)
-    routed.take(routed.call("p" * 20), first)
+    busy = routed.call("p" * 20)
+    routed.order(busy)
+    routed.take(busy, first)
     assert routed.send(SOME + " Its name is")[1] == other
 
 
@@ -187,6 +189,32 @@ def test_a_call_whose_client_left_before_it_was_sent_counts_no_more() -> None:
     left.future.cancel()
     assert chosen not in others
     assert routed.send("s" * 20)[1] == chosen
+
+
+def test_a_call_that_ends_before_ray_says_who_took_it_counts_no_more() -> None:
+    """Also where its first choice did not take it."""
+    routed = Routed()
+    for took in (0, 1):
+        call = routed.call("p" * 20)
+        replica = routed.order(call)[took]
+        routed.end(call, replica)
+        routed.take(call, replica)
+    assert routed.router._loads(IDLE) == dict.fromkeys(IDLE, 0)
+
+
+def test_a_call_whose_client_left_once_its_replica_was_found_counts_no_more_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray has set its future by then, and does not say that the call has ended."""
+    routed = Routed()
+    left, sent = routed.call("p" * 20), routed.call("q" * 20)
+    for call in (left, sent):
+        routed.order(call)
+        call.future.set_result(None)
+    routed.take(sent, "b")
+    assert sum(routed.router._loads(IDLE).values()) == 2
+    monkeypatch.setattr("deploy.ray_serve.PROBE_SECONDS", 0.0)
+    assert routed.router._loads(IDLE) == {"a": 0, "b": 1, "c": 0}
 
 
 def test_a_call_waits_while_all_replicas_are_full() -> None:

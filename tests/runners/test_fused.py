@@ -69,6 +69,7 @@ def plain(self: Any, x: torch.Tensor, root: Callable[[torch.Tensor, float], torc
         lambda self, x: plain(self, x, lambda square, epsilon: torch.rsqrt(square + 10 * epsilon)),
         lambda self, x: plain(self, x, lambda square, epsilon: torch.rsqrt(square + epsilon)) + x,
         lambda self, x: plain(self, x, lambda square, epsilon: torch.rsqrt(square + epsilon)) / self.weight,
+        lambda self, x, gate=None: plain(self, x, lambda square, epsilon: torch.rsqrt(square + epsilon)),
         lambda self: 0,
     ],
 )
@@ -89,6 +90,7 @@ def test_a_norm_in_another_dtype_or_whose_code_was_exchanged_by_others_keeps_it(
     "other",
     [
         lambda q, k, cos, sin: (q, k),
+        lambda q, k=None, cos=None, sin=None, unsqueeze_dim=1: (q, k),
         lambda q, k, cos, sin, unsqueeze_dim=1: (q * cos, k * sin),
         lambda q, k, cos, sin, unsqueeze_dim=1: (q / q.norm(), k),
     ],
@@ -97,3 +99,17 @@ def test_a_rotary_function_that_computes_something_else_stays(other: Any, monkey
     model: Any = build("llama")
     monkeypatch.setattr(__import__(type(model).__module__, fromlist=[ROTARY]), ROTARY, other)
     assert exchanged(model) == (5, 0)
+
+
+def test_a_rotary_function_that_is_asked_for_another_dimension_is_the_models_own() -> None:
+    model: Any = build("llama")
+    code: Any = __import__(type(model).__module__, fromlist=[ROTARY])
+    q, k, cos, sin = (torch.randn(1, 3, heads, 8) for heads in (4, 2, 1, 1))
+    arguments = (q, k, cos[:, :, 0], sin[:, :, 0])
+    expected = code.apply_rotary_pos_emb(*arguments, unsqueeze_dim=2)
+    with Fused(model).in_use():
+        for got in (
+            code.apply_rotary_pos_emb(*arguments, unsqueeze_dim=2),
+            code.apply_rotary_pos_emb(*arguments, 2),
+        ):
+            assert all(torch.equal(ours, own) for ours, own in zip(got, expected, strict=True))

@@ -3,8 +3,9 @@
 A row holds the keys and values that cross-attention reads, in tensors ``[rows, heads, capacity + 1, dim]`` beside the
 slots of the targets. Which source a row holds is remembered, and compared before each step: where it is another one,
 the right one is copied from a row that has it, or projected from what the encoder returned. That is kept while a
-running stream uses it, and after that within a budget, least recently used first to go. A step encodes its new sources
-one by one and projects them together, since each projection reads the whole decoder.
+running stream uses it, and after that within a budget, least recently used first to go. A step encodes new sources of
+equal length together, and projects all new ones together, since each time the encoder's or the decoder's weights are
+read.
 
 Behind its source a row holds zeros: padding has weight 0, but 0 times a NaN would be NaN.
 """
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 COLUMNS = 16
 """Rows have room for multiples of this many tokens, and cross-attention reads such."""
 
-MAX_PROJECTED = 1024
-"""Tokens of several sources that are projected at once. Their keys and values exist twice for a moment."""
+MAX_TOGETHER = 1024
+"""Tokens of several sources that are encoded or projected at once. Their keys and values exist twice for a moment."""
 
 
 class EncoderOutput(BaseModelOutput):
@@ -74,7 +75,11 @@ GIVEN_BACK = "given back"
 
 
 class Encoder:
-    """Runs the model's encoder, a source at a time: what it returns can depend on the padding of a batch."""
+    """Runs the model's encoder, without padding: what it returns can depend on that of a batch."""
+
+    together = True
+    """Whether sources of equal length are encoded together. Not where the self-check shows that they depend on each
+    other."""
 
     def __init__(self, model: PreTrainedModel, limits: Limits) -> None:
         assert limits.source is not None
@@ -84,7 +89,8 @@ class Encoder:
         self._encoder: Any = model.get_encoder()
         self._device = input_device(model)
         self._attention_type = getattr(self._encoder, "attention_type", None)
-        states = self([0]).states
+        (one,) = self([[0]])
+        states = one.states
         self.width, self.dtype, self.device = states.shape[2], states.dtype, states.device
         """Numbers of the encoder's output for a token, and what and where they are."""
 
@@ -109,11 +115,13 @@ class Encoder:
             self._encoder.set_attention_type(self._attention_type)
 
     @torch.inference_mode()
-    def __call__(self, source: Sequence[int]) -> Encoded:
-        """Encode a source."""
+    def __call__(self, sources: Sequence[Sequence[int]]) -> list[Encoded]:
+        """Encode sources of one length."""
         self.reset()
-        ids = torch.tensor([source], device=self._device)
-        return Encoded(self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+        ids = torch.tensor(sources, device=self._device)
+        states: Tensor = self._encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        # Copied, so that none keeps the others' memory.
+        return [Encoded(one if len(sources) == 1 else one.clone()) for one in states.split(1)]
 
     @torch.inference_mode()
     def project(self, several: Sequence[Encoded]) -> list[Projected]:
@@ -132,7 +140,7 @@ class Encoder:
 
         Raises UnsupportedModel where its cache is not one of keys and values for every token.
         """
-        cache = self._cache_of(self([0]))
+        cache = self._cache_of(self([[0]])[0])
         return layers_in(cache.self_attention_cache.layers), layers_in(cache.cross_attention_cache.layers)
 
     @torch.inference_mode()
@@ -233,9 +241,10 @@ class Sources:
     def _ready(self, streams: Sequence[Stream]) -> list[Encoded]:
         """The streams' sources, encoded and in their rows."""
         ready = [self._nothing] * len(streams)
+        encoded = self._encoded(streams)
         for i, stream in enumerate(streams):
             with _noted(stream):
-                ready[i] = self._of(stream)
+                ready[i] = self._of(stream, encoded)
         projected = self._projected(streams, ready)
         for i, stream in enumerate(streams):
             with _noted(stream):
@@ -258,13 +267,32 @@ class Sources:
                 projected.update(zip(group, self._encoder.project(group), strict=True))
         return projected
 
-    def _of(self, stream: Stream) -> Encoded:
+    def _encoded(self, streams: Sequence[Stream]) -> dict[Key, Encoded]:
+        """New sources that have the length of another new one. Where several fail, they are left to `_of`."""
+        new: dict[int, dict[Key, None]] = {}
+        for stream in streams:
+            key = (stream.salt, stream.source)
+            if not isinstance(stream.encoded, Encoded) and key not in self._known:
+                new.setdefault(len(stream.source), {})[key] = None
+        encoded: dict[Key, Encoded] = {}
+        for length, keys in new.items():
+            # As much at once as one source may take.
+            most = min(MAX_TOGETHER // length, self.longest**2 // length**2)
+            groups = [list(keys)[i : i + most] for i in range(0, len(keys), max(most, 1))]
+            for group in groups if self._encoder.together else ():
+                if len(group) > 1:
+                    with contextlib.suppress(Exception):
+                        encoded.update(zip(group, self._encoder([source for _, source in group]), strict=True))
+        return encoded
+
+    def _of(self, stream: Stream, encoded_now: Mapping[Key, Encoded]) -> Encoded:
         if isinstance(stream.encoded, Encoded):
             return stream.encoded
         key = (stream.salt, stream.source)
         encoded = self._known.get(key)
         if encoded is None:
-            encoded = self._known[key] = self._encoder(stream.source)
+            encoded = encoded_now.get(key) or self._encoder([stream.source])[0]
+            self._known[key] = encoded
             stream.source_counts = (len(stream.source), 0)
         elif stream.encoded is not GIVEN_BACK:
             stream.source_counts = (0, len(stream.source))
@@ -313,7 +341,7 @@ def _groups(several: Sequence[Encoded]) -> Iterator[list[Encoded]]:
     """The sources, in groups of few enough tokens."""
     group: list[Encoded] = []
     for one in several:
-        if group and sum(other.length for other in group) + one.length > MAX_PROJECTED:
+        if group and sum(other.length for other in group) + one.length > MAX_TOGETHER:
             yield group
             group = []
         group.append(one)

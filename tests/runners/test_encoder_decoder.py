@@ -262,6 +262,62 @@ def test_a_source_is_encoded_once_for_all_that_is_asked_of_it(t5: Pair, monkeypa
     assert sum(encoded) == 2
 
 
+def encoded_at_once(model: PreTrainedModel) -> tuple[list[int], Any]:
+    """How many sources each run of the encoder takes from now on, and the hook's handle."""
+    counts: list[int] = []
+
+    def count(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        counts.append(len(inputs["input_ids"]))
+
+    return counts, model.get_encoder().register_forward_pre_hook(count, with_kwargs=True)
+
+
+def test_new_sources_of_equal_length_are_encoded_together(t5: Pair) -> None:
+    model, engine = t5
+    sources = random_prompts(9, 6, 9, 9, 6, 4, seed=21)
+    counts, handle = encoded_at_once(model)
+    got = answers(engine, *(Generate(stream_id=i, prompt=source, max_tokens=5) for i, source in enumerate(sources)))
+    handle.remove()
+    assert sorted(counts) == [1, 2, 3]
+    assert got.counters.reused_tokens == 0
+    assert [got.ids(i) for i in range(6)] == [own_greedy(model, source, 5) for source in sources]
+
+
+def test_where_one_of_several_fails_the_others_are_encoded_alone(t5: Pair) -> None:
+    model, engine = t5
+    sources = random_prompts(9, 9, 9, seed=22)
+
+    def fail(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory is left.")
+
+    counts, handle = encoded_at_once(model)
+    spoiled = spoil(model, sources[1], fail)
+    got = answers(engine, *(Generate(stream_id=i, prompt=source, max_tokens=5) for i, source in enumerate(sources)))
+    handle.remove()
+    spoiled.remove()
+    assert counts == [3, 1, 1, 1]
+    assert got.error(1) == "the model failed: no memory is left."
+    assert [got.ids(i) for i in (0, 2)] == [own_greedy(model, sources[i], 5) for i in (0, 2)]
+
+
+def test_sources_that_depend_on_those_beside_them_are_encoded_one_by_one() -> None:
+    model = build("t5")
+
+    def mix(_: Any, args: Any, output: Any) -> None:
+        output.last_hidden_state += output.last_hidden_state.flip(0) * (len(output.last_hidden_state) > 1)
+
+    model.get_encoder().register_forward_hook(mix)
+    engine = start(model)
+    sources = random_prompts(9, 9, seed=23)
+    counts, _ = encoded_at_once(model)
+    try:
+        got = answers(engine, *(Generate(stream_id=i, prompt=s, max_tokens=5) for i, s in enumerate(sources)))
+    finally:
+        engine.stop()
+    assert counts == [1, 1]
+    assert [got.ids(i) for i in range(2)] == [own_greedy(model, source, 5) for source in sources]
+
+
 def test_nothing_is_shared_where_reuse_is_off() -> None:
     engine = start(build("t5"), bounds=Bounds(prefix_reuse="off"))
     (source,) = random_prompts(9)
@@ -294,8 +350,9 @@ def spoil(model: PreTrainedModel, source: list[int], how: Callable[[torch.Tensor
     """Let the encoder return something else for one source. Returns the hook's handle."""
 
     def change(_: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
-        if inputs["input_ids"].tolist() == [source]:
-            how(output.last_hidden_state)
+        for row, states in zip(inputs["input_ids"].tolist(), output.last_hidden_state, strict=True):
+            if row == source:
+                how(states)
 
     return model.get_encoder().register_forward_hook(change, with_kwargs=True)
 
@@ -438,10 +495,10 @@ def test_what_is_kept_of_sources_stays_within_the_budget(monkeypatch: pytest.Mon
     encoded: weakref.WeakSet[Encoded] = weakref.WeakSet()
     encode = Encoder.__call__
 
-    def counted(self: Encoder, source: Sequence[int]) -> Encoded:
-        one = encode(self, source)
-        encoded.add(one)
-        return one
+    def counted(self: Encoder, sources: Sequence[Sequence[int]]) -> list[Encoded]:
+        several = encode(self, sources)
+        encoded.update(several)
+        return several
 
     monkeypatch.setattr(Encoder, "__call__", counted)
     budget = 100_000

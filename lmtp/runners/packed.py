@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -22,8 +21,6 @@ from lmtp.runners.model import UnsupportedModel, accepts_positions, only_wanted
 from lmtp.runners.slot_runner import MAX_LOGITS, SlotStep, has_experts
 from lmtp.runners.slots import Layer
 from lmtp.runners.step import Step, StepLimits, Stream
-
-Numbers = npt.NDArray[Any]
 
 CHUNK = 8192
 BUSY_CHUNK = 1024
@@ -59,18 +56,16 @@ class Shape(NamedTuple):
 
     def split(self, packed: Tensor) -> PackedInputs:
         """Views of the tensor."""
-        ids, positions, writes, wanted, rest = packed.split([*[self.tokens] * 3, self.wanted, (3 * self.rows + 3) // 2])
-        small = rest.view(torch.int32)
-        queries, first, lengths = small[: 3 * self.rows + 2].split([self.rows + 1, self.rows + 1, self.rows])
-        return PackedInputs(
-            ids[None], positions[None], writes, wanted, Rows(queries, first, lengths, self.max_queries, self.max_length)
-        )
+        ids, positions, writes, wanted, queries, first, lengths = self.fields(packed, torch.int32)
+        rows = Rows(queries, first, lengths, self.max_queries, self.max_length)
+        return PackedInputs(ids[None], positions[None], writes, wanted, rows)
 
-    def fields(self, numbers: Numbers) -> tuple[Numbers, ...]:
-        """The same as views of the tensor's numbers on the host: ids, positions, writes, wanted, then those of Rows."""
+    def fields(self, numbers: Any, int32: Any) -> tuple[Any, ...]:
+        """Views of the tensor, or of an array of its numbers: ids, positions, writes, wanted, then the three tensors of
+        Rows, of the dtype ``int32``."""
         tokens, rows = self.tokens, self.rows
         rest = 3 * tokens + self.wanted
-        small = numbers[rest:].view(np.int32)
+        small = numbers[rest:].view(int32)
         return (
             *(numbers[i * tokens : (i + 1) * tokens] for i in range(3)),
             numbers[3 * tokens : rest],
@@ -206,9 +201,9 @@ class PackedRunner(Extents):
         tokens, spare = int(ends[-1]), self.pool.spare
         # Pinned, so that nobody waits for its copy. PyTorch keeps it until that is done.
         packed = torch.empty(shape.size, dtype=torch.long, pin_memory=self.step.device.type == "cuda")
-        numbers: Numbers = packed.numpy()
+        numbers = packed.numpy()
         numbers.fill(0)
-        ids, positions, writes, places, queries, first, lengths = shape.fields(numbers)
+        ids, positions, writes, places, queries, first, lengths = shape.fields(numbers, np.int32)
         np.concatenate(
             [stream.upcoming(count) for stream, count in zip(step.streams, step.counts, strict=True)], out=ids[:tokens]
         )

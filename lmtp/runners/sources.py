@@ -16,9 +16,9 @@ import logging
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from lmtp.runners.slots import FIRST_SLOTS, Layer, Memory
 from lmtp.runners.step import SourceInputs, Stream
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COLUMNS = 16
 """Rows have room for multiples of this many tokens, and cross-attention reads such."""
@@ -262,13 +264,15 @@ class Sources:
         staying = [one for row, one in enumerate(sources) if wanted.get(row, one) is one]
         new = [one for one in dict.fromkeys(ready) if one not in staying]
         projected: dict[Encoded, Projected] = {}
-        for group in _groups(new) if len(new) > 1 else ():
+        for group in _groups(new, lambda one: one.length, MAX_TOGETHER) if len(new) > 1 else ():
             with contextlib.suppress(Exception):
                 projected.update(zip(group, self._encoder.project(group), strict=True))
         return projected
 
     def _encoded(self, streams: Sequence[Stream]) -> dict[Key, Encoded]:
         """New sources that have the length of another new one. Where several fail, they are left to `_of`."""
+        if not self._encoder.together:
+            return {}
         new: dict[int, dict[Key, None]] = {}
         for stream in streams:
             key = (stream.salt, stream.source)
@@ -277,9 +281,8 @@ class Sources:
         encoded: dict[Key, Encoded] = {}
         for length, keys in new.items():
             # As much at once as one source may take.
-            most = min(MAX_TOGETHER // length, self.longest**2 // length**2)
-            groups = [list(keys)[i : i + most] for i in range(0, len(keys), max(most, 1))]
-            for group in groups if self._encoder.together else ():
+            most = min(MAX_TOGETHER, self.longest**2 // length)
+            for group in _groups(keys, lambda key: len(key[1]), most):
                 if len(group) > 1:
                     with contextlib.suppress(Exception):
                         encoded.update(zip(group, self._encoder([source for _, source in group]), strict=True))
@@ -337,11 +340,11 @@ def _noted(stream: Stream) -> Iterator[None]:
         stream.problem = (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _groups(several: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-    """The sources, in groups of few enough tokens."""
-    group: list[Encoded] = []
+def _groups(several: Iterable[T], length: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """The sources, in groups of so many tokens at most; a longer one is a group of its own."""
+    group: list[T] = []
     for one in several:
-        if group and sum(other.length for other in group) + one.length > MAX_TOGETHER:
+        if group and sum(map(length, group)) + length(one) > most:
             yield group
             group = []
         group.append(one)

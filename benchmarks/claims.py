@@ -37,10 +37,8 @@ def reports(directory: Path) -> list[Report]:
 def table(machines: Sequence[Report]) -> str:
     """The table in Markdown: how many times as fast as the peer, on each machine."""
     head = ["work", "compared with", *(report.named(each.machine) for each in machines)]
-    lines = [head, ["---"] * len(head)]
-    for work, against, names in CLAIMS:
-        lines.append([work, against, *(_claim(each, names) for each in machines)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = ([work, against, *(_claim(each, names) for each in machines)] for work, against, names in CLAIMS)
+    return report.markdown_table(head, *lines)
 
 
 def _claim(machine: Report, names: Sequence[str]) -> str:

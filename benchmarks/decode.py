@@ -89,13 +89,23 @@ def new_tokens(plan: Plan) -> int:
 
 def greedy(plan: Plan, streams: int, engine: Caller, run: int) -> dict[str, Any]:
     """A greedy run of this project's engine."""
-    operations = prompts.operations(_batch(streams, run), max_tokens=new_tokens(plan))
-    return engines.run(engine, operations, streams * new_tokens(plan))
+    return continued(plan, _batch(streams, run), engine)
 
 
 def _generate(plan: Plan, streams: int, peer: Side, run: int) -> dict[str, Any]:
-    result = peer.call("generate", prompts=_batch(streams, run), max_tokens=new_tokens(plan))
-    return engines.checked(result, streams * new_tokens(plan))
+    return generated(plan, _batch(streams, run), peer)
+
+
+def continued(plan: Plan, batch: list[list[int]], engine: Caller) -> dict[str, Any]:
+    """A greedy run of this project's engine, from a batch of token ids."""
+    operations = prompts.operations(batch, max_tokens=new_tokens(plan))
+    return engines.run(engine, operations, len(batch) * new_tokens(plan))
+
+
+def generated(plan: Plan, batch: list[list[int]], peer: Side) -> dict[str, Any]:
+    """The same of a peer."""
+    result = peer.call("generate", prompts=batch, max_tokens=new_tokens(plan))
+    return engines.checked(result, len(batch) * new_tokens(plan))
 
 
 def _batch(streams: int, run: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import engines, prompts
-from benchmarks.decode import new_tokens
+from benchmarks.decode import continued, generated, new_tokens
 from benchmarks.plan import Plan
 from benchmarks.report import Row, speedup
 from benchmarks.side import Caller, Side
@@ -27,7 +27,7 @@ def measure(plan: Plan) -> Iterator[Row]:
     own = replace(plan, weights=random_models.t5(plan))
     with ExitStack() as stack:
         ours, theirs = engines.our_engine(own, stack), engines.transformers(own, stack)
-        results, their_results = plan.alternate(partial(greedy, plan, ours), partial(_generate, plan, theirs))
+        results, their_results = plan.alternate(partial(_greedy, plan, ours), partial(_generate, plan, theirs))
         steps = median(len(result["steps"]) for result in results)
         yield speedup(
             "encoder-decoder",
@@ -42,15 +42,12 @@ def measure(plan: Plan) -> Iterator[Row]:
         )
 
 
-def greedy(plan: Plan, engine: Caller, run: int) -> dict[str, Any]:
-    """A greedy run of this project's engine."""
-    operations = prompts.operations(_sources(run), max_tokens=new_tokens(plan))
-    return engines.run(engine, operations, STREAMS * new_tokens(plan))
+def _greedy(plan: Plan, engine: Caller, run: int) -> dict[str, Any]:
+    return continued(plan, _sources(run), engine)
 
 
 def _generate(plan: Plan, peer: Side, run: int) -> dict[str, Any]:
-    result = peer.call("generate", prompts=_sources(run), max_tokens=new_tokens(plan))
-    return engines.checked(result, STREAMS * new_tokens(plan))
+    return generated(plan, _sources(run), peer)
 
 
 def _sources(run: int) -> list[list[int]]:

@@ -36,6 +36,7 @@ from lmtp.runners.model import limits_of
 from lmtp.runners.runner import Runner, open_runner
 from lmtp.runners.step import Step, Stream
 from lmtp.weights.load import describe, load
+from lmtp.weights.manifest import MANIFEST
 
 TESTS = ("tests/runners/test_gpu.py",)
 SIZES = {
@@ -51,7 +52,7 @@ PARTS = ("setup", "decode", "prefill", "score", "engine", "generate", "continuou
 WHOLE = ("tests", "loading", "grammar", "attention")
 """Parts of the model in weights/, or of none."""
 NO_GPU = "not measured: there is no GPU"
-MANIFEST = ROOT / "weights" / "manifest.json"
+WEIGHTS = ROOT / "weights"
 NO_MODEL = "not measured: there is no model in weights/"
 NO_VLLM = "not measured: vLLM is not installed"
 VLLM = """
@@ -139,16 +140,16 @@ def _tests() -> str:
 
 def _loading(place: torch.device) -> dict[str, float] | str:
     """Seconds and GB a second for the model in weights/."""
-    if not MANIFEST.exists():
+    if not (WEIGHTS / MANIFEST).exists():
         return NO_MODEL
-    loaded = load(ROOT / "weights", device=str(place))
+    loaded = load(WEIGHTS, device=str(place))
     return {"seconds": round(loaded.seconds, 2), "GB/s": round(loaded.rate, 2)}
 
 
-def _grammar(place: torch.device, directory: Path = ROOT / "weights", length: int = 128) -> dict[str, float] | str:
+def _grammar(place: torch.device, directory: Path = WEIGHTS, length: int = 128) -> dict[str, float] | str:
     """Tokens a second of eight rows of the model in weights/: alone, and under grammars that force no token. One counts
     letters: llguidance computes its masks anew for every token."""
-    if not (directory / MANIFEST.name).exists():
+    if not (directory / MANIFEST).exists():
         return NO_MODEL
     loaded = load(directory, device=str(place))
     engine = Engine(lambda: LoadedModel(loaded.model, loaded.tokenizer, open_runner(loaded.model)))

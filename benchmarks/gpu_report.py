@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.report import markdown_table, number
+
 
 def page(found: Mapping[str, Any]) -> str:
     """Markdown for the results of benchmarks/gpu.py, by the names of its parts; a part that is missing is left out."""
@@ -14,7 +16,7 @@ def page(found: Mapping[str, Any]) -> str:
             "A decode step of the model",
             ("model", "rows x columns", "ms", "floor ms", "of the floor"),
             [
-                (*_split(name), _number(each["ms"]), _number(each["floor ms"]), _number(each["of the floor"]))
+                (*_split(name), number(each["ms"]), number(each["floor ms"]), number(each["of the floor"]))
                 for name, each in _of(found, "decode")
             ],
         ),
@@ -27,7 +29,7 @@ def page(found: Mapping[str, Any]) -> str:
             "One layer's attention in a decode step",
             ("rows x columns", "µs", "floor µs", "of the floor"),
             [
-                (name, _number(each["us"]), _number(each["floor us"]), _number(each["of the floor"]))
+                (name, number(each["us"]), number(each["floor us"]), number(each["of the floor"]))
                 for name, each in _attention(found)
             ],
         ),
@@ -62,8 +64,8 @@ def _split(name: str) -> tuple[str, str]:
 def _served(found: Mapping[str, Any], model: str, rows: str, ours: float) -> tuple[str, ...]:
     own = found.get(f"generate {model} {rows}")
     others = [found.get(f"{peer} {model}") if rows == "64" else None for peer in ("continuous batching", "vLLM")]
-    ratio = _number(ours / own) if isinstance(own, float) else ""
-    return model, rows, _number(ours), _words(own), ratio, *map(_words, others)
+    ratio = number(ours / own) if isinstance(own, float) else ""
+    return model, rows, number(ours), _words(own), ratio, *map(_words, others)
 
 
 def _is_other(name: str) -> bool:
@@ -77,15 +79,10 @@ def _has_failed(result: Any) -> bool:
 def _words(result: Any) -> str:
     if isinstance(result, Mapping):
         return ", ".join(f"{name}: {_words(each)}" for name, each in result.items() if each != "")
-    return "" if result is None else _number(result) if isinstance(result, int | float) else str(result)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "" if result is None else number(result) if isinstance(result, int | float) else str(result)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    lines = [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
-    return f"## {title}\n\n" + "\n".join(lines)
+    return f"## {title}\n\n{markdown_table(head, *rows)}"

@@ -168,8 +168,8 @@ def table(rows: Iterable[Row]) -> list[list[str]]:
     lines = [["row", "work", "ours", "peer", "unit", "against", "ratio", "range", "at least", "goal", "reached"]]
     for row in rows:
         sign = "≤" if row.kind == "cost" else "≥"
-        figures = [f"{sign} {_number(row.at_least)}", f"{sign} {_number(row.goal)}", row.reached]
-        medians = [_number(median(row.ours)), _number(median(row.peer)), row.unit]
+        figures = [f"{sign} {number(row.at_least)}", f"{sign} {number(row.goal)}", row.reached]
+        medians = [number(median(row.ours)), number(median(row.peer)), row.unit]
         spread = f"{_ratio(min(row.ratios))} to {_ratio(max(row.ratios))}" if len(row.ratios) > 1 else ""
         lines.append([row.name, row.work, *medians, row.against, _ratio(row.ratio), spread, *figures])
     return lines
@@ -187,7 +187,6 @@ def plain(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The report as a Markdown page."""
-    head, *lines = table(report.rows)
     facts = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     page = [
         "# Benchmark",
@@ -198,13 +197,16 @@ def markdown(report: Report) -> str:
         "how many times as fast as the peer this project is; one with ≤ says what it costs, the peer's figure being 1.",
         "The range is that of the ratios of single turns.",
         "",
-        _markdown_line(head),
-        _markdown_line(["---"] * len(head)),
-        *map(_markdown_line, lines),
+        markdown_table(*table(report.rows)),
     ]
     notes = [f"- `{row.name}`: {note}" for row in report.rows if (note := _note(row))]
     notes += [f"- Not measured: {', '.join(f'`{row}`' for row in each.rows)}. {each.why}" for each in report.skipped]
     return "\n".join([*page, *(["", *notes] if notes else [])]) + "\n"
+
+
+def markdown_table(head: Sequence[str], *lines: Sequence[str]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def write(report: Report, directory: Path) -> list[Path]:
@@ -295,7 +297,7 @@ def draw(report: Report, path: Path) -> bool:
     for offset, side, color in ((-0.2, "this project", "#0b6e99"), (0.2, "LMQL's own server", "#b5651d")):
         seconds = [median(row.ours if offset < 0 else row.peer) for row in queries]
         bars = right.bar([place + offset for place in range(len(queries))], seconds, 0.38, label=side, color=color)
-        right.bar_label(bars, [_number(value) for value in seconds], padding=2, fontsize=8)
+        right.bar_label(bars, [number(value) for value in seconds], padding=2, fontsize=8)
     right.set_xticks(range(len(queries)), [row.name.removeprefix("queries-") for row in queries])
     right.set(title="LMQL queries", xlabel="query", ylabel="seconds (less is better)")
     if queries:
@@ -346,13 +348,10 @@ def _note(row: Row) -> str:
     return "; ".join(filter(None, (loaded, row.note)))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _ratio(value: float) -> str:
     return f"{value:.3f}" if value < 1.5 else f"{value:.2f}"
-
-
-def _markdown_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -23,7 +23,8 @@ decoder full attention, since beyond these Transformers' own results depend on h
 Where `generate` fails with its cache (BLT), it runs without one. RoBERTa and its like are compared with a forward pass that has
 the positions `generate` gives, which are not those of a plain one. M2M100 and its like (NLLB, SeamlessM4T) and TrOCR with
 sinusoidal positions give padding inside a text no position, but count it once it is in their cache: served is what they compute
-without one. What a configuration forces on `generate`, such as a last token, is left out.
+without one. T5Gemma's plain pass masks padding: served is what it computes with a mask of ones, as `generate` does. What a
+configuration forces on `generate`, such as a last token, is left out.
 
 At setup a runner proves itself again on the real model (`lmtp/runners/selfcheck.py`). A model that no runner serves exactly
 is refused with the reason.

@@ -15,9 +15,8 @@ import hashlib
 import json
 import platform
 import tempfile
-import unittest.mock
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lmtp.runners import attention, linear
 from lmtp.runners.model import UnsupportedModel
 from lmtp.runners.slot_runner import SlotStep
 from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import SourceInputs, StepInputs
 from lmtp.weights.manifest import Manifest
 
-FORMAT = 7
-"""Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns, and with attention.cpp."""
+FORMAT = 8
+"""Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns, and with the C++ code."""
 
 EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # matrix kernels are chosen for these 32 tokens
 EXAMPLE_SLOTS, EXAMPLE_COLUMNS, EXAMPLE_CAPACITY = 11, 48, 96
@@ -49,20 +48,9 @@ INDUCTOR = {
     # longer to prepare than to run.
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
-    "aot_inductor.compile_wrapper_opt_level": "O2",  # attention.cpp is part of the wrapper
+    "aot_inductor.compile_wrapper_opt_level": "O2",  # our C++ code is part of the wrapper
     "aot_inductor.precompile_headers": False,  # one build would use them once
 }
-
-ATTENTION = Path(__file__).with_name("attention.cpp")
-torch.library.define("lmtp::attend", "(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
-
-
-@torch.library.register_fake("lmtp::attend")
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What attention.cpp computes: ``[rows, q, heads, dim]``, as the output projection reads it."""
-    rows, heads, q, _ = query.shape
-    return query.new_empty(rows, q, heads, value.shape[3])
-
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
 """What compiled code calls for an operation without a C interface. Only PyTorch's own loader provides it."""
@@ -174,21 +162,23 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
         package = Path(directory, "step.pt2")
-        attention = {torch.ops.lmtp.attend.default: [ATTENTION.read_text(encoding="utf-8")]}
-        with torch.no_grad(), _own_attention():
-            program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
+        code = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
+        shims = {operation: [path.read_text(encoding="utf-8")] for operation, path in code.items()}
+        with torch.no_grad():
+            with attention.own_attention(), linear.own_linear(step):
+                program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(package),
-                inductor_configs=INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": attention},
+                inductor_configs=INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims},
             )
         library = Path(directory, path.name)
         with zipfile.ZipFile(package) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-            code = archive.read(name)
-        if PROXY in code:
+            binary = archive.read(name)
+        if PROXY in binary:
             raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
-        library.write_bytes(code)
+        library.write_bytes(binary)
         check(CompiledStep(library))
         library.replace(path)
 
@@ -228,31 +218,3 @@ def _source_shapes(of_targets: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
     capacity = Dim("source_capacity", min=9, max=2**24 + 1)
     memory = [{0: slots, 2: capacity}] * layers
     return ({0: of_targets[0][0], 3: columns}, memory, memory)
-
-
-@contextlib.contextmanager
-def _own_attention() -> Iterator[None]:
-    """Trace attention as an operation of our own, for which attention.cpp is the code."""
-    attend = functional.scaled_dot_product_attention
-
-    def own(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is None or attn_mask.dtype != query.dtype:
-            return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        output: Tensor = torch.ops.lmtp.attend(query, key, value, attn_mask, scale)
-        return output.transpose(1, 2)
-
-    with (
-        unittest.mock.patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", return_value=True),
-        unittest.mock.patch("torch.nn.functional.scaled_dot_product_attention", own),
-    ):
-        yield

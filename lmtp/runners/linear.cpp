@@ -1,0 +1,130 @@
+AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle input, AtenTensorHandle panels, int64_t outputs,
+                                     AtenTensorHandle* output);
+
+// Linear layers of a compiled step in float32. As with attention.cpp, PyTorch's code generator writes this text into its
+// own code.
+//
+// Weights lie in panels of 16 outputs, [panels, inputs, 16], so that they are read in the order of memory. They may be
+// narrower than float32 and are widened in registers. A tile computes up to six rows by 16 outputs with its sums in
+// registers, as in BLIS (Van Zee and van de Geijn, 2015).
+extern "C++" {
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+
+namespace linear {  // attention.cpp has the unnamed one
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t PANEL = 16;
+constexpr int VECTORS = PANEL / Vec::size();
+constexpr int64_t TILE = 6;    // rows of a tile: with 8 numbers a vector, its sums take 12 of 16 registers
+constexpr int64_t BLOCK = 48;  // rows that a panel is used for before the next: these stay in the second-level cache
+constexpr int64_t AHEAD = 1024;  // bytes of weights fetched before they are needed
+
+inline Vec widen(const float* weights) { return Vec::loadu(weights); }
+inline Vec widen(const at::BFloat16* weights) {
+  Vec vector;
+  at::vec::load_fp32_from_bf16(weights, vector);
+  return vector;
+}
+inline Vec widen(const at::Half* weights) {
+  Vec vector;
+  at::vec::load_fp32_from_fp16(weights, vector);
+  return vector;
+}
+
+// One panel times R rows. Few rows have several sums each, so that additions need not wait for one another.
+template <int R, typename T>
+void tile(const float* input, const T* panel, int64_t inputs, float* output, int64_t outputs, int64_t written) {
+  constexpr int SUMS = R == 1 ? 4 : R <= 3 ? 2 : 1;
+  Vec sums[SUMS][R][VECTORS];
+#pragma GCC unroll 8
+  for (int s = 0; s < SUMS; ++s)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[s][r][v] = Vec(0);
+  const auto add = [&](int s, int64_t k) {
+    Vec weights[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) weights[v] = widen(panel + k * PANEL + v * Vec::size());
+    __builtin_prefetch(reinterpret_cast<const char*>(panel + k * PANEL) + AHEAD);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x(input[r * inputs + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[s][r][v] = at::vec::fmadd(x, weights[v], sums[s][r][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + SUMS <= inputs; k += SUMS)
+#pragma GCC unroll 8
+    for (int s = 0; s < SUMS; ++s) add(s, k + s);
+  for (; k < inputs; ++k) add(0, k);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec sum = sums[0][r][v];
+#pragma GCC unroll 8
+      for (int s = 1; s < SUMS; ++s) sum = sum + sums[s][r][v];
+      const int64_t count = std::min<int64_t>(written - v * Vec::size(), Vec::size());
+      if (count > 0) sum.store(output + r * outputs + v * Vec::size(), count);
+    }
+  }
+}
+
+template <typename T>
+void linear(const at::Tensor& input, const at::Tensor& panels, at::Tensor& output) {
+  const int64_t rows = input.size(0), inputs = input.size(1), outputs = output.size(1);
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  const float* const in = input.const_data_ptr<float>();
+  const T* const weights = panels.const_data_ptr<T>();
+  float* const out = output.mutable_data_ptr<float>();
+#pragma omp parallel for collapse(2) schedule(static) num_threads(at::get_num_threads())
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t panel = 0; panel < panels.size(0); ++panel) {
+      const int64_t end = std::min(rows, (block + 1) * BLOCK);
+      for (int64_t row = block * BLOCK; row < end;) {
+        const auto of_rows = [&](auto count) {
+          tile<count>(in + row * inputs, weights + panel * inputs * PANEL, inputs, out + row * outputs + panel * PANEL,
+                      outputs, outputs - panel * PANEL);
+          row += count;
+        };
+        const int64_t left = end - row;
+        if (left >= TILE && left != TILE + 1 && left != TILE + 2) of_rows(std::integral_constant<int, 6>());
+        else if (left == 5) of_rows(std::integral_constant<int, 5>());
+        else if (left >= 4) of_rows(std::integral_constant<int, 4>());
+        else if (left == 3) of_rows(std::integral_constant<int, 3>());
+        else if (left == 2) of_rows(std::integral_constant<int, 2>());
+        else of_rows(std::integral_constant<int, 1>());
+      }
+    }
+}
+
+at::Tensor run(const at::Tensor& input, const at::Tensor& panels, int64_t outputs) {
+  const at::Tensor rows = input.reshape({-1, input.size(-1)}).contiguous();
+  at::Tensor output = at::empty({rows.size(0), outputs}, input.options());
+  if (panels.scalar_type() == at::kFloat) linear<float>(rows, panels, output);
+  else if (panels.scalar_type() == at::kBFloat16) linear<at::BFloat16>(rows, panels, output);
+  else linear<at::Half>(rows, panels, output);
+  auto sizes = input.sizes().vec();
+  sizes.back() = outputs;
+  return output.view(sizes);
+}
+
+}  // namespace linear
+}
+
+AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle input, AtenTensorHandle panels, int64_t outputs,
+                                     AtenTensorHandle* output) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    const auto tensor = [](AtenTensorHandle handle) -> const at::Tensor& {
+      return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+    };
+    *output = torch::aot_inductor::new_tensor_handle(linear::run(tensor(input), tensor(panels), outputs));
+  });
+}

@@ -1,0 +1,57 @@
+"""Linear layers of a compiled step as an operation of our own, for which linear.cpp is the code.
+
+It computes in float32. Decoding takes as long as reading the weights, and most checkpoints keep them in 16 bits: so the
+operation reads them in those 16 bits, which loses nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+CODE = Path(__file__).with_suffix(".cpp")
+PANEL = 16  # outputs that linear.cpp computes together
+
+torch.library.define("lmtp::linear", "(Tensor input, Tensor panels, SymInt outputs) -> Tensor")
+
+
+@torch.library.register_fake("lmtp::linear")
+def _linear(input: Tensor, panels: Tensor, outputs: int) -> Tensor:
+    """What linear.cpp computes: ``[..., outputs]`` from ``[..., inputs]`` and the panels that `panels_of` makes."""
+    return input.new_empty(*input.shape[:-1], outputs)
+
+
+@contextlib.contextmanager
+def own_linear(step: nn.Module) -> Iterator[None]:
+    """Trace the module's linear layers in float32 as this operation."""
+    layers = [layer for layer in step.modules() if type(layer) in (nn.Linear, Conv1D)]
+    layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
+    for layer in layers:
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        layer.register_buffer("panels", panels_of(weight))
+        layer.forward = partial(_forward, layer, len(weight))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.panels, layer.forward
+
+
+def _forward(layer: nn.Linear | Conv1D, outputs: int, input: Tensor) -> Tensor:
+    output: Tensor = torch.ops.lmtp.linear(input, layer.panels, outputs)
+    return output if layer.bias is None else output + layer.bias
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """A weight ``[outputs, inputs]`` as ``[panels, inputs, PANEL]``, in the narrowest dtype that keeps every number."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if (narrow := weight.to(dtype)).to(weight.dtype).equal(weight):
+            weight = narrow
+            break
+    filled = functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()

@@ -65,7 +65,7 @@ void tile(const float* input, const T* panel, int64_t inputs, float* output, int
     for (int s = 0; s < SUMS; ++s) add(s, k + s);
   for (; k < inputs; ++k) add(0, k);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = sums[0][r][v];
@@ -74,7 +74,6 @@ void tile(const float* input, const T* panel, int64_t inputs, float* output, int
       const int64_t count = std::min<int64_t>(written - v * Vec::size(), Vec::size());
       if (count > 0) sum.store(output + r * outputs + v * Vec::size(), count);
     }
-  }
 }
 
 template <typename T>
@@ -94,13 +93,15 @@ void linear(const at::Tensor& input, const at::Tensor& panels, at::Tensor& outpu
                       outputs, outputs - panel * PANEL);
           row += count;
         };
-        const int64_t left = end - row;
-        if (left >= TILE && left != TILE + 1 && left != TILE + 2) of_rows(std::integral_constant<int, 6>());
-        else if (left == 5) of_rows(std::integral_constant<int, 5>());
-        else if (left >= 4) of_rows(std::integral_constant<int, 4>());
-        else if (left == 3) of_rows(std::integral_constant<int, 3>());
-        else if (left == 2) of_rows(std::integral_constant<int, 2>());
-        else of_rows(std::integral_constant<int, 1>());
+        const int64_t left = end - row, tiles = (left + TILE - 1) / TILE;  // of heights as equal as can be
+        switch ((left + tiles - 1) / tiles) {
+          case 1: of_rows(std::integral_constant<int, 1>()); break;
+          case 2: of_rows(std::integral_constant<int, 2>()); break;
+          case 3: of_rows(std::integral_constant<int, 3>()); break;
+          case 4: of_rows(std::integral_constant<int, 4>()); break;
+          case 5: of_rows(std::integral_constant<int, 5>()); break;
+          default: of_rows(std::integral_constant<int, TILE>());
+        }
       }
     }
 }
@@ -108,9 +109,11 @@ void linear(const at::Tensor& input, const at::Tensor& panels, at::Tensor& outpu
 at::Tensor run(const at::Tensor& input, const at::Tensor& panels, int64_t outputs) {
   const at::Tensor rows = input.reshape({-1, input.size(-1)}).contiguous();
   at::Tensor output = at::empty({rows.size(0), outputs}, input.options());
-  if (panels.scalar_type() == at::kFloat) linear<float>(rows, panels, output);
-  else if (panels.scalar_type() == at::kBFloat16) linear<at::BFloat16>(rows, panels, output);
-  else linear<at::Half>(rows, panels, output);
+  switch (panels.scalar_type()) {
+    case at::kBFloat16: linear<at::BFloat16>(rows, panels, output); break;
+    case at::kHalf: linear<at::Half>(rows, panels, output); break;
+    default: linear<float>(rows, panels, output);
+  }
   auto sizes = input.sizes().vec();
   sizes.back() = outputs;
   return output.view(sizes);

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def _linear(input: Tensor, panels: Tensor, outputs: int) -> Tensor:
 @contextlib.contextmanager
 def own_linear(step: nn.Module) -> Iterator[None]:
     """Trace the module's linear layers in float32 as this operation."""
-    layers = [layer for layer in step.modules() if type(layer) in (nn.Linear, Conv1D)]
+    layers: list[Any] = [layer for layer in step.modules() if type(layer) in (nn.Linear, Conv1D)]
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
     for layer in layers:
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
@@ -42,7 +43,7 @@ def own_linear(step: nn.Module) -> Iterator[None]:
             del layer.panels, layer.forward
 
 
-def _forward(layer: nn.Linear | Conv1D, outputs: int, input: Tensor) -> Tensor:
+def _forward(layer: Any, outputs: int, input: Tensor) -> Tensor:
     output: Tensor = torch.ops.lmtp.linear(input, layer.panels, outputs)
     return output if layer.bias is None else output + layer.bias
 

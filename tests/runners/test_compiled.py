@@ -22,6 +22,7 @@ from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from lmtp.runners import compiled
 from lmtp.runners.encoder_decoder import EncoderDecoder
+from lmtp.runners.linear import panels_of
 from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_slots
@@ -167,12 +168,63 @@ def test_attention_does_not_read_columns_that_a_row_does_not_show(library: Path)
     assert attention(library, query, key, value, mask, scale=1).equal(expected)
 
 
+STORED = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as a checkpoint in this dtype has it."""
+    return weight.to(dtype).float() if dtype != torch.float32 else weight + 1e-6
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_linear_layers_are_those_of_pytorch(library: Path, dtype: torch.dtype) -> None:
+    """Every height of a tile, blocks of rows, and sizes that fill no panel."""
+    torch.manual_seed(0)
+    for inputs, outputs in [(64, 48), (63, 17), (1, 1), (5, 100)]:
+        weight = stored(torch.randn(outputs, inputs), dtype)
+        for rows in (*range(1, 20), 48, 49, 55, 113):
+            input = torch.randn(rows, inputs)
+            torch.testing.assert_close(
+                linear(library, input, weight).double(), input.double() @ weight.double().T, atol=1e-4, rtol=0
+            )
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_weights_lie_in_the_dtype_of_the_checkpoint(dtype: torch.dtype) -> None:
+    panels = panels_of(stored(torch.randn(33, 8), dtype))
+    assert (panels.dtype, panels.shape) == (dtype, (3, 8, 16))
+
+
+def test_weights_beyond_the_range_of_16_bits_lose_nothing(library: Path) -> None:
+    weight = torch.tensor([[2.0**-140, 2.0**100], [65504.0, torch.inf], [torch.nan, 1 + 2.0**-12]])
+    assert panels_of(weight[:1]).dtype == torch.float32
+    assert panels_of(weight[1:2]).dtype == torch.float16
+    expected = functional.linear(torch.ones(1, 2), weight)
+    torch.testing.assert_close(linear(library, torch.ones(1, 2), weight), expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_linear_layer_takes_any_strides_and_dimensions(library: Path) -> None:
+    weight, input = torch.randn(20, 32), torch.randn(3, 32, 5).transpose(1, 2)
+    torch.testing.assert_close(linear(library, input, weight), functional.linear(input, weight), atol=1e-5, rtol=0)
+    assert linear(library, input[:0], weight).shape == (0, 5, 20)
+
+
+def linear(library: Path, input: Tensor, weight: Tensor) -> Tensor:
+    """linear.cpp, as the compiled step calls it."""
+    return call(library, "linear", input, panels_of(weight), argument=ctypes.c_int64(len(weight)))
+
+
 def attention(library: Path, *tensors: Tensor, scale: float) -> Tensor:
     """attention.cpp, as the compiled step calls it."""
+    return call(library, "attend", *tensors, argument=ctypes.c_double(scale))
+
+
+def call(library: Path, operation: str, *tensors: Tensor, argument: ctypes.c_int64 | ctypes.c_double) -> Tensor:
     handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
     output = ctypes.c_void_p()
     pointers = [ctypes.c_void_p(compiled._pointer_in(handle, None)) for handle in handles]
-    assert not ctypes.CDLL(str(library)).aoti_torch_cpu_attend(*pointers, ctypes.c_double(scale), ctypes.byref(output))
+    function = getattr(ctypes.CDLL(str(library)), f"aoti_torch_cpu_{operation}")
+    assert not function(*pointers, argument, ctypes.byref(output))
     _, (result,) = (
         torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(each)
         for each in (handles, [compiled._capsule_of(output, None, None)])

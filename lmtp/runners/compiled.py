@@ -33,7 +33,7 @@ from lmtp.runners.slots import Layer, Memory
 from lmtp.runners.step import SourceInputs, StepInputs
 from lmtp.weights.manifest import Manifest
 
-FORMAT = 8
+FORMAT = 9
 """Part of a compiled step's name. Raise it when SlotStep changes what it takes or returns, and with the C++ code."""
 
 EXAMPLE_ROWS, EXAMPLE_TOKENS, EXAMPLE_WANTED = 8, 4, 30  # matrix kernels are chosen for these 32 tokens

@@ -5,8 +5,8 @@ AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle input, AtenTensorHandle pa
 // own code.
 //
 // Weights lie in panels of 16 outputs, [panels, inputs, 16], so that they are read in the order of memory. They may be
-// narrower than float32 and are widened in registers. A tile computes up to six rows by 16 outputs with its sums in
-// registers, as in BLIS (Van Zee and van de Geijn, 2015).
+// narrower than float32, in 16 bits or integers of 8, and are widened in registers. A tile computes up to six rows by 16
+// outputs with its sums in registers, as in BLIS (Van Zee and van de Geijn, 2015).
 extern "C++" {
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -34,6 +34,14 @@ inline Vec widen(const at::Half* weights) {
   Vec vector;
   at::vec::load_fp32_from_fp16(weights, vector);
   return vector;
+}
+inline Vec widen(const int8_t* weights) {
+  using Bytes = at::vec::Vectorized<int8_t>;
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  return at::vec::convert<float>(Bytes::loadu_one_fourth(weights));  // the other one goes through memory
+#else
+  return at::vec::convert<float>(Bytes::loadu(weights, Vec::size()));
+#endif
 }
 
 // One panel times R rows. Few rows have several sums each, so that additions need not wait for one another.
@@ -112,6 +120,7 @@ at::Tensor run(const at::Tensor& input, const at::Tensor& panels, int64_t output
   switch (panels.scalar_type()) {
     case at::kBFloat16: linear<at::BFloat16>(rows, panels, output); break;
     case at::kHalf: linear<at::Half>(rows, panels, output); break;
+    case at::kChar: linear<int8_t>(rows, panels, output); break;
     default: linear<float>(rows, panels, output);
   }
   auto sizes = input.sizes().vec();

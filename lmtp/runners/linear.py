@@ -1,7 +1,8 @@
 """Linear layers of a compiled step as an operation of our own, for which linear.cpp is the code.
 
 It computes in float32. Decoding takes as long as reading the weights, and most checkpoints keep them in 16 bits: so the
-operation reads them in those 16 bits, which loses nothing.
+operation reads them in those 16 bits, which loses nothing. Weights that torchao quantized are read as its 8 bits; their
+scales are multiplied afterwards.
 """
 
 import contextlib
@@ -31,28 +32,44 @@ def _linear(input: Tensor, panels: Tensor, outputs: int) -> Tensor:
 def own_linear(step: nn.Module) -> Iterator[None]:
     """Trace the module's linear layers in float32 as this operation."""
     layers: list[Any] = [layer for layer in step.modules() if type(layer) in (nn.Linear, Conv1D)]
+    layers = [layer for layer in layers if type(layer.weight) is nn.Parameter or is_int8(layer.weight)]
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
     for layer in layers:
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
         layer.register_buffer("panels", panels_of(weight))
+        layer.register_buffer("scale", weight.scale.flatten() if is_int8(weight) else None)
         layer.forward = partial(_forward, layer, len(weight))
     try:
         yield
     finally:
         for layer in layers:
-            del layer.panels, layer.forward
+            del layer.panels, layer.scale, layer.forward
 
 
 def _forward(layer: Any, outputs: int, input: Tensor) -> Tensor:
     output: Tensor = torch.ops.lmtp.linear(input, layer.panels, outputs)
+    if layer.scale is not None:
+        output = output * layer.scale
     return output if layer.bias is None else output + layer.bias
+
+
+def is_int8(weight: Any) -> bool:
+    """Whether torchao quantized the weight to 8 bits with one scale for each output and nothing else."""
+    if type(weight).__name__ != "Int8Tensor":  # importing torchao takes seconds, and it may be absent
+        return False
+    shifted = weight.zero_point is not None and bool(weight.zero_point.any())
+    quantizes_inputs = weight.act_quant_kwargs is not None or weight.act_pre_scale is not None
+    return list(weight.block_size) == [1, weight.shape[1]] and not (shifted or quantizes_inputs)
 
 
 def panels_of(weight: Tensor) -> Tensor:
     """A weight ``[outputs, inputs]`` as ``[panels, inputs, PANEL]``, in the narrowest dtype that keeps every number."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if (narrow := weight.to(dtype)).to(weight.dtype).equal(weight):
-            weight = narrow
-            break
+    if is_int8(weight):
+        weight = weight.qdata  # type: ignore[attr-defined]
+    else:
+        for dtype in (torch.bfloat16, torch.float16):
+            if (narrow := weight.to(dtype)).to(weight.dtype).equal(weight):
+                weight = narrow
+                break
     filled = functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
     return filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()

@@ -22,7 +22,8 @@ TARGETS = {
     "vllm": dict.fromkeys(STREAMS, (1.0, 1.2)),
     "llama": dict.fromkeys(STREAMS, (1.0, 1.2)),
 }
-NOTES = {"llama": "llama.cpp's benchmark decodes random tokens and chooses none from the logits"}
+NO_CHOICE = "llama.cpp's benchmark decodes random tokens and chooses none from the logits."
+NOTES = {"llama": f"llama.cpp's weights have the checkpoint's dtype. {NO_CHOICE}"}
 ROWS = (*(f"{family}-{streams}" for family in PEERS for streams in STREAMS), "sampling")
 
 
@@ -63,7 +64,7 @@ def _decode(plan: Plan, stack: ExitStack, ours: Side) -> Iterator[Row | Skipped]
         if not families:
             continue
         say(f"  {streams} streams")
-        sides = [partial(_generate, plan, streams, theirs[family]) for family in families]
+        sides = [partial(generate, plan, streams, theirs[family]) for family in families]
         results, *their_results = plan.alternate(partial(greedy, plan, streams, ours), *sides)
         rates = engines.rates(results)
         steps = median(len(result["steps"]) for result in results)
@@ -92,7 +93,8 @@ def greedy(plan: Plan, streams: int, engine: Caller, run: int) -> dict[str, Any]
     return continued(plan, _batch(streams, run), engine)
 
 
-def _generate(plan: Plan, streams: int, peer: Side, run: int) -> dict[str, Any]:
+def generate(plan: Plan, streams: int, peer: Side, run: int) -> dict[str, Any]:
+    """The same run of a peer."""
     return generated(plan, _batch(streams, run), peer)
 
 

@@ -64,15 +64,16 @@ def vllm(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
     return side
 
 
-def llama_cpp(plan: Plan, stack: ExitStack, rows: list[str]) -> Side | Skipped:
-    """Write the model for llama.cpp; or say why the rows that need it are skipped."""
+def llama_cpp(plan: Plan, stack: ExitStack, rows: list[str], quantized: bool = False) -> Side | Skipped:
+    """Write the model for llama.cpp, in the checkpoint's dtype or in Q8_0; or say why the rows that need it are
+    skipped."""
     bench = peers.llama_bench()
     if bench is None:
         return Skipped(rows, peers.LLAMA_HOW_TO)
     directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="llama.cpp-"))
     side = stack.enter_context(Side("benchmarks.llama_cpp_side:LlamaCpp", {}))
     try:
-        side.make(bench=bench, weights=str(plan.weights), dtype=plan.dtype, directory=directory)
+        side.make(bench=bench, weights=str(plan.weights), quantized=quantized, directory=directory)
     except SideError as error:
         say(f"  {error}")
         return Skipped(rows, f"llama.cpp does not start with LLAMA_BENCH={bench}. {_last_line(error)}")

@@ -13,6 +13,7 @@ from benchmarks import (
     decode,
     encoder_decoder,
     engines,
+    int8,
     lmql_queries,
     parallel,
     peers,
@@ -31,6 +32,7 @@ from benchmarks.side import Side, SideError
 from lmtp.engine import masks
 from lmtp.protocol import Generate
 from lmtp.runners.runner import open_runner
+from lmtp.weights.manifest import read_manifest
 from tests.tiny import build
 
 MACHINE = {"CPU": "Some(R) Processor 9 @ 2GHz", "cores": "2", "RAM": "24 GiB", "dtype": "bfloat16"}
@@ -171,6 +173,46 @@ def test_an_absent_llama_cpp_is_skipped_with_how_to_get_it(monkeypatch: pytest.M
     assert isinstance(skipped, Skipped)
     assert skipped.rows == ["llama-1", "llama-8", "llama-32"]
     assert "Set LLAMA_BENCH" in skipped.why
+
+
+def test_int8_weights_are_compared_with_q8_0_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.plan.SETTLE_SECONDS", 0)
+    monkeypatch.setattr(int8, "weights", lambda plan: tmp_path / "int8")
+
+    class Engine:
+        def call(self, method: str, **arguments: Any) -> Any:
+            if method == "describe":
+                return "slots, compiled step"
+            if method == "generate":
+                return {"tokens": len(arguments["prompts"]) * arguments["max_tokens"], "seconds": 3.0}
+            operations = arguments["predictions"][0]["operations"]
+            return {"tokens": sum(each[1]["max_tokens"] for each in operations), "seconds": 1.5, "steps": [0] * 9}
+
+    def ours(plan: Plan, _: object) -> Engine:
+        assert (plan.weights, plan.dtype) == (tmp_path / "int8", "float32")
+        return Engine()
+
+    def theirs(plan: Plan, _: object, rows: list[str], quantized: bool) -> Engine:
+        assert (plan.weights, rows, quantized) == (Path("/demo"), ["int8-1", "int8-32"], True)
+        return Engine()
+
+    monkeypatch.setattr(engines, "our_engine", ours)
+    monkeypatch.setattr(engines, "llama_cpp", theirs)
+    one, many = int8.measure(Plan(Path("/demo"), runs=2, only=["int8-1", "int8-32"]))
+    assert isinstance(one, Row)
+    assert isinstance(many, Row)
+    assert (one.name, one.ratio, many.name) == ("int8-1", 2, "int8-32")
+    assert one.note.startswith("slots, compiled step; 64 tokens of each stream in 9 steps. ")
+
+
+def test_the_int8_copy_of_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_models, "CACHE", tmp_path)
+    plan = Plan(random_models.llama(Plan(tmp_path, quick=True)))
+    directory = int8.weights(plan)
+    assert read_manifest(directory).model_args == {"trust_remote_code": False, "load_in": "int8"}
+    written = (directory / "model.safetensors").stat().st_mtime_ns
+    assert int8.weights(plan) == directory
+    assert (directory / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_an_absent_vllm_is_skipped_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The compiled step answers as the model's own code does."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -14,21 +15,33 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    MappingType,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from lmtp.runners import compiled
 from lmtp.runners.encoder_decoder import EncoderDecoder
-from lmtp.runners.linear import panels_of
+from lmtp.runners.linear import own_linear, panels_of
 from lmtp.runners.model import UnsupportedModel, limits_of
 from lmtp.runners.runner import open_runner
 from lmtp.runners.selfcheck import Reference, check_slots
 from lmtp.runners.slot_runner import SlotStep, layers_of
 from lmtp.runners.slots import Memory
 from lmtp.runners.step import StepInputs
+from lmtp.weights.load import load
 from tests.runners.test_encoder_decoder import build as build_encoder_decoder
 from tests.server import ROOT, serving
 from tests.tiny import answers, build, random_prompts, start
@@ -39,21 +52,29 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return build(request.param)
+nightly = pytest.mark.skipif("NIGHTLY" not in os.environ, reason="compiles for a minute: NIGHTLY=1")
+
+
+@pytest.fixture(
+    scope="module", params=["llama", "gemma2", pytest.param("llama --load-in int8", marks=nightly, id="int8")]
+)
+def environment(
+    request: pytest.FixtureRequest, demo_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The settings of a server of a model. Its tokenizer is the demo's: only token ids are sent."""
+    directory = tmp_path_factory.mktemp("compiled")
+    source, weights = directory / "source", directory / "weights"
+    architecture, *options = request.param.split()
+    build(architecture).save_pretrained(source)
+    AutoTokenizer.from_pretrained(demo_weights).save_pretrained(source)
+    fetch = [sys.executable, str(ROOT / "script/download_weights"), str(source), "--to", str(weights), *options]
+    subprocess.run(fetch, check=True, capture_output=True)
+    return {"WEIGHTS_DIR": str(weights), "COMPILED_DIR": str(directory / "steps"), "DTYPE": "float32"}
 
 
 @pytest.fixture(scope="module")
-def environment(model: PreTrainedModel, demo_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The settings of a server of the model. Its tokenizer is the demo's: only token ids are sent."""
-    directory = tmp_path_factory.mktemp("compiled")
-    source, weights = directory / "source", directory / "weights"
-    model.save_pretrained(source)
-    AutoTokenizer.from_pretrained(demo_weights).save_pretrained(source)
-    fetch = [sys.executable, str(ROOT / "script/download_weights"), str(source), "--to", str(weights)]
-    subprocess.run(fetch, check=True, capture_output=True)
-    return {"WEIGHTS_DIR": str(weights), "COMPILED_DIR": str(directory / "steps"), "DTYPE": "float32"}
+def model(environment: dict[str, str]) -> PreTrainedModel:
+    return load(Path(environment["WEIGHTS_DIR"]), environment["DTYPE"]).model
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +224,81 @@ def test_weights_beyond_the_range_of_16_bits_lose_nothing(library: Path) -> None
     torch.testing.assert_close(linear(library, torch.ones(1, 2), weight), expected, equal_nan=True, rtol=0, atol=0)
 
 
+def test_int8_weights_stay_the_numbers_that_they_are(library: Path) -> None:
+    torch.manual_seed(0)
+    for inputs, outputs in [(64, 48), (63, 17), (1, 1), (5, 100)]:
+        weight = Int8Tensor.from_hp(torch.randn(outputs, inputs), PerRow())
+        assert panels_of(weight).dtype == torch.int8
+        for rows in (1, 2, 3, 7, 55):
+            input = torch.randn(rows, inputs)
+            torch.testing.assert_close(
+                linear(library, input, weight) * weight.scale.flatten(),
+                functional.linear(input, weight.dequantize()),
+                atol=1e-4,
+                rtol=0,
+            )
+    every = torch.arange(-128, 128, dtype=torch.int8)[:, None]
+    weight = Int8Tensor(every, torch.ones(256, 1), [1, 1], torch.float32)
+    assert linear(library, torch.ones(1, 1), weight).equal(every.T.float())
+
+
+@contextlib.contextmanager
+def layers_computed() -> Iterator[list[torch.dtype]]:
+    """What the operation is called with where no compiled step has it: the dtype of each layer's panels."""
+    seen = []
+
+    def plainly(input: Tensor, panels: Tensor, outputs: int) -> Tensor:
+        seen.append(panels.dtype)
+        return functional.linear(input, panels.transpose(1, 2).flatten(0, 1)[:outputs].float())
+
+    with torch.library._scoped_library("lmtp", "IMPL") as library:
+        library.impl("linear", plainly, "CPU")
+        yield seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_int8_weights_are_those_of_torchao(bias: bool) -> None:
+    torch.manual_seed(0)
+    plain, quantized = nn.Linear(24, 20, bias), nn.Linear(20, 40, bias)
+    both = nn.Sequential(plain, quantized).eval()
+    quantize_(quantized, Int8WeightOnlyConfig())
+    input = torch.randn(3, 2, 24)
+    expected = both(input)
+    with layers_computed() as seen, own_linear(both):
+        torch.testing.assert_close(both(input), expected, atol=1e-6, rtol=0)
+    assert seen == [torch.float32, torch.int8]
+    assert both(input).equal(expected)
+    assert not list(both.buffers())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Int8WeightOnlyConfig(granularity=PerGroup(8)),
+        Int8WeightOnlyConfig(granularity=PerTensor()),
+        Int8DynamicActivationInt8WeightConfig(),
+        Int8DynamicActivationIntxWeightConfig(),
+    ],
+    ids=["groups", "one scale", "quantized activations", "4 bits"],
+)
+def test_other_weights_of_torchao_stay_in_its_hands(config: Any) -> None:
+    layer = nn.Linear(32, 32)
+    quantize_(layer, config)
+    assert type(layer.weight) is not nn.Parameter
+    with own_linear(layer):
+        assert not list(layer.buffers())
+
+
+def test_int8_weights_with_zero_points_or_in_bfloat16_stay_in_the_hands_of_torchao() -> None:
+    shifted = Int8Tensor.from_hp(torch.rand(32, 32), PerRow(), MappingType.ASYMMETRIC)
+    narrow = Int8Tensor.from_hp(torch.rand(32, 32).bfloat16(), PerRow())
+    for weight in (shifted, narrow):
+        layer = nn.Linear(32, 32)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        with own_linear(layer):
+            assert not list(layer.buffers())
+
+
 def test_a_linear_layer_takes_any_strides_and_dimensions(library: Path) -> None:
     weight, input = torch.randn(20, 32), torch.randn(3, 32, 5).transpose(1, 2)
     torch.testing.assert_close(linear(library, input, weight), functional.linear(input, weight), atol=1e-5, rtol=0)
@@ -301,7 +397,7 @@ def test_a_model_with_operations_that_compiled_code_cannot_call_is_refused(
     assert not path.exists()
 
 
-@pytest.mark.skipif("NIGHTLY" not in os.environ, reason="compiles for a minute: NIGHTLY=1")
+@nightly
 def test_an_encoder_decoder_models_step_is_compiled_too(tmp_path: Path) -> None:
     model = build_encoder_decoder("flan_t5")
     proved = EncoderDecoder(model, limits_of(model))

@@ -35,7 +35,7 @@ def own_linear(step: nn.Module) -> Iterator[None]:
     layers = [layer for layer in layers if type(layer.weight) is nn.Parameter or is_int8(layer.weight)]
     layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
     for layer in layers:
-        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+        weight: Any = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
         layer.register_buffer("panels", panels_of(weight))
         layer.register_buffer("scale", weight.scale.flatten() if is_int8(weight) else None)
         layer.forward = partial(_forward, layer, len(weight))

@@ -14,7 +14,7 @@ from lmtp.weights.manifest import MANIFEST
 
 ROWS = tuple(f"int8-{streams}" for streams in decode.STREAMS)
 NOTE = (
-    "ours has one scale for each output, activations in float32, and embeddings and output layer as in the checkpoint;"
+    "Ours has one scale for each output, activations in float32, and embeddings and output layer as in the checkpoint;"
     " Q8_0 has a scale for every 32 weights, 8 bits in every matrix, and quantizes activations too."
 )
 

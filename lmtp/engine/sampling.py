@@ -10,7 +10,6 @@ the tokens in id order: it depends on nothing else in the batch, nor on how many
 
 import functools
 import hashlib
-import itertools
 import math
 import os
 import random
@@ -41,6 +40,9 @@ BLOCK = 256
 FEW = 16
 """Rows with at most this many likely tokens to report are searched together, so that one with many costs the others
 nothing."""
+
+FEW_ROWS = 16
+"""So many rows NumPy searches on the host before PyTorch's threads have begun."""
 
 HEAD = 1024
 """A top-k of at most this is found without sorting the vocabulary."""
@@ -163,36 +165,33 @@ def _sample(
     meanwhile: Callable[[], None],
 ) -> list[Choice]:
     """`sample`, of float32 logits in whole blocks, with the masks added."""
-    peaks = _blocks(logits).amax(-1)
+    counts = [_top(row) for row in rows]
+    drawn = [i for i, row in draws.items() if needs_own_logits(row.operation)]
+    searched = drawn or max(counts) > 1 or len(rows) > FEW_ROWS or not on_host(logits)
+    peaks = _blocks(logits).amax(-1) if searched else None
     best = Best.of(logits, peaks)
     probabilities = torch.softmax(logits, -1)
-    per_row = [best.indices, best.values, probabilities.gather(-1, best.indices)]
+    parts = [best.indices, best.values, probabilities.gather(-1, best.indices)]
     chosen = best.indices
     if len(draws) < len(rows):
-        given = [[row.token if isinstance(row, Target) else -1] for row in rows]
-        chosen = upload(torch.tensor(given), logits.device)
-        chosen = torch.where(chosen < 0, best.indices, chosen)
-    if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
+        given = upload(torch.tensor([[row.token if isinstance(row, Target) else -1] for row in rows]), logits.device)
+        chosen = torch.where(given < 0, chosen, given)
+    if peaks is not None and drawn:
         own = [draws[i] for i in drawn]
         tokens = _draw(_select(logits, drawn), _select(peaks, drawn), _select(probabilities, drawn), own, vocabulary)
-        tokens = tokens[:, None]
-        chosen = tokens if len(drawn) == len(rows) else chosen.index_copy(0, _index(drawn, logits.device), tokens)
+        every = len(drawn) == len(rows)
+        chosen = tokens[:, None] if every else chosen.index_copy(0, _index(drawn, logits.device), tokens[:, None])
     if chosen is not best.indices:
-        per_row += [chosen, logits.gather(-1, chosen)]
-    counts = [_top(row) for row in rows]
+        parts += [chosen, logits.gather(-1, chosen)]
     groups = []
-    if max(counts) > 1:
-        groups = [
-            [i for i, count in enumerate(counts) if 1 < count <= FEW],
-            [i for i, count in enumerate(counts) if count > FEW],
-        ]
-    groups = [group for group in groups if group]
-    likely = [
-        _most_likely(_select(logits, group), _select(peaks, group), min(max(counts[i] for i in group), vocabulary))
-        for group in groups
-    ]
-    found = _to_host([*per_row, *itertools.chain(*likely)], meanwhile)
-    return _report(found, rows, counts, groups)
+    if peaks is not None:
+        few = [i for i, count in enumerate(counts) if 1 < count <= FEW]
+        many = [i for i, count in enumerate(counts) if count > FEW]
+        groups = [group for group in (few, many) if group]
+        for group in groups:
+            most = min(max(counts[i] for i in group), vocabulary)
+            parts += _most_likely(_select(logits, group), _select(peaks, group), most)
+    return _report(_to_host(parts, meanwhile), rows, counts, groups)
 
 
 def _add_masks(logits: Tensor, vocabulary: int, draws: Mapping[int, Draw], allowed: Allowed | None) -> None:
@@ -257,8 +256,11 @@ class Best(NamedTuple):
     indices: Tensor
 
     @staticmethod
-    def of(values: Tensor, peaks: Tensor) -> "Best":
-        """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block."""
+    def of(values: Tensor, peaks: Tensor | None) -> "Best":
+        """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block; on the host there may be none."""
+        if peaks is None:
+            indices = torch.from_numpy(values.numpy().argmax(-1, keepdims=True))
+            return Best(values.gather(-1, indices), indices)
         largest, block = peaks.max(-1, keepdim=True)
         inside = _block(values, block).argmax(-1, keepdim=True)
         return Best(largest, torch.add(inside, block, alpha=BLOCK))

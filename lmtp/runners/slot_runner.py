@@ -119,7 +119,7 @@ class SlotStep(nn.Module):
         """For each kind of layer an additive mask ``[rows, 1, q, columns]``."""
         hidden = torch.finfo(self._dtype).min
         column = torch.arange(columns, device=positions.device)
-        position = positions[:, None, :, None]
+        position = positions.view(len(positions), 1, -1, 1)
         seen = [visible(column, position) for visible in self.rules.values()]
         return [torch.full_like(each, hidden, dtype=self._dtype).masked_fill_(each, 0.0) for each in seen]
 

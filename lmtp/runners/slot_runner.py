@@ -34,6 +34,8 @@ STEP_SECONDS = 0.15
 CORE_FLOPS = {torch.float32: 6e10, torch.bfloat16: 2e11}
 """Operations of one core in a second, as measured: float32 with AVX2, bfloat16 with AMX."""
 MIN_WORK = 16
+READING = {torch.float32: 7, torch.bfloat16: 25}
+"""Tokens that take as long to compute as the weights take to read: float32 with AVX2, bfloat16 with AVX-512."""
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
@@ -219,7 +221,7 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
         min(BUSY_CHUNK, work),
         logits=max(MAX_LOGITS // vocabulary, max_slots),
         # On a GPU more tokens a row take more launches.
-        drafts=model.device.type == "cpu" and not has_experts(model),
+        drafts=READING.get(model.dtype, 7) if model.device.type == "cpu" and not has_experts(model) else 0,
         work=work,
     )
 

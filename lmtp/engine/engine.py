@@ -285,7 +285,7 @@ class Engine:
         try:
             made = open_model()
             limits = limits_of(made.model)
-            self._on_cpu = made.model.device.type == "cpu"  # a walk over all modules
+            self._on_cpu = made.model.device.type == "cpu"  # asked each time, it walks over all modules
             if limits.head:
                 prepare_tokenizer(made.tokenizer, limits.head)
             self._scheduler = Scheduler(made.runner)

@@ -42,7 +42,7 @@ FEW = 16
 nothing."""
 
 FEW_ROWS = 16
-"""So many rows NumPy searches on the host before PyTorch's threads have begun."""
+"""At most so many rows NumPy searches on one thread before PyTorch's threads are awake."""
 
 HEAD = 1024
 """A top-k of at most this is found without sorting the vocabulary."""

@@ -110,7 +110,7 @@ class SlotStep(nn.Module):
         self.model = model
         self.adapters = adapters or Adapters(model)
         self.rules = _mask_rules(model)
-        self._dtype = model.dtype  # a walk over all modules
+        self._dtype = model.dtype  # asked each time, it walks over all modules
         self._accepts_positions = accepts_positions(model)
 
     def new_memory(self, layers: Sequence[Layer]) -> Memory:
@@ -193,14 +193,21 @@ class SlotRunner(Slots):
             positions += [*own, *[end - 1] * padding]
             writes += [*own, *[self._memory.capacity] * padding]
             wanted += range(first + count - stream.wanted(count), first + count)
-        tokens = np.array([ids, positions, writes]).reshape(3, rows, q)
-        at = self._tensor(tokens[1])
+        tokens = np.array([ids, positions, writes], np.int64).reshape(3, rows, q)
+        position_ids = self._tensor(tokens[1])
         masks: list[Tensor] = []
         if masked:
-            masks = self._masks(at, min(-(-longest // COLUMNS) * COLUMNS, self._memory.capacity))
+            masks = self._masks(position_ids, min(-(-longest // COLUMNS) * COLUMNS, self._memory.capacity))
         keys, values = self._memory.from_slot(step.streams[0].slot)
-        wanted_places = self._tensor(np.array(wanted, np.int64))
-        return StepInputs(self._tensor(tokens[0]), at, self._tensor(tokens[2]), wanted_places, masks, keys, values)
+        return StepInputs(
+            self._tensor(tokens[0]),
+            position_ids,
+            self._tensor(tokens[2]),
+            self._tensor(np.array(wanted, np.int64)),
+            masks,
+            keys,
+            values,
+        )
 
     def _tensor(self, numbers: np.ndarray[Any, Any]) -> Tensor:
         tensor = torch.from_numpy(numbers)

@@ -17,11 +17,8 @@ MATCHED = 2
 CHANCE = 0.4
 """How likely the first guess of a stream is right."""
 
-KEPT = 0.8
-"""How much of that estimate each guess leaves as it was; the rest is what became of the guess."""
-
-RECOVERED = 0.05
-"""What an estimate below CHANCE gains in a step that computes none of the guesses, so that they are tried again."""
+KEPT = 0.9
+"""How much of that estimate each guess leaves as it was; the rest is whether the guess was right."""
 
 REMEMBERED = 8192
 """How many tokens of a prompt, from its end, are searched, so that a long one does not hold up other streams."""
@@ -51,12 +48,12 @@ class Drafter:
         repeated = tokens[place : place + most]  # continued periodically where the list ends
         return [repeated[i % len(repeated)] for i in range(most)]
 
-    def learn(self, computed: int, accepted: int) -> None:
-        """How many tokens of the last draft were computed, and how many of these were right."""
-        if not computed:
-            self.chance = max(self.chance, min(self.chance + RECOVERED, CHANCE))
-        for guess in range(min(accepted + 1, computed)):  # what follows a wrong guess says nothing
-            self.chance = KEPT * self.chance + (1 - KEPT) * (guess < accepted)
+    def learn(self, draft: Sequence[int], tokens: Sequence[int]) -> None:
+        """What followed in place of the last draft, so far, whether its guesses were computed or not."""
+        for guess, token in zip(draft, tokens, strict=False):
+            self.chance = KEPT * self.chance + (1 - KEPT) * (guess == token)
+            if guess != token:  # what follows a wrong guess says nothing
+                break
 
 
 def width(drafts: Sequence[tuple[int, float]], reading: int, packed: bool) -> int:

@@ -184,7 +184,7 @@ class Generation(OperationStream):
                     break
                 replies += self._take_with_forced(choices[accepted])
         if self._drafter and draft:
-            self._drafter.learn(computed, accepted)
+            self._drafter.learn(draft, self.tokens[known:])
         return replies
 
     def _take_with_forced(self, choice: Choice) -> list[Token]:

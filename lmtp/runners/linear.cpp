@@ -20,8 +20,10 @@ namespace linear {  // attention.cpp has the unnamed one
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t PANEL = 16;
 constexpr int VECTORS = PANEL / Vec::size();
+static_assert(VECTORS >= 1 && PANEL % Vec::size() == 0);
 constexpr int64_t TILE = 6;    // rows of a tile: with 8 numbers a vector, its sums take 12 of 16 registers
-constexpr int64_t BLOCK = 48;  // rows that a panel is used for before the next: these stay in the second-level cache
+constexpr int64_t BLOCK = 48;  // rows that a panel is used for before the next: most stay in the second-level cache
+constexpr int64_t DEPTH = 768;  // inputs that are added up before they are added to the output, for accuracy
 constexpr int64_t AHEAD = 1024;  // bytes of weights fetched before they are needed
 
 inline Vec widen(const float* weights) { return Vec::loadu(weights); }
@@ -44,10 +46,19 @@ inline Vec widen(const int8_t* weights) {
 #endif
 }
 
-// One panel times R rows. Few rows have several sums each, so that additions need not wait for one another.
+// Where a tile reads and writes: the first of its rows, and how many numbers a row has.
+struct Rows {
+  const float* input;
+  int64_t inputs;
+  float* output;
+  int64_t outputs;
+};
+
+// `depth` inputs of one panel times R rows, of which the first `written` outputs are written, or added if `more`. Few
+// rows have several sums each: additions take four cycles, and two begin in each.
 template <int R, typename T>
-void tile(const float* input, const T* panel, int64_t inputs, float* output, int64_t outputs, int64_t written) {
-  constexpr int SUMS = R == 1 ? 4 : R <= 3 ? 2 : 1;
+void tile(Rows rows, const T* panel, int64_t depth, int64_t written, bool more) {
+  constexpr int SUMS = (8 + R * VECTORS - 1) / (R * VECTORS);
   Vec sums[SUMS][R][VECTORS];
 #pragma GCC unroll 8
   for (int s = 0; s < SUMS; ++s)
@@ -62,16 +73,16 @@ void tile(const float* input, const T* panel, int64_t inputs, float* output, int
     __builtin_prefetch(reinterpret_cast<const char*>(panel + k * PANEL) + AHEAD);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec x(input[r * inputs + k]);
+      const Vec x(rows.input[r * rows.inputs + k]);
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sums[s][r][v] = at::vec::fmadd(x, weights[v], sums[s][r][v]);
     }
   };
   int64_t k = 0;
-  for (; k + SUMS <= inputs; k += SUMS)
+  for (; k + SUMS <= depth; k += SUMS)
 #pragma GCC unroll 8
     for (int s = 0; s < SUMS; ++s) add(s, k + s);
-  for (; k < inputs; ++k) add(0, k);
+  for (; k < depth; ++k) add(0, k);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -80,7 +91,8 @@ void tile(const float* input, const T* panel, int64_t inputs, float* output, int
 #pragma GCC unroll 8
       for (int s = 1; s < SUMS; ++s) sum = sum + sums[s][r][v];
       const int64_t count = std::min<int64_t>(written - v * Vec::size(), Vec::size());
-      if (count > 0) sum.store(output + r * outputs + v * Vec::size(), count);
+      float* const output = rows.output + r * rows.outputs + v * Vec::size();
+      if (count > 0) (more ? sum + Vec::loadu(output, count) : sum).store(output, count);
     }
 }
 
@@ -93,25 +105,27 @@ void linear(const at::Tensor& input, const at::Tensor& panels, at::Tensor& outpu
   float* const out = output.mutable_data_ptr<float>();
 #pragma omp parallel for collapse(2) schedule(static) num_threads(at::get_num_threads())
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t panel = 0; panel < panels.size(0); ++panel) {
-      const int64_t end = std::min(rows, (block + 1) * BLOCK);
-      for (int64_t row = block * BLOCK; row < end;) {
-        const auto of_rows = [&](auto count) {
-          tile<count>(in + row * inputs, weights + panel * inputs * PANEL, inputs, out + row * outputs + panel * PANEL,
-                      outputs, outputs - panel * PANEL);
-          row += count;
-        };
-        const int64_t left = end - row, tiles = (left + TILE - 1) / TILE;  // of heights as equal as can be
-        switch ((left + tiles - 1) / tiles) {
-          case 1: of_rows(std::integral_constant<int, 1>()); break;
-          case 2: of_rows(std::integral_constant<int, 2>()); break;
-          case 3: of_rows(std::integral_constant<int, 3>()); break;
-          case 4: of_rows(std::integral_constant<int, 4>()); break;
-          case 5: of_rows(std::integral_constant<int, 5>()); break;
-          default: of_rows(std::integral_constant<int, TILE>());
+    for (int64_t panel = 0; panel < panels.size(0); ++panel)
+      for (int64_t k = 0; k < inputs; k += DEPTH) {
+        const T* const part = weights + (panel * inputs + k) * PANEL;
+        const int64_t end = std::min(rows, (block + 1) * BLOCK);
+        for (int64_t row = block * BLOCK; row < end;) {
+          const auto of_rows = [&](auto count) {
+            const Rows here{in + row * inputs + k, inputs, out + row * outputs + panel * PANEL, outputs};
+            tile<count>(here, part, std::min(DEPTH, inputs - k), outputs - panel * PANEL, k > 0);
+            row += count;
+          };
+          const int64_t left = end - row, tiles = (left + TILE - 1) / TILE;  // of heights as equal as can be
+          switch ((left + tiles - 1) / tiles) {
+            case 1: of_rows(std::integral_constant<int, 1>()); break;
+            case 2: of_rows(std::integral_constant<int, 2>()); break;
+            case 3: of_rows(std::integral_constant<int, 3>()); break;
+            case 4: of_rows(std::integral_constant<int, 4>()); break;
+            case 5: of_rows(std::integral_constant<int, 5>()); break;
+            default: of_rows(std::integral_constant<int, TILE>());
+          }
         }
       }
-    }
 }
 
 at::Tensor run(const at::Tensor& input, const at::Tensor& panels, int64_t outputs) {

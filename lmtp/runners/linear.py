@@ -30,20 +30,33 @@ def _linear(input: Tensor, panels: Tensor, outputs: int) -> Tensor:
 
 @contextlib.contextmanager
 def own_linear(step: nn.Module) -> Iterator[None]:
-    """Trace the module's linear layers in float32 as this operation."""
-    layers: list[Any] = [layer for layer in step.modules() if type(layer) in (nn.Linear, Conv1D)]
-    layers = [layer for layer in layers if type(layer.weight) is nn.Parameter or is_int8(layer.weight)]
-    layers = [layer for layer in layers if layer.weight.dtype == torch.float32]
-    for layer in layers:
-        weight: Any = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-        layer.register_buffer("panels", panels_of(weight))
-        layer.register_buffer("scale", weight.scale.flatten() if is_int8(weight) else None)
-        layer.forward = partial(_forward, layer, len(weight))
-    try:
+    """Trace the module's plain linear layers in float32 as this operation, where the processor has AVX2 or AVX-512.
+
+    Others stay as they are: subclasses, experts in one tensor, layers whose ``forward`` somebody replaced.
+    """
+    with contextlib.ExitStack() as replaced:
+        for layer in step.modules() if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else ():
+            if type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer) and _is_served(layer.weight):
+                replaced.callback(_restore, layer)
+                _replace(layer)
         yield
-    finally:
-        for layer in layers:
-            del layer.panels, layer.scale, layer.forward
+
+
+def _is_served(weight: Any) -> bool:
+    return (type(weight) is nn.Parameter or is_int8(weight)) and weight.dtype == torch.float32
+
+
+def _replace(layer: Any) -> None:
+    weight: Any = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    layer.register_buffer("panels", panels_of(weight))
+    layer.register_buffer("scale", weight.scale.flatten() if is_int8(weight) else None)
+    layer.forward = partial(_forward, layer, len(weight))
+
+
+def _restore(layer: nn.Module) -> None:
+    for buffer in ("panels", "scale"):
+        layer._buffers.pop(buffer, None)
+    vars(layer).pop("forward", None)
 
 
 def _forward(layer: Any, outputs: int, input: Tensor) -> Tensor:

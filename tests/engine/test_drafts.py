@@ -76,33 +76,19 @@ class TestDrafter:
 
     def test_a_right_guess_makes_it_surer_and_a_wrong_one_less_sure(self) -> None:
         sure, unsure = Drafter(), Drafter()
-        for _ in range(10):
-            sure.learn(4, 4)
-            unsure.learn(4, 0)
-        assert unsure.chance < 0.1 < CHANCE < 0.7 < sure.chance < 1
+        for _ in range(20):
+            sure.learn([7, 8], [7, 8])
+            unsure.learn([7, 8], [9, 8])
+        assert unsure.chance < 0.1 < CHANCE < 0.9 < sure.chance < 1
 
-    def test_of_a_draft_only_the_guesses_up_to_the_first_wrong_one_count(self) -> None:
-        one, several = Drafter(), Drafter()
-        one.learn(2, 1)
-        several.learn(9, 1)
-        assert one.chance == several.chance
-
-    def test_one_that_was_often_wrong_is_tried_again_after_some_steps(self) -> None:
-        drafter = Drafter()
-        drafter.learn(1, 0)
-        chances = []
-        for _ in range(9):
-            drafter.learn(0, 0)
-            chances.append(drafter.chance)
-        assert chances == sorted(chances)
-        assert chances[-1] == CHANCE
-
-    def test_steps_without_its_guesses_make_a_sure_one_no_less_sure(self) -> None:
-        drafter = Drafter()
-        drafter.learn(9, 9)
-        sure = drafter.chance
-        drafter.learn(0, 0)
-        assert drafter.chance == sure
+    def test_of_a_draft_the_guesses_up_to_the_first_wrong_one_count_as_far_as_the_text_goes(self) -> None:
+        drafters = [Drafter() for _ in range(3)]
+        for drafter, draft, tokens in zip(
+            drafters, ([7, 8], [7, 8, 9, 9], [7, 8, 9]), ([7, 1], [7, 1, 9, 9], [7]), strict=True
+        ):
+            drafter.learn(draft, tokens)
+        one_wrong, more, cut = (drafter.chance for drafter in drafters)
+        assert one_wrong == more < CHANCE < cut
 
     @pytest.mark.parametrize("tokens", [[], [1], [1, 1], [1, 2, 3], [1, 2, 3, 2]])
     def test_nothing_is_guessed_where_nothing_like_it_came_before(self, tokens: list[int]) -> None:

@@ -13,9 +13,9 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import mmap
 import platform
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ INDUCTOR = {
     "max_autotune_gemm_backends": "CPP,ATEN",
     "aot_inductor.compile_wrapper_opt_level": "O2",  # our C++ code is part of the wrapper
     "aot_inductor.precompile_headers": False,  # one build would use them once
+    # Do not try vector instructions by compiling and loading a file: where that fails, a step is made without them.
+    "cpp.vec_isa_ok": True,
 }
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
@@ -133,10 +135,12 @@ def build(
     """Compile a step into ``path``. The file appears there once ``check`` has passed it. ``cross``: the layers of
     cross-attention, if there are any.
 
-    Raises UnsupportedModel for a model with operations that compiled code cannot call, and what torch.export raises
-    where the model's code cannot be traced.
+    Raises UnsupportedModel for a model with operations that compiled code cannot call, CppCompileError where the C++
+    compiler fails, and what torch.export raises where the model's code cannot be traced.
     """
-    import torch._inductor
+    from torch._inductor import aot_compile
+    from torch._inductor.exc import InductorError
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     memory = Memory(layers, step.model.dtype)
     memory.resize(EXAMPLE_SLOTS, EXAMPLE_CAPACITY)
@@ -160,25 +164,21 @@ def build(
         given += ((unmasked, list(rows.keys), list(rows.values)),)
         shapes += (_source_shapes(shapes[0], len(cross)),)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
-        package = Path(directory, "step.pt2")
-        code = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
-        shims = {operation: [path.read_text(encoding="utf-8")] for operation, path in code.items()}
-        with torch.no_grad():
-            with attention.own_attention(), linear.own_linear(step):
-                program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(package),
-                inductor_configs=INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims},
-            )
+    code = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
+    shims = {operation: [file.read_text(encoding="utf-8")] for operation, file in code.items()}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory, torch.no_grad():
         library = Path(directory, path.name)
-        with zipfile.ZipFile(package) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-            binary = archive.read(name)
-        if PROXY in binary:
-            raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
-        library.write_bytes(binary)
+        with attention.own_attention(), linear.own_linear(step):
+            program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
+        options = INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims, "aot_inductor.output_path": str(library)}
+        try:
+            with temporary_cache_dir(directory):
+                aot_compile(program.module(), given, options=options)
+        except InductorError as error:
+            raise error.inner_exception from None
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
+            if binary.find(PROXY) >= 0:
+                raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
         check(CompiledStep(library))
         library.replace(path)
 

@@ -110,7 +110,10 @@ def test_each_row_is_marked_by_the_load_while_it_was_measured(
     monkeypatch.setattr("psutil.cpu_percent", lambda seconds: 3.0)
     assert main("--results", str(tmp_path / "results"), "--runs", "1") == 0
     (path,) = (tmp_path / "results").glob("*.json")
-    assert [(row.name, row.busy, row.loaded) for row in report.read(path).rows] == [("a", 0.03, False), ("b", 0.6, True)]
+    assert [(row.name, row.busy, row.loaded) for row in report.read(path).rows] == [
+        ("a", 0.03, False),
+        ("b", 0.6, True),
+    ]
     assert "other processes used 60% of the processors: it is marked as loaded" in capsys.readouterr().err
 
 

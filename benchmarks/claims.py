@@ -15,6 +15,7 @@ CLAIMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("greedy decoding, 1, 8, 32 streams", "Transformers' `generate`", ("decode-1", "decode-8", "decode-32")),
     ("the same", "vLLM", ("vllm-1", "vllm-8", "vllm-32")),
     ("the same", "llama.cpp", ("llama-1", "llama-8", "llama-32")),
+    ("repetitive text, sampled", "the same without drafts", ("drafts",)),
     ("a T5 of 250M, greedy decoding, 8 streams", "Transformers' `generate`", ("encoder-decoder",)),
     ("five LMQL queries", "LMQL's own server", ("queries",)),
     ("a text of 1,000 tokens continued in 20 calls", "LMQL's own server", ("continuation",)),

@@ -23,12 +23,18 @@ class Recorder:
         self._engine = engine
         if endless:
             self._engine.limits = dataclasses.replace(self._engine.limits, end_of_sequence=())
+        self._limits = engine.runner.step_limits
         self._steps: list[tuple[int, int, float, float]] = []
         self._time_steps()
 
     def describe(self) -> str:
         """The runner that serves the model."""
         return self._engine.runner.description
+
+    def draft(self, on: bool) -> None:
+        """Let streams draft, as usual, or not."""
+        limits = self._limits if on else dataclasses.replace(self._limits, drafts=0)
+        self._engine.runner.step_limits = limits
 
     def chat(self, prompts: list[str]) -> list[list[int]]:
         """Tokens of each prompt in the model's chat template."""

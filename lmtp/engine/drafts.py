@@ -4,14 +4,24 @@ Where the last tokens occurred before, what followed them there is likely to fol
 that quote their prompt. A step computes the guesses along with the last token. Each guess that is the token the model
 chooses anyway saves a step. Apart from rounding, the output does not depend on it. The method is prompt lookup decoding
 (Apoorv Saxena, 2023), a kind of speculative decoding (Leviathan et al., 2023).
+
+Guesses cost time, too. Each stream keeps an estimate of how likely its next guess is right, and a step takes as many
+guesses as promise the most tokens in a time.
 """
+
+from collections.abc import Sequence
 
 MATCHED = 2
 """How many tokens have to match. A match of one is right too seldom; matches of three are rare."""
 
-FIRST = 8
-"""Length of the first draft in tokens. The next one has 2 * accepted + 2: repetitive text soon fills its steps, and
-text that only seems repetitive costs little."""
+CHANCE = 0.4
+"""How likely the first guess of a stream is right."""
+
+KEPT = 0.8
+"""How much of that estimate each guess leaves as it was; the rest is what became of the guess."""
+
+RECOVERED = 0.05
+"""What an estimate below CHANCE gains in a step that computes none of the guesses, so that they are tried again."""
 
 REMEMBERED = 8192
 """How many tokens of a prompt, from its end, are searched, so that a long one does not hold up other streams."""
@@ -24,7 +34,8 @@ class Drafter:
         self._followed: dict[tuple[int, ...], int] = {}
         """Where each run of MATCHED tokens last ended, the run at the end of the list excepted."""
         self._seen = MATCHED
-        self._length = FIRST
+        self.chance = CHANCE
+        """How likely the next guess is right."""
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
         """Up to ``most`` tokens; none where the end of the list did not occur before.
@@ -37,10 +48,29 @@ class Drafter:
         place = self._followed.get(tuple(tokens[-MATCHED:])) if len(tokens) >= MATCHED else None
         if place is None or most < 1:
             return []
-        length = min(most, self._length)
-        repeated = tokens[place : place + length]  # continued periodically where the list ends
-        return [repeated[i % len(repeated)] for i in range(length)]
+        repeated = tokens[place : place + most]  # continued periodically where the list ends
+        return [repeated[i % len(repeated)] for i in range(most)]
 
-    def learn(self, accepted: int) -> None:
-        """How many tokens of the last draft were accepted."""
-        self._length = 2 * accepted + 2
+    def learn(self, computed: int, accepted: int) -> None:
+        """How many tokens of the last draft were computed, and how many of these were right."""
+        if not computed:
+            self.chance = max(self.chance, min(self.chance + RECOVERED, CHANCE))
+        for guess in range(min(accepted + 1, computed)):  # what follows a wrong guess says nothing
+            self.chance = KEPT * self.chance + (1 - KEPT) * (guess < accepted)
+
+
+def width(drafts: Sequence[tuple[int, float]], reading: int, packed: bool) -> int:
+    """How many tokens of each stream a step should take, its last known one included.
+
+    ``drafts`` has the length of each stream's draft and the chance of its guesses. A step takes as long as computing
+    ``reading`` tokens, in which it reads the weights, and its own tokens: unless it is ``packed``, as many of each
+    stream.
+    """
+    expected, best, most = float(len(drafts)), 0.0, 1
+    for tokens in range(1, max(length for length, _ in drafts) + 2):
+        if tokens > 1:
+            expected += sum(chance ** (tokens - 1) for length, chance in drafts if length >= tokens - 1)
+        computed = sum(min(length + 1, tokens) for length, _ in drafts) if packed else len(drafts) * tokens
+        if (rate := expected / (reading + computed)) > best:
+            best, most = rate, tokens
+    return most

@@ -285,6 +285,7 @@ class Engine:
         try:
             made = open_model()
             limits = limits_of(made.model)
+            self._on_cpu = made.model.device.type == "cpu"  # asked each time, it walks over all modules
             if limits.head:
                 prepare_tokenizer(made.tokenizer, limits.head)
             self._scheduler = Scheduler(made.runner)
@@ -425,7 +426,7 @@ class Engine:
         """
         constrained, grammars = _constrained(step)
         run = self.runner.prepare(step)
-        if self._model.device.type == "cpu":
+        if self._on_cpu:
             self._hand_over()
         filling = self._mask_filler.start(grammars) if grammars else None
         try:

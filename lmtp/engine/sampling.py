@@ -41,6 +41,9 @@ FEW = 16
 """Rows with at most this many likely tokens to report are searched together, so that one with many costs the others
 nothing."""
 
+FEW_ROWS = 16
+"""At most so many rows NumPy searches on one thread before PyTorch's threads are awake."""
+
 HEAD = 1024
 """A top-k of at most this is found without sorting the vocabulary."""
 
@@ -128,16 +131,18 @@ def sample(
         allowed.rows if allowed else ()
     )
     own = _whole_blocks(logits)
-    if own is not logits or not masked:
-        return _sample(own, logits.shape[-1], rows, draws, allowed, meanwhile)
-    if 2 * len(masked) > len(rows):
-        return _sample(logits.clone(), logits.shape[-1], rows, draws, allowed, meanwhile)
+    if not masked:
+        return _sample(own, logits.shape[-1], rows, draws, meanwhile)
+    if own is logits and 2 * len(masked) > len(rows):
+        own = logits.clone()
     index = _index(sorted(masked), logits.device)
-    kept = logits[index]
+    kept = logits[index] if own is logits else None
     try:
-        return _sample(logits, logits.shape[-1], rows, draws, allowed, meanwhile)
+        _add_masks(own, logits.shape[-1], draws, allowed)
+        return _sample(own, logits.shape[-1], rows, draws, meanwhile)
     finally:
-        logits[index] = kept
+        if kept is not None:
+            logits[index] = kept
 
 
 def _whole_blocks(logits: Tensor) -> Tensor:
@@ -157,38 +162,36 @@ def _sample(
     vocabulary: int,
     rows: Sequence[Row],
     draws: Mapping[int, Draw],
-    allowed: Allowed | None,
     meanwhile: Callable[[], None],
 ) -> list[Choice]:
-    """`sample`, of float32 logits in whole blocks, to which it adds the masks."""
-    _add_masks(logits, vocabulary, draws, allowed)
-    peaks = _blocks(logits).amax(-1)
+    """`sample`, of float32 logits in whole blocks, with the masks added."""
+    counts = [_top(row) for row in rows]
+    drawn = [i for i, row in draws.items() if needs_own_logits(row.operation)]
+    searched = drawn or max(counts) > 1 or len(rows) > FEW_ROWS or not on_host(logits)
+    peaks = _blocks(logits).amax(-1) if searched else None
     best = Best.of(logits, peaks)
     probabilities = torch.softmax(logits, -1)
-    likeliest = _at(probabilities, best.indices)
+    parts = [best.indices, best.values, probabilities.gather(-1, best.indices)]
     chosen = best.indices
     if len(draws) < len(rows):
-        given = upload(torch.tensor([row.token if isinstance(row, Target) else -1 for row in rows]), logits.device)
+        given = upload(torch.tensor([[row.token if isinstance(row, Target) else -1] for row in rows]), logits.device)
         chosen = torch.where(given < 0, chosen, given)
-    if drawn := [i for i, row in draws.items() if needs_own_logits(row.operation)]:
+    if peaks is not None and drawn:
         own = [draws[i] for i in drawn]
         tokens = _draw(_select(logits, drawn), _select(peaks, drawn), _select(probabilities, drawn), own, vocabulary)
-        chosen = tokens if len(drawn) == len(rows) else chosen.index_copy(0, _index(drawn, logits.device), tokens)
-    counts = [_top(row) for row in rows]
-    groups = [
-        (
-            group,
-            _most_likely(_select(logits, group), _select(peaks, group), min(max(counts[i] for i in group), vocabulary)),
-        )
-        for group in (
-            [i for i, count in enumerate(counts) if 1 < count <= FEW],
-            [i for i, count in enumerate(counts) if count > FEW],
-        )
-        if group
-    ]
-    per_row = [chosen, _at(logits, chosen), best.indices, best.values, likeliest]
-    found = _to_host([*per_row, *(part for _, likely in groups for part in likely)], meanwhile)
-    return _report(found, rows, counts, [group for group, _ in groups])
+        every = len(drawn) == len(rows)
+        chosen = tokens[:, None] if every else chosen.index_copy(0, _index(drawn, logits.device), tokens[:, None])
+    if chosen is not best.indices:
+        parts += [chosen, logits.gather(-1, chosen)]
+    groups = []
+    if peaks is not None:
+        few = [i for i, count in enumerate(counts) if 1 < count <= FEW]
+        many = [i for i, count in enumerate(counts) if count > FEW]
+        groups = [group for group in (few, many) if group]
+        for group in groups:
+            most = min(max(counts[i] for i in group), vocabulary)
+            parts += _most_likely(_select(logits, group), _select(peaks, group), most)
+    return _report(_to_host(parts, meanwhile), rows, counts, groups)
 
 
 def _add_masks(logits: Tensor, vocabulary: int, draws: Mapping[int, Draw], allowed: Allowed | None) -> None:
@@ -247,22 +250,20 @@ def _blocks(values: Tensor) -> Tensor:
 
 
 class Best(NamedTuple):
-    """Each row's largest value and where it is; of equal ones the first, as torch.argmax has it."""
+    """Each row's largest value and where it is, each ``[rows, 1]``; of equal ones the first, as torch.argmax has it."""
 
     values: Tensor
     indices: Tensor
 
     @staticmethod
-    def of(values: Tensor, peaks: Tensor) -> "Best":
-        """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block."""
-        block = peaks.argmax(-1, keepdim=True)
+    def of(values: Tensor, peaks: Tensor | None) -> "Best":
+        """The best of ``[rows, vocabulary]``; ``peaks`` has the best of each block; on the host there may be none."""
+        if peaks is None:
+            indices = torch.from_numpy(values.numpy().argmax(-1, keepdims=True))
+            return Best(values.gather(-1, indices), indices)
+        largest, block = peaks.max(-1, keepdim=True)
         inside = _block(values, block).argmax(-1, keepdim=True)
-        return Best(peaks.amax(-1), torch.add(inside, block, alpha=BLOCK)[:, 0])
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """One value of each row."""
-    return values.gather(-1, index[:, None])[:, 0]
+        return Best(largest, torch.add(inside, block, alpha=BLOCK))
 
 
 def _block(values: Tensor, block: Tensor) -> Tensor:
@@ -285,7 +286,8 @@ def _most_likely(values: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]
     """
     some = peaks.topk(min(k, peaks.shape[-1]), -1).indices
     found, places = _block(values, some).topk(k, -1)
-    return found, some.gather(-1, places // BLOCK) * BLOCK + places % BLOCK
+    nth = places // BLOCK
+    return found, torch.add(places, some.gather(-1, nth) - nth, alpha=BLOCK)
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -317,38 +319,45 @@ def _report(
     counts: Sequence[int],
     groups: Sequence[Sequence[int]],
 ) -> list[Choice]:
-    """The choices. ``parts`` are the numbers of each row; then the likely tokens' logits and ids, group by group."""
-    chosen, logits, first, best, probability, *found = parts
-    norm = best - np.log(probability, dtype=np.float64)
-    logprobs, best_logprobs = _rounded(np.array([logits, best]) - norm)
-    choices = []
-    numbers = (chosen.astype(int), logprobs, first.astype(int), best_logprobs, probability, best, counts, rows)
-    for token, logprob, likeliest, first_logprob, certain, peak, count, row in zip(
-        *(n.tolist() if isinstance(n, np.ndarray) else n for n in numbers), strict=True
+    """The choices.
+
+    ``parts`` are the numbers of each row: its best token, that one's logit and probability; then the chosen token and
+    its logit, unless every row chooses its best; then the likely tokens' logits and ids, group by group.
+    """
+    ids, peaks, probabilities, *found = parts
+    chosen, logits, *found = found if len(found) > 2 * len(groups) else (ids, peaks, *found)
+    norms, choices = [], []
+    # Row by row: for a few rows, an operation of NumPy takes longer than all of them.
+    for best, peak, probability, token, logit, count, row in zip(
+        *(part.ravel().tolist() for part in (ids, peaks, probabilities, chosen, logits)), counts, rows, strict=True
     ):
-        if math.isfinite(certain):
-            choices.append(
-                Choice(token, logprob, {likeliest: first_logprob, token: logprob} if count == 1 else {token: logprob})
-            )
-        else:
+        if not math.isfinite(probability):
             impossible = isinstance(row, Draw) and peak == -math.inf
             choices.append(Choice(0, 0.0, {}, error=NO_TOKEN if impossible else NOT_NUMBERS))
-    for group, values, ids in zip(groups, found[::2], found[1::2], strict=True):
-        likely = _rounded(values - norm[group, None])
-        for i, tokens, likely_ones, possible in zip(
-            group, ids.astype(int).tolist(), likely.tolist(), np.isfinite(values).sum(-1).tolist(), strict=True
+            norms.append(math.nan)
+            continue
+        norms.append(peak - math.log(probability))
+        logprob = _rounded(logit - norms[-1])
+        top = {int(best): _rounded(peak - norms[-1])} if count == 1 else {}
+        top[int(token)] = logprob
+        choices.append(Choice(int(token), logprob, top))
+    for group, values, tokens in zip(groups, found[::2], found[1::2], strict=True):
+        likely = values - np.array([norms[i] for i in group])[:, None]
+        likely = np.where(np.isfinite(likely), likely.round(6) + 0.0, LOWEST)
+        for i, own, likely_ones, possible in zip(
+            group, tokens.astype(int).tolist(), likely.tolist(), np.isfinite(values).sum(-1).tolist(), strict=True
         ):
             if not choices[i].error:
                 most = min(counts[i], possible)
-                entries = dict(zip(tokens[:most], likely_ones[:most], strict=True))
+                entries = dict(zip(own[:most], likely_ones[:most], strict=True))
                 entries.setdefault(choices[i].token, choices[i].logprob)
                 choices[i] = Choice(choices[i].token, choices[i].logprob, entries)
     return choices
 
 
-def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _rounded(logprob: float) -> float:
     """Rounded to a millionth, without a negative zero, and finite: JSON has no infinity."""
-    return np.where(np.isfinite(logprobs), logprobs.round(6) + 0.0, LOWEST)
+    return round(logprob * 1e6) / 1e6 + 0.0 if math.isfinite(logprob) else LOWEST
 
 
 def _draw(logits: Tensor, peaks: Tensor, weights: Tensor, rows: Sequence[Draw], vocabulary: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+from lmtp.engine.drafts import width
 from lmtp.engine.stream import OperationStream
 from lmtp.prediction import Prediction
 from lmtp.runners.runner import Runner
@@ -22,8 +23,7 @@ FORCED_RUN = 16
 many. A longer run is computed like a prompt."""
 
 DRAFTED_STEP = 16
-"""Tokens of a step, padding included, that drafts may fill it up to. On a CPU such a step takes about as long as one of
-a single token, since most of its time goes into reading the model's weights."""
+"""Tokens of a step, padding included, that drafts may fill it up to."""
 
 MAX_PASSED = 128
 """Waiting streams that are passed over in a step, since they wait for a prefix or find no room. These are two of each
@@ -216,12 +216,13 @@ class Scheduler:
 
     def _draft(self, streams: Sequence[OperationStream]) -> int:
         """Let the streams draft; returns how many tokens of a stream the step takes for it."""
-        most = DRAFTED_STEP // len(streams) - 1 if self._runner.step_limits.drafts else 0
+        limits = self._runner.step_limits
+        most = DRAFTED_STEP // len(streams) - 1 if limits.drafts else 0
         if most < 1:
             return 1
         for stream in streams:
             stream.guess(most)
-        return 1 + max(len(stream.draft) for stream in streams)
+        return width([(len(stream.draft), stream.chance) for stream in streams], limits.drafts, limits.packed)
 
     def _prefill(self, streams: Sequence[OperationStream], budget: int) -> Step[OperationStream]:
         """As many of the streams as fill the budget without padding most of it; at least the first."""

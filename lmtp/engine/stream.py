@@ -59,6 +59,11 @@ class OperationStream(Stream):
     def guess(self, most: int) -> None:
         """Draft up to ``most`` tokens for the next step, if the stream can use a draft."""
 
+    @property
+    def chance(self) -> float:
+        """How likely the next guess of its draft is right."""
+        return 0.0
+
     def begin(self) -> list[Token]:
         """The replies that are certain before anything is computed."""
         return []
@@ -152,6 +157,11 @@ class Generation(OperationStream):
             room = self.max_length - len(self.tokens) - 1  # one position is for the bonus token
             self.draft = self._drafter.draft(self.tokens, min(most, room))
 
+    @property
+    @override
+    def chance(self) -> float:
+        return self._drafter.chance if self._drafter else 0.0
+
     @override
     def receive(self, choices: Sequence[Choice]) -> list[Token]:
         """Take the choice that follows the known tokens, and those that follow accepted tokens of the draft.
@@ -163,7 +173,8 @@ class Generation(OperationStream):
         draft, self.draft = self.draft, []
         known, accepted = len(self.tokens), 0
         replies = self._take_with_forced(choices[0])
-        while accepted < min(len(draft), len(choices) - 1) and not self.finished:  # a step may compute part of a draft
+        computed = min(len(draft), len(choices) - 1)  # a step may compute part of a draft
+        while accepted < computed and not self.finished:
             if draft[accepted] != self.tokens[known + accepted]:
                 break
             accepted += 1
@@ -173,7 +184,7 @@ class Generation(OperationStream):
                     break
                 replies += self._take_with_forced(choices[accepted])
         if self._drafter and draft:
-            self._drafter.learn(accepted)
+            self._drafter.learn(computed, accepted)
         return replies
 
     def _take_with_forced(self, choice: Choice) -> list[Token]:

@@ -92,7 +92,7 @@ class CacheRunner:
         self.refusal = ""
         self.longest = context
         self.active: list[Stream] = []
-        self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=False)
+        self.step_limits = StepLimits(chunk=context, busy_chunk=0, logits=context, drafts=0)
         self.adapters = adapters or Adapters(model)
         self._mode = mode
         self._model: Any = model  # PreTrainedModel types its generation methods as tensors

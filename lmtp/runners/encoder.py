@@ -175,7 +175,7 @@ class EncoderRunner:
         self.active: list[Stream] = []
         chunk = MAX_TOKENS.get(device.type, MAX_TOKENS["cpu"])
         logits = max(MAX_LOGITS // limits.vocabulary, limits.context)
-        self.step_limits = StepLimits(chunk=chunk, busy_chunk=chunk, logits=logits, drafts=False, whole=True)
+        self.step_limits = StepLimits(chunk=chunk, busy_chunk=chunk, logits=logits, drafts=0, whole=True)
         self._forward = forward
         self._batches = WAYS[way]
         self._classes = 2 if limits.head and limits.head.independent else limits.classes

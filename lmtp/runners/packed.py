@@ -24,6 +24,8 @@ from lmtp.runners.step import Step, StepLimits, Stream
 
 CHUNK = 8192
 BUSY_CHUNK = 1024
+READING = 100
+"""Tokens that take as long to compute as the weights take to read, from below."""
 
 
 class PackedInputs(NamedTuple):
@@ -161,7 +163,7 @@ class PackedRunner(Extents):
             BUSY_CHUNK,
             logits=max(MAX_LOGITS // vocabulary, MAX_STREAMS),
             # A few tokens more cost launches unless they are recorded.
-            drafts=recorded is not None and not has_experts(step.model),
+            drafts=READING if recorded and not has_experts(step.model) else 0,
             packed=True,
         )
         self.step = step

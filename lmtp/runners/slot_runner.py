@@ -34,6 +34,8 @@ STEP_SECONDS = 0.15
 CORE_FLOPS = {torch.float32: 6e10, torch.bfloat16: 2e11}
 """Operations of one core in a second, as measured: float32 with AVX2, bfloat16 with AMX."""
 MIN_WORK = 16
+READING = {torch.float32: 7, torch.bfloat16: 25}
+"""Tokens that take as long to compute as the weights take to read: float32 with AVX2, bfloat16 with AVX-512."""
 
 COLUMNS = 16
 """Attention reads the slots' columns in multiples of this, which aligns its rows and masks."""
@@ -108,19 +110,20 @@ class SlotStep(nn.Module):
         self.model = model
         self.adapters = adapters or Adapters(model)
         self.rules = _mask_rules(model)
+        self._dtype = model.dtype  # asked each time, it walks over all modules
         self._accepts_positions = accepts_positions(model)
 
     def new_memory(self, layers: Sequence[Layer]) -> Memory:
         """Memory for the steps that follow."""
-        return Memory(layers, self.model.dtype)
+        return Memory(layers, self._dtype)
 
     def masks(self, positions: Tensor, columns: int) -> list[Tensor]:
         """For each kind of layer an additive mask ``[rows, 1, q, columns]``."""
-        dtype = self.model.dtype
+        hidden = torch.finfo(self._dtype).min
         column = torch.arange(columns, device=positions.device)
-        position = positions[:, None, :, None]
-        hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=positions.device)
-        return [torch.where(visible(column, position), 0.0, hidden) for visible in self.rules.values()]
+        position = positions.view(len(positions), 1, -1, 1)
+        seen = [visible(column, position) for visible in self.rules.values()]
+        return [torch.full_like(each, hidden, dtype=self._dtype).masked_fill_(each, 0.0) for each in seen]
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The logits ``[wanted, vocabulary]`` at the wanted positions. The masks are those of ``rules``, in order."""
@@ -173,38 +176,42 @@ class SlotRunner(Slots):
         rows = [stream.adapter for stream in step.streams]
         return functools.partial(self.step.adapters.run, rows, run) if any(rows) else run
 
-    @torch.inference_mode()
     def _inputs(self, step: Step[Stream], masked: bool) -> StepInputs:
         """What the model takes for a step, with masks or without."""
-        counts = np.array(step.counts)
-        rows, q = len(counts), int(counts.max())
-        computed = np.array([stream.computed for stream in step.streams])
-        offsets = np.arange(q)[None, :]
-        positions = computed[:, None] + np.minimum(offsets, counts[:, None] - 1)
-        ids = np.zeros((rows, q), dtype=np.int64)
-        wanted = np.zeros((rows, q), dtype=bool)
-        for row, (stream, count) in enumerate(zip(step.streams, step.counts, strict=True)):
-            ids[row, :count] = stream.upcoming(count)
-            wanted[row, count - stream.wanted(count) : count] = True
-        writes = np.where(offsets >= counts[:, None], self._memory.capacity, positions)
-        position_ids = self._tensor(positions)
+        rows, q = len(step.counts), max(step.counts)
+        ids: list[int] = []
+        positions: list[int] = []
+        writes: list[int] = []
+        wanted: list[int] = []
+        longest = 0
+        # With lists: for a few tokens, an operation of NumPy takes longer than all of them.
+        for first, stream, count in zip(range(0, rows * q, q), step.streams, step.counts, strict=True):
+            end = stream.computed + count
+            longest = max(longest, end)
+            own, padding = range(stream.computed, end), q - count
+            ids += [*stream.upcoming(count), *[0] * padding]
+            positions += [*own, *[end - 1] * padding]
+            writes += [*own, *[self._memory.capacity] * padding]
+            wanted += range(first + count - stream.wanted(count), first + count)
+        tokens = np.array([ids, positions, writes], np.int64).reshape(3, rows, q)
+        position_ids = self._tensor(tokens[1])
         masks: list[Tensor] = []
         if masked:
-            columns = min(-(-int((computed + counts).max()) // COLUMNS) * COLUMNS, self._memory.capacity)
-            masks = self._masks(position_ids, columns)
+            masks = self._masks(position_ids, min(-(-longest // COLUMNS) * COLUMNS, self._memory.capacity))
         keys, values = self._memory.from_slot(step.streams[0].slot)
         return StepInputs(
-            self._tensor(ids),
+            self._tensor(tokens[0]),
             position_ids,
-            self._tensor(writes),
-            self._tensor(np.flatnonzero(wanted)),
+            self._tensor(tokens[2]),
+            self._tensor(np.array(wanted, np.int64)),
             masks,
             keys,
             values,
         )
 
-    def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    def _tensor(self, numbers: np.ndarray[Any, Any]) -> Tensor:
+        tensor = torch.from_numpy(numbers)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
     def _masks(self, positions: Tensor, columns: int) -> list[Tensor]:
         return self.step.masks(positions, columns)
@@ -221,7 +228,7 @@ def _step_limits(model: PreTrainedModel, max_slots: int) -> StepLimits:
         min(BUSY_CHUNK, work),
         logits=max(MAX_LOGITS // vocabulary, max_slots),
         # On a GPU more tokens a row take more launches.
-        drafts=model.device.type == "cpu" and not has_experts(model),
+        drafts=READING.get(model.dtype, 7) if model.device.type == "cpu" and not has_experts(model) else 0,
         work=work,
     )
 

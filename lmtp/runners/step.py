@@ -104,8 +104,8 @@ class StepLimits:
     """The same while other streams decode, so that these do not stall; 0: a prompt takes one step in any case."""
     logits: int
     """Positions of one step at which logits may be wanted."""
-    drafts: bool
-    """Whether accepted draft tokens save time."""
+    drafts: int
+    """Tokens that take as long to compute as the weights take to read; 0 where accepted draft tokens save no time."""
     packed: bool = False
     """Whether a step takes any streams with any numbers of tokens: nothing is padded to the longest."""
     whole: bool = False

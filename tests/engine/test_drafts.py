@@ -9,7 +9,7 @@ import torch
 from msgspec.structs import replace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmtp.engine.drafts import Drafter
+from lmtp.engine.drafts import CHANCE, Drafter, width
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
 from tests.tiny import (
@@ -32,14 +32,22 @@ ONLY_FEW = dict.fromkeys(FEW, 100.0)
 EXPERTS = {"qwen3_moe", "gpt_oss", "llama4"}
 
 
+def eager(engine: Engine, reading: int = 1000) -> Engine:
+    """An engine whose steps take as many guesses as there are, as if the weights took long to read."""
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, drafts=reading)
+    return engine
+
+
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES.keys() - EXPERTS))
 def any_model(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    yield from running(request.param)
+    for model, engine in running(request.param):
+        yield model, eager(engine)
 
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[Pair]:
-    yield from running("llama")
+    for model, engine in running("llama"):
+        yield model, eager(engine)
 
 
 def masked_logprobs(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
@@ -66,13 +74,35 @@ class TestDrafter:
     def test_a_repetition_is_guessed_to_go_on(self) -> None:
         assert Drafter().draft([7, 8, 9, 8, 9], 5) == [8, 9, 8, 9, 8]
 
-    def test_a_draft_is_as_long_as_the_last_one_was_right(self) -> None:
+    def test_a_right_guess_makes_it_surer_and_a_wrong_one_less_sure(self) -> None:
+        sure, unsure = Drafter(), Drafter()
+        for _ in range(10):
+            sure.learn(4, 4)
+            unsure.learn(4, 0)
+        assert unsure.chance < 0.1 < CHANCE < 0.7 < sure.chance < 1
+
+    def test_of_a_draft_only_the_guesses_up_to_the_first_wrong_one_count(self) -> None:
+        one, several = Drafter(), Drafter()
+        one.learn(2, 1)
+        several.learn(9, 1)
+        assert one.chance == several.chance
+
+    def test_one_that_was_often_wrong_is_tried_again_after_some_steps(self) -> None:
         drafter = Drafter()
-        lengths = []
-        for right in (8, 18, 0, 1, 4):
-            lengths.append(len(drafter.draft([7, 7, 7], 100)))
-            drafter.learn(right)
-        assert lengths == [8, 18, 38, 2, 4]
+        drafter.learn(1, 0)
+        chances = []
+        for _ in range(9):
+            drafter.learn(0, 0)
+            chances.append(drafter.chance)
+        assert chances == sorted(chances)
+        assert chances[-1] == CHANCE
+
+    def test_steps_without_its_guesses_make_a_sure_one_no_less_sure(self) -> None:
+        drafter = Drafter()
+        drafter.learn(9, 9)
+        sure = drafter.chance
+        drafter.learn(0, 0)
+        assert drafter.chance == sure
 
     @pytest.mark.parametrize("tokens", [[], [1], [1, 1], [1, 2, 3], [1, 2, 3, 2]])
     def test_nothing_is_guessed_where_nothing_like_it_came_before(self, tokens: list[int]) -> None:
@@ -83,6 +113,36 @@ class TestDrafter:
         drafter = Drafter()
         for length in (0, 1, 2, 3, 50, 51, 120, 200):
             assert drafter.draft(tokens[:length], 6) == Drafter().draft(tokens[:length], 6)
+
+
+class TestWidth:
+    """How many tokens of each stream a step takes."""
+
+    def test_without_drafts_it_takes_one(self) -> None:
+        assert width([(0, 0.9), (0, 0.9)], 25, packed=False) == 1
+
+    def test_surer_guesses_and_weights_that_take_longer_to_read_make_it_wider(self) -> None:
+        def of(chance: float, reading: int) -> int:
+            return width([(15, chance)], reading, packed=False)
+
+        assert 1 < of(0.4, 7) < of(0.8, 7) < of(0.99, 7) == 16
+        assert of(0.4, 7) < of(0.4, 100)
+        assert of(0.01, 7) == 1
+
+    def test_one_streams_guesses_do_not_widen_a_step_of_many_unless_nothing_is_padded(self) -> None:
+        drafts = [(1, 0.9), *[(0, 0.0)] * 7]
+        assert width(drafts, 7, packed=False) == 1
+        assert width(drafts, 7, packed=True) == 2
+
+    def test_the_tokens_expected_in_a_time_are_the_most(self) -> None:
+        """Compared with all widths, one by one."""
+        drafts, reading = [(3, 0.9), (5, 0.5), (0, 0.4)], 25
+        rates = [
+            sum(sum(chance**guess for guess in range(min(length + 1, tokens))) for length, chance in drafts)
+            / (reading + 3 * tokens)
+            for tokens in range(1, 7)
+        ]
+        assert width(drafts, reading, packed=False) == 1 + rates.index(max(rates))
 
 
 def test_with_right_and_wrong_guesses_every_stream_says_what_the_model_does(any_model: Pair) -> None:
@@ -154,8 +214,7 @@ def test_what_a_guess_does_not_help_is_not_guessed(llama: Pair, settings: dict[s
 
 @pytest.fixture(scope="module")
 def without_drafts(llama: Pair) -> Iterator[Engine]:
-    engine = start(llama[0])
-    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, drafts=False)
+    engine = eager(start(llama[0]), reading=0)
     yield engine
     engine.stop()
 
@@ -204,7 +263,7 @@ REPETITIVE = {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 
 
 @pytest.fixture(scope="module")
 def writing(tokenizer: PreTrainedTokenizerBase) -> Iterator[Engine]:
-    engine = start(build("llama", vocab_size=len(tokenizer), eos_token_id=[0, 2]), tokenizer)
+    engine = eager(start(build("llama", vocab_size=len(tokenizer), eos_token_id=[0, 2]), tokenizer))
     yield engine
     engine.stop()
 
@@ -226,7 +285,7 @@ def test_constrained_text_is_the_same_with_and_without_guesses_that_its_grammar_
         Generate(stream_id=i, prompt=[5 + i, 6], max_tokens=120, seed=i, text=True, **settings) for i in range(3)
     ]
     with_guesses = answers(writing, *operations)
-    monkeypatch.setattr(writing.runner, "step_limits", dataclasses.replace(writing.runner.step_limits, drafts=False))
+    monkeypatch.setattr(writing.runner, "step_limits", dataclasses.replace(writing.runner.step_limits, drafts=0))
     plain = answers(writing, *operations)
     assert with_guesses.counters.accepted_tokens > 0
     assert with_guesses.counters.rows < plain.counters.rows
@@ -264,6 +323,21 @@ def test_many_streams_at_once_leave_no_room_for_guesses(llama: Pair) -> None:
     ]
     assert answers(engine, *several).counters.drafted_tokens == 0
     assert answers(engine, *several[:8]).counters.drafted_tokens > 0
+
+
+def test_where_eight_tokens_take_longer_than_the_weights_only_few_streams_guess(
+    llama: Pair,
+) -> None:
+    model = llama[0]
+    engine = start(model)
+    assert engine.runner.step_limits.drafts == 7
+    one, *_ = several = [
+        Generate(stream_id=i, prompt=prompt, max_tokens=20, logit_bias={9: 100.0})
+        for i, prompt in enumerate(random_prompts(*[8] * 8, seed=6))
+    ]
+    assert answers(engine, *several).counters.drafted_tokens == 0
+    assert answers(engine, one).counters.accepted_tokens > 0
+    engine.stop()
 
 
 def test_guesses_beside_scores_draws_and_a_long_prompt_in_chunks_change_none_of_them() -> None:

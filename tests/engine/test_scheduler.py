@@ -28,7 +28,7 @@ class Loop:
     def __init__(self, max_slots: int = 64, chunk: int = 64, work: int = StepLimits.work) -> None:
         memory = Memory([Layer(heads=1, key_dim=1, value_dim=1, device=torch.device("cpu"))], torch.float32)
         self.runner = Slots(memory, 2**24, max_slots, CONTEXT)
-        limits = StepLimits(chunk=chunk, busy_chunk=min(64, work), logits=10_000, drafts=False, work=work)
+        limits = StepLimits(chunk=chunk, busy_chunk=min(64, work), logits=10_000, drafts=0, work=work)
         self.runner.step_limits = limits  # type: ignore[attr-defined]
         self.scheduler = Scheduler(self.runner)  # type: ignore[arg-type]
         self.steps = 0

@@ -591,7 +591,7 @@ def test_a_step_has_a_bound_on_its_tokens_and_what_they_attend_to(
     monkeypatch.setattr(step, "DECODE_COLUMNS", 50)
     monkeypatch.setattr(step, "CHUNK_COLUMNS", 100)
     limits = engine.runner.step_limits = dataclasses.replace(
-        engine.runner.step_limits, work=30, busy_chunk=30, chunk=100, drafts=False
+        engine.runner.step_limits, work=30, busy_chunk=30, chunk=100, drafts=0
     )
     costs: list[float] = []
     prepare = engine.runner.prepare
@@ -623,7 +623,7 @@ def test_streams_that_do_not_fit_into_one_step_decode_in_turn(
     model: PreTrainedModel, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engines(model)
-    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, work=4, drafts=False)
+    engine.runner.step_limits = dataclasses.replace(engine.runner.step_limits, work=4, drafts=0)
     watch = Watch(engine, monkeypatch)
     several = [begin(engine, replace(VICTIM_OPERATION, stream_id=i, max_tokens=40, min_tokens=40)) for i in range(10)]
     for prediction in several:

@@ -312,7 +312,7 @@ def test_few_streams_draft_on_a_gpu_and_get_the_tokens_that_they_get_without() -
     engine = start_on_gpu(model)
     try:
         drafted = answers(engine, *some)
-        engine.runner.step_limits = replace(engine.runner.step_limits, drafts=False)
+        engine.runner.step_limits = replace(engine.runner.step_limits, drafts=0)
         plain = answers(engine, *some)
     finally:
         engine.stop()

@@ -34,6 +34,7 @@ from benchmarks import (
     reuse,
     startup,
 )
+from benchmarks.load import Load
 from benchmarks.plan import ROOT, Plan, native_dtype, processor_flags, say
 from lmtp.weights.manifest import WeightsError, read_manifest, verify_sizes
 
@@ -126,17 +127,21 @@ def _measure(plan: Plan, suite: ModuleType, results: report.Report, directory: P
     """Add the suite's rows to the results, and save each in the directory. Returns those that could not be measured."""
     wanted = [row for row in suite.ROWS if plan.wants(row)]
     say(f"{suite.__name__.rpartition('.')[2]}: {', '.join(wanted)}")
-    busy = psutil.cpu_percent(LOAD_SECONDS) / 100
-    if busy > report.MAX_BUSY and not plan.quick:
-        say(f"  other processes use {busy:.0%} of the processors: the figures will be marked as loaded")
-    started = time.monotonic()
+    before = psutil.cpu_percent(LOAD_SECONDS) / 100
+    if before > report.MAX_BUSY and not plan.quick:
+        say(f"  other processes use {before:.0%} of the processors: the figures will be marked as loaded")
+    started, load = time.monotonic(), Load()
     try:
         for each in suite.measure(plan):
+            busy = max(before, load.since_last())
             if isinstance(each, report.Skipped):
                 results.skipped.append(each)
             elif plan.wants(each.name):
-                results.rows.append(msgspec.structs.replace(each, measured=report.now(), busy=busy))
-                say(f"  {each.name}: ratio {each.ratio:.3f}, from {min(each.ratios):.3f} to {max(each.ratios):.3f}")
+                row = msgspec.structs.replace(each, measured=report.now(), busy=busy)
+                results.rows.append(row)
+                say(f"  {row.name}: ratio {row.ratio:.3f}, from {min(row.ratios):.3f} to {max(row.ratios):.3f}")
+                if row.loaded and not plan.quick:
+                    say(f"  other processes used {busy:.0%} of the processors: it is marked as loaded")
                 if directory:
                     report.save(results, directory)
     except Exception:

@@ -46,7 +46,7 @@ class Row(Struct, frozen=True, kw_only=True):
     note: str = ""
     measured: str = ""
     busy: float = 0.0
-    """Which part of the processors other processes used just before, from 0 to 1."""
+    """Which part of the processors other processes used, before the suite or since the row before, from 0 to 1."""
 
     @property
     def ratio(self) -> float:

@@ -101,6 +101,22 @@ def test_each_row_is_saved_before_the_next_is_measured(
     assert saved == [[], ["a"]]
 
 
+def test_each_row_is_marked_by_the_load_while_it_was_measured(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    busy = iter([0.0, 0.6])
+    monkeypatch.setattr(command, "PEERS", (suite("a", "b"),))
+    monkeypatch.setattr(command, "Load", lambda: SimpleNamespace(since_last=lambda: next(busy)))
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: 3.0)
+    assert main("--results", str(tmp_path / "results"), "--runs", "1") == 0
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert [(row.name, row.busy, row.loaded) for row in report.read(path).rows] == [
+        ("a", 0.03, False),
+        ("b", 0.6, True),
+    ]
+    assert "other processes used 60% of the processors: it is marked as loaded" in capsys.readouterr().err
+
+
 def test_a_row_that_fails_leaves_the_others(
     main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -385,12 +385,13 @@ def test_a_model_with_operations_that_compiled_code_cannot_call_is_refused(
 ) -> None:
     """Such as the complex numbers of Llama 4's rotary embedding."""
 
-    def compile_with_a_call_of_python(_: object, package_path: str, **__: object) -> None:
-        with zipfile.ZipFile(package_path, "w") as package:
-            package.writestr("step.so", compiled.PROXY)
+    def compile_with_a_call_of_python(_: object, __: object, options: dict[str, Any]) -> None:
+        Path(options["aot_inductor.output_path"]).write_bytes(compiled.PROXY)
 
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_with_a_call_of_python)
-    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    own = SimpleNamespace(build=lambda: None, get_target_file_path=lambda: "operations.o")
+    monkeypatch.setattr(compiled, "_own_code", lambda _: own)
+    monkeypatch.setattr("torch._inductor.aot_compile", compile_with_a_call_of_python)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: SimpleNamespace(module=lambda: None))
     model, path = build("llama"), tmp_path / "step.so"
     with pytest.raises(UnsupportedModel, match="an operation that compiled code cannot call"):
         compiled.build(SlotStep(model), layers_of(model), path, lambda _: None)

@@ -14,15 +14,11 @@ import ctypes
 import hashlib
 import json
 import mmap
-import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -52,13 +48,11 @@ INDUCTOR = {
     # longer to prepare than to run.
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
+    "aot_inductor.compile_wrapper_opt_level": "O2",  # our C++ code is part of the wrapper
     "aot_inductor.precompile_headers": False,  # one build would use them once
     # Do not try vector instructions by compiling and loading a file: where that fails, a step is made without them.
     "cpp.vec_isa_ok": True,
 }
-
-OWN = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
-"""Operations of our own, and their C++ code: a declaration, then its definition."""
 
 PROXY = b"aoti_torch_proxy_executor_call_function"
 """What compiled code calls for an operation without a C interface. Only PyTorch's own loader provides it."""
@@ -144,7 +138,7 @@ def build(
     Raises UnsupportedModel for a model with operations that compiled code cannot call, CppCompileError where the C++
     compiler fails, and what torch.export raises where the model's code cannot be traced.
     """
-    from torch._inductor import aot_compile, config
+    from torch._inductor import aot_compile
     from torch._inductor.exc import InductorError
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
@@ -170,55 +164,23 @@ def build(
         given += ((unmasked, list(rows.keys), list(rows.values)),)
         shapes += (_source_shapes(shapes[0], len(cross)),)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as beside,
-        tempfile.TemporaryDirectory(prefix="build-") as work,  # no spaces: PyTorch does not quote its commands' paths
-        config.patch(INDUCTOR),
-        temporary_cache_dir(work),
-        futures.ThreadPoolExecutor(1) as pool,
-        torch.no_grad(),
-    ):
-        operations, finished = _own_code(work), Path(work, path.name)
-        compiling = pool.submit(operations.build)  # while the model is traced
+    code = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
+    shims = {operation: [file.read_text(encoding="utf-8")] for operation, file in code.items()}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory, torch.no_grad():
+        library = Path(directory, path.name)
         with attention.own_attention(), linear.own_linear(step):
             program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
-        compiling.result()
-        options = {
-            "aot_inductor.custom_ops_to_c_shims": {operation: [_declared(code)] for operation, code in OWN.items()},
-            "aot_inductor.custom_op_libs": [f":{Path(operations.get_target_file_path()).name}"],
-            "aot_inductor.output_path": str(finished),
-        }
+        options = INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims, "aot_inductor.output_path": str(library)}
         try:
-            with mock.patch.dict(os.environ, LIBRARY_PATH=work):
+            with temporary_cache_dir(directory):
                 aot_compile(program.module(), given, options=options)
         except InductorError as error:
             raise error.inner_exception from None
-        with finished.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
             if binary.find(PROXY) >= 0:
                 raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
-        library = Path(beside, path.name)
-        shutil.copyfile(finished, library)
         check(CompiledStep(library))
         library.replace(path)
-
-
-def _own_code(directory: str) -> Any:
-    """Builds the code of our own operations, as an object file in the directory."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    source = Path(directory, "operations.cpp")
-    code = "\n".join(file.read_text(encoding="utf-8") for file in OWN.values())
-    source.write_text(
-        f'#include <torch/csrc/inductor/aoti_include/cpu.h>\nextern "C" {{\n{code}\n}}\n', encoding="utf-8"
-    )
-    options = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", aot_mode=True, compile_only=True)
-    return CppBuilder(source.stem, str(source), options, directory)
-
-
-def _declared(code: Path) -> str:
-    """The declaration that one of these files begins with."""
-    return code.read_text(encoding="utf-8").partition(";")[0] + ";"
 
 
 class _Exported(nn.Module):

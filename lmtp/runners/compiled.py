@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ MAX_TOKENS = 2**16
 INDUCTOR = {
     "freezing": True,
     "cpp.enable_concat_linear": True,  # one matrix product for queries, keys and values, one for gate and up
-    # The compiler's own matrix kernels where they beat oneDNN's on this processor: for few rows a call of oneDNN takes
-    # longer to prepare than to run.
+    # In bfloat16, the compiler's own matrix kernels where they beat oneDNN's on this processor: for few rows a call of
+    # oneDNN takes longer to prepare than to run. In float32 linear.cpp computes nearly all of them.
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
     "aot_inductor.compile_wrapper_opt_level": "O2",  # our C++ code is part of the wrapper
@@ -166,19 +167,24 @@ def build(
     path.parent.mkdir(parents=True, exist_ok=True)
     code = {torch.ops.lmtp.attend.default: attention.CODE, torch.ops.lmtp.linear.default: linear.CODE}
     shims = {operation: [file.read_text(encoding="utf-8")] for operation, file in code.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory, torch.no_grad():
-        library = Path(directory, path.name)
+    with (
+        tempfile.TemporaryDirectory(prefix="build-") as work,  # no spaces: PyTorch does not quote the paths of commands
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as beside,
+        torch.no_grad(),
+    ):
+        compiled, library = Path(work, path.name), Path(beside, path.name)
         with attention.own_attention(), linear.own_linear(step):
             program = torch.export.export(_Exported(step), given, dynamic_shapes=(shapes,), strict=False)
-        options = INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims, "aot_inductor.output_path": str(library)}
+        options = INDUCTOR | {"aot_inductor.custom_ops_to_c_shims": shims, "aot_inductor.output_path": str(compiled)}
         try:
-            with temporary_cache_dir(directory):
+            with temporary_cache_dir(work):
                 aot_compile(program.module(), given, options=options)
         except InductorError as error:
             raise error.inner_exception from None
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
+        with compiled.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
             if binary.find(PROXY) >= 0:
                 raise UnsupportedModel("it uses an operation that compiled code cannot call; its own code serves it")
+        shutil.copyfile(compiled, library)
         check(CompiledStep(library))
         library.replace(path)
 

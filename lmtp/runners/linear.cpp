@@ -24,7 +24,7 @@ static_assert(VECTORS >= 1 && PANEL % Vec::size() == 0);
 constexpr int64_t TILE = 6;    // rows of a tile: with 8 numbers a vector, its sums take 12 of 16 registers
 constexpr int64_t BLOCK = 48;  // rows that a panel is used for before the next: most stay in the second-level cache
 constexpr int64_t DEPTH = 768;  // inputs that are added up before they are added to the output, for accuracy
-constexpr int64_t AHEAD = 1024;  // bytes of weights fetched before they are needed
+constexpr int64_t AHEAD = 2048;  // bytes of weights fetched before they are needed
 
 inline Vec widen(const float* weights) { return Vec::loadu(weights); }
 inline Vec widen(const at::BFloat16* weights) {

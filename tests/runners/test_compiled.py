@@ -29,6 +29,7 @@ from torchao.quantization import (
     quantize_,
 )
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lmtp.engine.engine import Engine
 from lmtp.protocol import Generate, Score
@@ -297,6 +298,31 @@ def test_int8_weights_with_zero_points_or_in_bfloat16_stay_in_the_hands_of_torch
         layer.weight = nn.Parameter(weight, requires_grad=False)
         with own_linear(layer):
             assert not list(layer.buffers())
+
+
+def test_long_sums_are_as_exact_as_pytorchs(library: Path) -> None:
+    torch.manual_seed(0)
+    for rows in (1, 2, 6):
+        input, weight = torch.randn(rows, 28_672), torch.randn(32, 28_672)
+        exact = input.double() @ weight.double().T
+        own, usual = ((output - exact).abs().max() for output in (linear(library, input, weight), input @ weight.T))
+        assert own < 4 * usual
+
+
+def test_a_traced_model_is_left_as_it_was() -> None:
+    model = build("gpt2")
+    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
+    before = [(set(vars(layer)), layer.state_dict().keys()) for layer in layers]
+    layers[0].forward = replaced = nn.Identity().forward
+    with own_linear(model):
+        assert layers[0].forward is replaced
+        assert all("forward" in vars(layer) for layer in layers)
+    assert layers[0].forward is replaced
+    del layers[0].forward
+    layers[-1].to("meta")
+    with pytest.raises(NotImplementedError), own_linear(model):
+        pass
+    assert [(set(vars(layer)), layer.state_dict().keys()) for layer in layers] == before
 
 
 def test_a_linear_layer_takes_any_strides_and_dimensions(library: Path) -> None:

@@ -10,7 +10,7 @@ from statistics import median
 from benchmarks import decode, engines
 from benchmarks.plan import Plan, say
 from benchmarks.report import Row, Skipped, speedup
-from lmtp.weights.manifest import MANIFEST
+from lmtp.weights.manifest import MANIFEST, read_manifest
 
 ROWS = tuple(f"int8-{streams}" for streams in decode.STREAMS)
 NOTE = (
@@ -44,7 +44,8 @@ def measure(plan: Plan) -> Iterator[Row | Skipped]:
                 [engines.rates(results), engines.rates(their_results)],
                 at_least=1.0,
                 goal=1.2,
-                note=f"{ours.call('describe')}; {tokens} tokens of each stream in {steps:.0f} steps. {NOTE}"
+                note=f"{ours.call('describe')}; {tokens} tokens of each stream in {steps:.0f} steps; the others are"
+                f" accepted drafts. {NOTE}"
                 f" {decode.NO_CHOICE}",
             )
 
@@ -56,6 +57,6 @@ def weights(plan: Plan) -> Path:
     from lmtp.weights.install import download
 
     directory = CACHE / "demo-int8"
-    if not (directory / MANIFEST).is_file():
+    if not (directory / MANIFEST).is_file() or read_manifest(directory).files != read_manifest(plan.weights).files:
         download(str(plan.weights), None, directory, False, {"load_in": "int8"})
     return directory

@@ -23,7 +23,15 @@ def require() -> None:
         source.write_text(PROGRAM)
         command = [_name(), "-shared", "-fPIC", "-fopenmp", "-o", str(source.with_suffix(".so")), str(source)]
         try:
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.run(
+                command,
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=os.environ | {"LC_ALL": "C"},  # `failed` looks for English words
+            )
         except FileNotFoundError:
             raise CompilerError(
                 f"there is no C++ compiler {_name()}: install it (apt-get install g++), or set CXX."

@@ -135,8 +135,10 @@ def sample(
         return _sample(own, logits.shape[-1], rows, draws, meanwhile)
     if own is logits and 2 * len(masked) > len(rows):
         own = logits.clone()
-    index = _index(sorted(masked), logits.device)
-    kept = logits[index] if own is logits else None
+    kept = None
+    if own is logits:
+        index = _index(sorted(masked), logits.device)
+        kept = logits[index]
     try:
         _add_masks(own, logits.shape[-1], draws, allowed)
         return _sample(own, logits.shape[-1], rows, draws, meanwhile)

@@ -51,7 +51,7 @@ INDUCTOR = {
     "max_autotune_gemm_backends": "CPP,ATEN",
     "aot_inductor.compile_wrapper_opt_level": "O2",  # our C++ code is part of the wrapper
     "aot_inductor.precompile_headers": False,  # one build would use them once
-    # Do not try vector instructions by compiling and loading a file: where that fails, a step is made without them.
+    # Do not try AVX2 and AVX-512 by compiling and loading a file: where that fails, a step is made without them.
     "cpp.vec_isa_ok": True,
 }
 

@@ -202,7 +202,7 @@ def test_int8_weights_are_compared_with_q8_0_in_float32(monkeypatch: pytest.Monk
     assert isinstance(one, Row)
     assert isinstance(many, Row)
     assert (one.name, one.ratio, many.name) == ("int8-1", 2, "int8-32")
-    assert one.note.startswith("slots, compiled step; 64 tokens of each stream in 9 steps. ")
+    assert one.note.startswith("slots, compiled step; 64 tokens of each stream in 9 steps; the others")
 
 
 def test_the_int8_copy_of_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

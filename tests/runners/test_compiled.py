@@ -414,8 +414,6 @@ def test_a_model_with_operations_that_compiled_code_cannot_call_is_refused(
     def compile_with_a_call_of_python(_: object, __: object, options: dict[str, Any]) -> None:
         Path(options["aot_inductor.output_path"]).write_bytes(compiled.PROXY)
 
-    own = SimpleNamespace(build=lambda: None, get_target_file_path=lambda: "operations.o")
-    monkeypatch.setattr(compiled, "_own_code", lambda _: own)
     monkeypatch.setattr("torch._inductor.aot_compile", compile_with_a_call_of_python)
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: SimpleNamespace(module=lambda: None))
     model, path = build("llama"), tmp_path / "step.so"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch._inductor.exc import CppCompileError, InductorError
 
-from lmtp.runners import compiled
 from lmtp.weights.manifest import Manifest
 from tests.server import ROOT
 from tests.tiny import build
@@ -88,10 +87,8 @@ def test_a_compiler_that_fails_in_the_middle_leaves_no_files(
         Path(options["aot_inductor.output_path"]).with_suffix(".o").write_text("half")
         raise InductorError(CppCompileError(["c++"], LONG_OUTPUT), None)
 
-    own = SimpleNamespace(build=lambda: None, get_target_file_path=lambda: "operations.o")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compiler, "require", lambda: None)
-    monkeypatch.setattr(compiled, "_own_code", lambda _: own)
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: SimpleNamespace(module=lambda: None))
     monkeypatch.setattr("torch._inductor.aot_compile", compile_partly)
     assert script.main() == 1

@@ -63,10 +63,9 @@ def width(drafts: Sequence[tuple[int, float]], reading: int, packed: bool) -> in
     ``reading`` tokens, in which it reads the weights, and its own tokens: unless it is ``packed``, as many of each
     stream.
     """
-    expected, best, most = float(len(drafts)), 0.0, 1
+    expected, best, most = 0.0, 0.0, 1
     for tokens in range(1, max(length for length, _ in drafts) + 2):
-        if tokens > 1:
-            expected += sum(chance ** (tokens - 1) for length, chance in drafts if length >= tokens - 1)
+        expected += sum(chance ** (tokens - 1) for length, chance in drafts if length >= tokens - 1)
         computed = sum(min(length + 1, tokens) for length, _ in drafts) if packed else len(drafts) * tokens
         if (rate := expected / (reading + computed)) > best:
             best, most = rate, tokens
